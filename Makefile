@@ -1,0 +1,29 @@
+# make demo: train a small spiking network with Grad Rewiring; make test: run the tests.
+# Both set up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+# two threads that wait actively for each other on a busy machine are many times slower
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	$(BIN)/python mnist/mnist.py --dataset digits -m grad -s 0.95 -penalty 5e-3 -lr 1e-3 -b 32 -N 60
+	$(BIN)/python mnist/mnist.py --dataset digits -m grad -s 0.95 -penalty 5e-3 -lr 1e-3 -b 32 -test
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/ready: requirements.txt tests/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,48 @@
+"""The CIFAR-10 experiment: trains, prunes and tests a spiking convolutional network. See --help."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: its folder, where `c10` would be this script, gives way to the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from c10.model import Cifar10Net
+from training import checkpoint
+from training.data import RandomCropFlip, load
+from training.loop import Run
+from training.optimizers import build
+from training.options import Recipe, command, parse
+
+RECIPE = Recipe(
+    name="c10",
+    datasets=("cifar10",),
+    batch_size=16,
+    epochs=2048,
+    interval_test=128,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2023, 0.1994, 0.2010),
+    augmentation=RandomCropFlip(padding=4),
+    test_batch_size=50,  # 2 GiB at T = 8
+    histograms=("static_conv.0.weight", "conv.1.weight", "fc.2.weight"),
+)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    options = parse(RECIPE, argv)
+    saved = checkpoint.load(options)
+    dataset = load(options.dataset, options.dataset_dir)
+    torch.manual_seed(options.seed)
+    network = Cifar10Net(options.T).to(options.device)  # initialised on the CPU: one start for all devices
+    run = Run(RECIPE, options, network, build(network, options), dataset, saved)
+    if options.test:
+        run.test()
+    else:
+        run.train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

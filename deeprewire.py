@@ -1,0 +1,194 @@
+"""Deep Rewiring (Deep R), hard and soft: the baseline of Grad Rewiring.
+
+Bellec, Kappel, Maass, Legenstein, "Deep Rewiring: Training very sparse deep networks", ICLR 2018,
+here derived from Adam as in Chen et al., IJCAI 2021, doi 10.24963/ijcai.2021/236.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewiring import RewiringOptimizer, _check_bool, check_number, moments, moments_foreach
+
+__all__ = ["DeepRewiring"]
+
+
+class DeepRewiring(RewiringOptimizer):
+    r"""Adam on the active connections, with an L1 penalty, noise and random re-activation.
+
+    The sign s of a connection is fixed at the first step with a gradient: s = sign(w). A connection is
+    active where w != 0. With N standard normal noise, Deep R moves the active connections by
+
+    .. math:: w \leftarrow w - \eta_t m_t / d_t - l_1 \eta_t s + T \sqrt{\eta_t} N
+
+    and makes those dormant (w = 0) whose sign flipped. Then, if more than max_s of the tensor is dormant,
+    each dormant connection is re-activated with probability (dormant - max_s) / dormant, at w = s * eps,
+    so that the dormant fraction is max_s again, in expectation. (Where s = 0 a connection can never be
+    active; then the connections that can be are drawn with the probability that gives max_s all the same.)
+
+    Soft Deep R keeps a synaptic parameter theta, theta = |w| at first, and has no re-activation: with
+    a = 1 where the connection is active, else 0,
+
+    .. math::
+        h &= s\theta - \eta_t a\, m_t / d_t - l_1 \eta_t a s + T \sqrt{\eta_t} N, \quad \theta \leftarrow s h \\
+        \theta &\leftarrow \max(\theta, \theta_{min}), \quad
+            \theta_{min} = -\frac{T^2}{2} \frac{max_s}{l_1 (1 - max_s)} \quad\text{(if } l_1 > 0, max_s < 1) \\
+        w &\leftarrow s \max(\theta, 0)
+
+    Dormant connections feel the noise, which is how they come back, but neither gradient nor penalty:
+    with T = 0, soft Deep R can only lose connections.
+
+    Args:
+        params: parameters or parameter groups to prune; real floating point. Groups may have their own settings.
+        lr: learning rate, >= 0; a one-element tensor is accepted too.
+        betas: decay rates of Adam's moments, each in [0, 1).
+        eps: term added to Adam's denominator, and the value at which Deep R re-activates: > 0 unless soft.
+        weight_decay: L2 penalty, added to the gradient of w as in torch.optim.Adam, >= 0.
+        amsgrad: use the running maximum of the second moment.
+        T: temperature, >= 0: it stands for sqrt(2 T) of the Deep R paper.
+        l1: L1 penalty (the scripts' -penalty), >= 0.
+        max_s: maximum sparsity (soft: target sparsity), in [0, 1]; required.
+        soft: soft Deep R instead of Deep R.
+        foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
+
+    State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``.
+    Noise and re-activation draw from the default generator of the parameter's device.
+
+    Raises:
+        ValueError: an argument, or a setting of a group, is not accepted; the message names it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        T: float = 0,
+        l1: float = 1e-5,
+        max_s: float | None = None,
+        soft: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+    ):
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            T=T,
+            l1=l1,
+            max_s=max_s,
+            soft=soft,
+        )
+        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable)
+
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        check_number("T", group["T"], "the temperature, a finite number >= 0", lambda x: x >= 0)
+        check_number("l1", group["l1"], "a finite number >= 0", lambda x: x >= 0)
+        _check_bool("soft", group["soft"])
+        what = "the target sparsity of soft Deep R" if group["soft"] else "the maximum sparsity"
+        check_number("max_s", group["max_s"], f"{what}, in [0, 1] (required)", lambda x: 0 <= x <= 1)
+        if not group["soft"]:
+            accepted = "> 0 unless soft: Deep R re-activates connections at it"
+            check_number("eps", group["eps"], accepted, lambda x: x > 0)
+
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        super()._check_param(param, group)
+        if not group["soft"] and torch.tensor(group["eps"], dtype=param.dtype) == 0:
+            raise ValueError(
+                f"eps={group['eps']!r} is not accepted: Deep R re-activates at it, and it is 0 in {param.dtype}"
+            )
+
+    def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        if group["soft"]:
+            state["theta"] = param.abs()
+
+    def _single_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        sign, active = state["sign"], param != 0
+        change, eta = moments(param, state, group)
+        noise, uniform = _draw(param, group)
+        change.mul_(active)
+        penalty = sign * (group["l1"] * eta).to(param.dtype)
+        penalty.mul_(active)
+        if group["soft"]:
+            theta = state["theta"]
+            h = (theta * sign).sub_(change).sub_(penalty)
+            if noise is not None:
+                h.add_(noise.mul_(group["T"] * eta.sqrt()))
+            torch.mul(h, sign, out=theta)
+            bound = _theta_min(group)
+            if bound is not None:
+                theta.clamp_(min=bound)
+            param.copy_(theta.clamp(min=0).mul_(sign))
+        else:
+            h = (param - change).sub_(penalty)
+            if noise is not None:
+                h.add_(noise.mul_(group["T"] * eta.sqrt()))
+            h.mul_(active & (h * sign > 0))
+            if uniform is not None:
+                h = torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign * group["eps"], h)
+            param.copy_(h)
+
+    def _multi_tensor(self, params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+        signs, actives = states["sign"], [param != 0 for param in params]
+        changes, etas = moments_foreach(params, states, group)
+        draws = [_draw(param, group) for param in params]  # in the single-tensor path's order
+        torch._foreach_mul_(changes, actives)
+        penalties = torch._foreach_mul(signs, [(group["l1"] * eta).to(params[0].dtype) for eta in etas])
+        torch._foreach_mul_(penalties, actives)
+        hs = torch._foreach_mul(states["theta"], signs) if group["soft"] else [p.clone() for p in params]
+        torch._foreach_sub_(hs, changes)
+        torch._foreach_sub_(hs, penalties)
+        if group["T"] > 0:
+            noises = [noise for noise, _ in draws]
+            torch._foreach_mul_(noises, [group["T"] * eta.sqrt() for eta in etas])
+            torch._foreach_add_(hs, noises)
+        if group["soft"]:
+            torch._foreach_mul_(hs, signs)
+            bound = _theta_min(group)
+            if bound is not None:
+                torch._foreach_clamp_min_(hs, bound)
+            torch._foreach_copy_(states["theta"], hs)
+            torch._foreach_clamp_min_(hs, 0)
+            torch._foreach_mul_(hs, signs)
+        else:
+            kept = [a & (y > 0) for a, y in zip(actives, torch._foreach_mul(hs, signs), strict=True)]
+            torch._foreach_mul_(hs, kept)
+            if group["max_s"] < 1:
+                hs = [
+                    torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign * group["eps"], h)
+                    for h, sign, (_, uniform) in zip(hs, signs, draws, strict=True)
+                ]
+        torch._foreach_copy_(params, hs)
+
+
+def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """The random numbers that one parameter's step needs: normal noise, and uniforms for re-activation."""
+    noise = torch.randn_like(param) if group["T"] > 0 else None
+    uniform = torch.rand_like(param) if not group["soft"] and group["max_s"] < 1 else None
+    return noise, uniform
+
+
+def _theta_min(group: dict[str, Any]) -> float | None:
+    """The lower bound of theta in soft Deep R, or None where it has none."""
+    l1, max_s = group["l1"], group["max_s"]
+    return -(group["T"] ** 2) / 2 * max_s / (l1 * (1 - max_s)) if l1 > 0 and max_s < 1 else None
+
+
+def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float) -> Tensor:
+    """Which dormant connections to re-activate, so that the dormant fraction is max_s in expectation."""
+    dormant = w == 0
+    candidates = dormant & (sign != 0)
+    excess = dormant.sum().double() - max_s * w.numel()
+    # no candidate and no excess is 0 / 0: NaN, which no uniform is below
+    return candidates & (uniform < excess / candidates.sum())

@@ -1,0 +1,108 @@
+"""Grad Rewiring (Grad R): sparse training by gradient rewiring.
+
+Chen, Yu, Fang, Huang, Tian, "Pruning of Deep Spiking Neural Networks through Gradient Rewiring",
+IJCAI 2021, doi 10.24963/ijcai.2021/236.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewiring import RewiringOptimizer, check_number, moments, moments_foreach
+
+__all__ = ["GradRewiring"]
+
+
+class GradRewiring(RewiringOptimizer):
+    r"""Adam on the synaptic parameter theta of every connection, under a Laplace prior.
+
+    A weight is w = s * max(theta, 0) with a sign s fixed for ever: at the first step with a gradient
+    s = sign(w) and theta = |w|; where s = 0 the weight stays 0. Then, at every step, from dL/dw of ALL
+    connections (the redefined gradient: a pruned connection receives it too, so it can regrow),
+
+    .. math::
+        h &= s\theta - \eta_t m_t / d_t \\
+        h &\leftarrow h - \alpha\,\eta_t\,\mathrm{sign}(\theta - \mu)\,s, \quad
+            \mu = \ln(2(1 - s_{target})) / \alpha \quad\text{(only when alpha > eps)} \\
+        \theta &\leftarrow s h, \qquad w \leftarrow s\,\max(\theta, 0)
+
+    The weights are masked in place by every step, so the network is sparse at any time.
+
+    Args:
+        params: parameters or parameter groups to prune; real floating point. Groups may have their own settings.
+        lr: learning rate, >= 0; a one-element tensor is accepted too.
+        betas: decay rates of Adam's moments, each in [0, 1).
+        eps: term added to Adam's denominator, >= 0.
+        weight_decay: L2 penalty, added to the gradient of w as in torch.optim.Adam, >= 0.
+        amsgrad: use the running maximum of the second moment.
+        alpha: strength of the prior (the scripts' -penalty), >= 0; up to eps it is off.
+        s: target sparsity: the probability mass of the prior below theta = 0, in [0.5, 1); needed when
+            alpha > eps. A target of the prior, not a bound: the sparsity that is reached depends on
+            alpha, lr and the number of steps.
+        foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
+
+    State of each parameter: that of Adam, ``sign`` (int8) and ``theta``.
+
+    Raises:
+        ValueError: an argument, or a setting of a group, is not accepted; the message names it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        alpha: float = 1e-5,
+        s: float | None = None,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+    ):
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, alpha=alpha, s=s)
+        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable)
+
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        check_number("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0)
+        if group["alpha"] > group["eps"] or group["s"] is not None:
+            accepted = "the target sparsity, in [0.5, 1) (required when alpha > eps)"
+            check_number("s", group["s"], accepted, lambda x: 0.5 <= x < 1)
+
+    def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        state["theta"] = param.abs()
+
+    def _single_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        sign, theta, alpha = state["sign"], state["theta"], group["alpha"]
+        change, eta = moments(param, state, group)
+        h = (theta * sign).sub_(change)
+        if alpha > group["eps"]:
+            mu = math.log(2 * (1 - group["s"])) / alpha
+            h.sub_((theta - mu).sign_().mul_(alpha * eta).mul_(sign))
+        torch.mul(h, sign, out=theta)
+        param.copy_(theta.clamp(min=0).mul_(sign))
+
+    def _multi_tensor(self, params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+        signs, thetas, alpha = states["sign"], states["theta"], group["alpha"]
+        changes, etas = moments_foreach(params, states, group)
+        hs = torch._foreach_mul(thetas, signs)
+        torch._foreach_sub_(hs, changes)
+        if alpha > group["eps"]:
+            mu = math.log(2 * (1 - group["s"])) / alpha
+            priors = torch._foreach_sub(thetas, mu)
+            torch._foreach_sign_(priors)
+            torch._foreach_mul_(priors, [alpha * eta for eta in etas])
+            torch._foreach_mul_(priors, signs)
+            torch._foreach_sub_(hs, priors)
+        torch._foreach_mul_(hs, signs)
+        torch._foreach_copy_(thetas, hs)
+        torch._foreach_clamp_min_(hs, 0)
+        torch._foreach_mul_(hs, signs)
+        torch._foreach_copy_(params, hs)

@@ -1,0 +1,47 @@
+"""The MNIST experiment: trains, prunes and tests a spiking perceptron. See --help."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: its folder, where `mnist` would be this script, gives way to the repository
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from mnist.model import MnistNet
+from training import checkpoint
+from training.data import RandomAffine, load
+from training.loop import Run
+from training.optimizers import build
+from training.options import Recipe, command, parse
+
+RECIPE = Recipe(
+    name="mnist",
+    datasets=("mnist", "digits"),
+    batch_size=128,
+    epochs=512,
+    interval_test=32,
+    mean=(0.1307,),
+    std=(0.3081,),
+    augmentation=RandomAffine(degrees=30, translate=(0.15, 0.15), scale=(0.85, 1.11)),
+    test_batch_size=1000,
+)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    options = parse(RECIPE, argv)
+    saved = checkpoint.load(options)
+    dataset = load(options.dataset, options.dataset_dir)
+    torch.manual_seed(options.seed)
+    network = MnistNet(options.T).to(options.device)  # initialised on the CPU: one start for all devices
+    run = Run(RECIPE, options, network, build(network, options), dataset, saved)
+    if options.test:
+        run.test()
+    else:
+        run.train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What the two networks share: the paper's neuron, BatchNorm per time step, and the simulation over time.
+
+Chen et al., "Pruning of Deep Spiking Neural Networks through Gradient Rewiring", IJCAI 2021.
+"""
+
+import torch
+from spikingjelly.activation_based import base, functional, neuron, surrogate
+from torch import Tensor, nn
+
+__all__ = ["SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
+
+
+def lif() -> neuron.LIFNode:
+    """The paper's leaky integrate-and-fire neuron: tau 2, threshold 1, hard reset to 0, ATan surrogate."""
+    return neuron.LIFNode(
+        tau=2.0,
+        decay_input=True,
+        v_threshold=1.0,
+        v_reset=0.0,
+        surrogate_function=surrogate.ATan(alpha=2.0),
+        detach_reset=True,
+    )
+
+
+class StepwiseBatchNorm2d(nn.BatchNorm2d, base.StepModule):
+    """BatchNorm2d that treats each time step by itself, as the paper's network does.
+
+    Batch statistics are taken per time step, over [N, H, W], and the running statistics are updated at
+    every time step, in order. SpikingJelly's ``layer.BatchNorm2d`` pools all time steps in 'm' mode,
+    which is a different network.
+    """
+
+    def __init__(self, num_features: int, step_mode: str = "s"):
+        super().__init__(num_features)
+        self.step_mode = step_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises [N, C, H, W] in 's' mode, [T, N, C, H, W] in 'm' mode."""
+        if self.step_mode == "s":
+            return super().forward(x)
+        if self.training:
+            return torch.stack([nn.BatchNorm2d.forward(self, x_t) for x_t in x])
+        return nn.BatchNorm2d.forward(self, x.flatten(0, 1)).view_as(x)
+
+
+class SpikingNetwork(nn.Module):
+    """Counts the output spikes that a static image causes within T time steps.
+
+    The input does not change over time, so the first layer (:meth:`static`) runs once per image, and
+    the rest (:meth:`spiking`) runs T times on its constant output.
+
+    Args:
+        T: number of time steps, >= 1.
+        step_mode: 'm' runs the spiking part layer by layer, each layer over all time steps; 's' runs it
+            time step by time step. The same network, with the same results within rounding.
+
+    Raises:
+        ValueError: T or step_mode is not accepted.
+    """
+
+    def __init__(self, T: int, step_mode: str):
+        super().__init__()
+        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+            raise ValueError(f"T={T!r} is not accepted: T must be a whole number >= 1")
+        if step_mode not in ("s", "m"):
+            raise ValueError(f"step_mode={step_mode!r} is not accepted: step_mode must be 's' or 'm'")
+        self.T = T
+        self.step_mode = step_mode
+
+    def static(self, images: Tensor) -> Tensor:
+        """The first layer: images to the input current of the first neurons."""
+        raise NotImplementedError
+
+    def spiking(self, current: Tensor) -> Tensor:
+        """The rest, for one time step ('s') or for all, time first ('m'): input current to output spikes."""
+        raise NotImplementedError
+
+    def readout(self, counts: Tensor) -> Tensor:
+        """The spike counts of the output neurons, to one number per class."""
+        return counts
+
+    def simulate(self, images: Tensor) -> Tensor:
+        """:meth:`forward` from the present membrane potentials on, leaving them as they are after T steps."""
+        current = self.static(images)
+        if self.step_mode == "m":
+            spikes = self.spiking(current.expand(self.T, *current.shape))
+        else:
+            spikes = torch.stack([self.spiking(current) for _ in range(self.T)])
+        return self.readout(spikes.sum(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.
+
+        Membrane potentials and the dropout mask are reset before, and released after.
+        """
+        functional.reset_net(self)
+        counts = self.simulate(images)
+        functional.reset_net(self)  # their graph would hold the activations until the next batch
+        return counts

@@ -1,0 +1,72 @@
+import os
+
+# Read once, when torch is loaded: threads that wait actively make small tests slow on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.data import CIFAR10_CLASSES
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def golden():
+    """Loads a file of reference facts by its name."""
+    return lambda name: np.load(GOLDEN / name)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real images, as --dataset-dir takes it, where SPIKING_TEST_DATA names one."""
+    folder = os.environ.get("SPIKING_TEST_DATA")
+    if not folder:
+        pytest.skip("needs real images: set SPIKING_TEST_DATA to a folder that holds MNIST/raw")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def mnist_folder(tmp_path_factory) -> Path:
+    """A data folder with MNIST's four files, but only 40 training and 20 test images, of noise."""
+    folder = tmp_path_factory.mktemp("mnist data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 40), ("t10k", 20)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, n, dtype=np.uint8)
+        header = np.array([0x803, n, 28, 28], dtype=">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], dtype=">i4").tobytes() + labels.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(tmp_path_factory) -> Path:
+    """A data folder with CIFAR-10's class folders: one training and one test image per class, of noise."""
+    folder = tmp_path_factory.mktemp("cifar data")
+    write_class_folders(folder)
+    return folder
+
+
+def write_class_folders(folder: Path, classes=CIFAR10_CLASSES, size: int = 32) -> None:
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for number, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True)
+            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            suffix = "png" if number % 2 else "jpg"
+            Image.fromarray(pixels).save(folder / part / name / f"0000.{suffix}")

@@ -1,0 +1,94 @@
+"""GradRewiring against reference trajectories, a step worked by hand, and Adam."""
+
+import math
+
+import pytest
+import torch
+from optim_helpers import golden_errors, parameters, train
+
+from gradrewire import GradRewiring
+
+BOUND = 2e-6
+
+
+@pytest.mark.parametrize("name", ["default", "noprior", "s_half", "strong", "wd_ams"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_golden_trajectory(golden, name, foreach):
+    error, differing_zeros = golden_errors(golden(f"optim_grad_{name}.npz"), foreach)
+    assert error <= BOUND
+    assert differing_zeros == 0
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_two_steps_by_hand(foreach):
+    """With beta1 = beta2 = 0, eps = 0 and a gradient g, Adam's change is lr * sign(g): numbers for the head.
+
+    lr = 0.25, alpha = 1, s = 0.75: mu = ln(0.5) = -0.69, so the prior takes 0.25 from theta while
+    theta > -0.69 and gives 0.25 to it below.
+    """
+    w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0, 0.125, -0.125, 0.0, -0.75]))
+    optimizer = GradRewiring([w], lr=0.25, betas=(0.0, 0.0), eps=0.0, alpha=1.0, s=0.75, foreach=foreach)
+
+    def step(*gradient):
+        w.grad = torch.tensor(gradient)
+        optimizer.step()
+        return w.tolist(), optimizer.state[w]["theta"].tolist()
+
+    # theta changes by -0.25 s sign(g), and by -0.25 from the prior
+    weights, theta = step(2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, -3.0)
+    assert theta == [0.5, 1.0, 1.0, 0.5, -0.375, -0.375, 0.0, 0.25]
+    assert weights == [0.5, 1.0, -1.0, -0.5, 0.0, 0.0, 0.0, -0.25]
+    # pruned connections feel the gradient: 4 regrows by 0.25 less 0.25 of the prior, 5 goes below mu
+    weights, theta = step(2.0, -2.0, 2.0, -2.0, -2.0, -2.0, 2.0, -3.0)
+    assert theta == [0.0, 1.0, 1.0, 0.0, -0.375, -0.875, 0.0, -0.25]
+    assert weights == [0.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    # below mu the prior pushes back: 5 gets +0.25 from it and +0.25 from the gradient
+    weights, theta = step(2.0, -2.0, 2.0, -2.0, -2.0, 2.0, 2.0, 3.0)
+    assert theta == [-0.5, 1.0, 1.0, -0.5, -0.375, -0.375, 0.0, -0.25]
+
+
+def test_the_prior_is_off_up_to_eps():
+    runs = []
+    for alpha, s in ((0.0, None), (1e-3, 0.9), (1.1e-3, 0.9)):
+        params = parameters()
+        train(GradRewiring(params, lr=0.1, eps=1e-3, alpha=alpha, s=s), params, steps=5)
+        runs.append(params[0].detach())
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("settings", [{}, dict(weight_decay=0.1), dict(amsgrad=True, betas=(0.8, 0.9))])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_without_prior_and_sign_flips_it_is_adam(settings, foreach):
+    ours = [torch.nn.Parameter(10 + p.detach().double()) for p in parameters()]
+    adams = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    train(GradRewiring(ours, lr=0.01, alpha=0, foreach=foreach, **settings), ours, steps=50)
+    train(torch.optim.Adam(adams, lr=0.01, **settings), adams, steps=50)
+    for p, q in zip(ours, adams, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=0)
+        assert (p != 10).all()
+
+
+def test_the_gradient_of_a_pruned_connection_regrows_it():
+    w = torch.nn.Parameter(torch.tensor([1e-3, -1e-3]))
+    optimizer = GradRewiring([w], lr=0.01, alpha=0)
+    w.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    assert w.tolist() == [0.0, 0.0]
+    for _ in range(30):
+        w.grad = torch.tensor([-1.0, 1.0])
+        optimizer.step()
+    assert w[0] > 0 > w[1]
+
+
+@pytest.mark.parametrize("s", [0.5, 0.75, 0.95])
+def test_the_prior_alone_settles_theta_at_mu(s):
+    """Without a gradient theta walks to mu = ln(2 (1 - s)) / alpha, where the prior changes sign."""
+    alpha = 10.0
+    w = torch.nn.Parameter(torch.full((4,), 0.05))
+    optimizer = GradRewiring([w], lr=1e-3, alpha=alpha, s=s)
+    for _ in range(100):
+        w.grad = torch.zeros(4)
+        optimizer.step()
+    mu = math.log(2 * (1 - s)) / alpha
+    assert (optimizer.state[w]["theta"] - mu).abs().max() <= 10e-3 * 1.01  # one step of lr * alpha

@@ -1,0 +1,331 @@
+"""The networks: reference facts, and two executions of one network."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from c10.model import Cifar10Net
+from mnist.mnist import RECIPE
+from mnist.model import MnistNet
+from spiking import StepwiseBatchNorm2d, lif
+from training import measure
+from training.data import Normalisation, load
+from training.optimizers import build
+
+modes = pytest.mark.parametrize("step_mode", ["s", "m"])
+
+CIFAR10_KEYS = [
+    "static_conv.0.weight",
+    *[f"static_conv.1.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")],
+    *[
+        key
+        for conv in (1, 4, 8, 11, 14)
+        for key in [
+            f"conv.{conv}.weight",
+            *[
+                f"conv.{conv + 1}.{k}"
+                for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+            ],
+        ]
+    ],
+    "fc.2.weight",
+    "fc.4.weight",
+]
+
+
+def fingerprint(x):
+    """Sum, sum of |x|, sum of x^2, first, last and middle element."""
+    x = x.detach().double().flatten()
+    return np.array([x.sum(), x.abs().sum(), (x * x).sum(), x[0], x[-1], x[len(x) // 2]])
+
+
+def narrow_cifar10(step_mode, seed=0):
+    """The CIFAR-10 network with 8 channels instead of 256, and weights that make all layers spike."""
+    import c10.model
+
+    width, c10.model.WIDTH = c10.model.WIDTH, 8
+    try:
+        torch.manual_seed(seed)
+        network = Cifar10Net(T=4, step_mode=step_mode)
+    finally:
+        c10.model.WIDTH = width
+    with torch.no_grad():
+        network.fc[2].weight *= 12
+        network.fc[4].weight *= 12
+    return network
+
+
+def spiking_mnist(T, step_mode):
+    """The MNIST network with weights that make its outputs spike for images of unit noise."""
+    torch.manual_seed(0)
+    network = MnistNet(T, step_mode)
+    with torch.no_grad():
+        network.static_fc[1].weight *= 10
+        network.fc[1].weight *= 8
+    return network
+
+
+def test_state_dict_keys():
+    assert list(MnistNet().state_dict()) == ["static_fc.1.weight", "fc.1.weight"]
+    with torch.device("meta"):
+        assert list(Cifar10Net().state_dict()) == CIFAR10_KEYS
+
+
+def test_sizes():
+    assert sum(w.numel() for w in measure.prunable(MnistNet()).values()) == 784 * 800 + 8000
+    with torch.device("meta"):
+        network = Cifar10Net()
+    prunable = measure.prunable(network)
+    assert list(prunable) == [k for k in CIFAR10_KEYS if k.endswith("weight") and network.get_parameter(k).dim() > 1]
+    assert sum(w.numel() for w in prunable.values()) == 36_715_264
+    assert sum(p.numel() for p in network.parameters()) == 36_715_264 + 6 * 2 * 256
+
+
+def test_neurons_are_the_papers():
+    with torch.device("meta"):
+        networks = [MnistNet(), Cifar10Net()]
+    neurons = [m for network in networks for m in network.modules() if isinstance(m, neuron.BaseNode)]
+    assert len(neurons) == 2 + 8
+    for node in neurons:
+        assert type(node) is neuron.LIFNode
+        assert (node.tau, node.v_threshold, node.v_reset) == (2.0, 1.0, 0.0)
+        assert node.decay_input
+        assert node.detach_reset
+        assert type(node.surrogate_function).__name__ == "ATan"
+        assert node.surrogate_function.alpha == 2.0
+
+
+def test_lif_by_hand():
+    """h = v + (x - v) / 2, a spike where h >= 1, then v = 0."""
+    node, v, expected = lif(), 0.0, []
+    inputs = [1.5, 1.5, 0.5, 3.0, 1.0]
+    for x in inputs:
+        v = v + (x - v) / 2
+        expected.append(float(v >= 1))
+        v = 0.0 if v >= 1 else v
+    assert expected == [0.0, 1.0, 0.0, 1.0, 0.0]
+    assert [float(node(torch.tensor([x]))) for x in inputs] == expected
+
+
+@pytest.mark.parametrize("bad", [dict(T=0), dict(T=-1), dict(T=2.0), dict(T=True), dict(step_mode="x")])
+def test_bad_arguments(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*must be"):
+        MnistNet(**bad)
+
+
+@modes
+def test_golden_cifar10(golden, step_mode):
+    facts = golden("c10_net.npz")
+    torch.manual_seed(2020)
+    network = Cifar10Net(8, step_mode)
+    for name, p in network.named_parameters():
+        np.testing.assert_allclose(fingerprint(p), facts[f"init_fp:{name}"], rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        network.fc[2].weight *= 12
+        network.fc[4].weight *= 12
+    network.fc[1].p = 0.0
+    spikes = {}
+    for name, module in network.named_modules():
+        if isinstance(module, neuron.LIFNode):
+            module.register_forward_hook(
+                lambda m, i, o, name=name: spikes.setdefault(name, []).extend(
+                    o.detach().flatten(1).sum(1).tolist() if step_mode == "m" else [o.detach().sum().item()]
+                )
+            )
+    network.train()
+    counts = network(torch.tensor(facts["x"]))
+    loss = measure.loss_function(counts, torch.tensor(facts["y"]), 8)
+    loss.backward()
+    np.testing.assert_allclose(counts.detach(), facts["train_counts"], atol=1e-5)
+    assert loss.item() == pytest.approx(float(facts["train_loss"]), rel=1e-6)
+    assert len(spikes) == 8
+    for name, per_step in spikes.items():
+        np.testing.assert_allclose(per_step, facts[f"spikes:{name}"], rtol=1e-4)
+    for name, p in network.named_parameters():
+        expected = facts[f"grad_fp:{name}"]
+        # the norms of the gradient; single elements and sums that cancel carry more rounding
+        np.testing.assert_allclose(fingerprint(p.grad)[1:3], expected[1:3], rtol=1e-4)
+        np.testing.assert_allclose(fingerprint(p.grad), expected, rtol=1e-2, atol=1e-4 * expected[1])
+    buffers = dict(network.named_buffers())
+    assert len([name for name in facts.files if name.startswith("buf_fp:")]) == len(buffers) == 18
+    for name, buffer in buffers.items():
+        np.testing.assert_allclose(fingerprint(buffer), facts[f"buf_fp:{name}"], rtol=1e-5, atol=1e-7)
+    network.eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(network(torch.tensor(facts["x"])), facts["eval_counts"], atol=1e-5)
+
+
+@modes
+@pytest.mark.parametrize("mode", ["grad", "deep_soft", "no_prune"])
+def test_golden_mnist_training(golden, real_data, mode, step_mode):
+    facts = golden(f"mnist_{mode}.npz")
+    settings = json.loads(str(facts["hyper"]))
+    torch.manual_seed(settings["seed"])
+    network = MnistNet(settings["T"], step_mode)
+    for name, p in network.named_parameters():
+        np.testing.assert_allclose(fingerprint(p), facts[f"init_fp:{name}"], rtol=1e-9)
+    options = SimpleNamespace(
+        mode=mode.removesuffix("_soft"),
+        soft=mode == "deep_soft",
+        learning_rate=settings["lr"],
+        penalty=settings["penalty"],
+        sparsity=settings["s"],
+        temperature=0.0,
+    )
+    optimizers = build(network, options)
+    train = load("mnist", real_data).train
+    normalise = Normalisation(RECIPE.mean, RECIPE.std, torch.device("cpu"))
+    losses = []
+    for t, index in enumerate(torch.tensor(facts["idx"])):
+        counts = network(normalise(train.images[index]))
+        loss = measure.loss_function(counts, train.labels[index], settings["T"])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        if t == 0:
+            np.testing.assert_array_equal(counts.detach(), facts["counts0"])
+            gradients = {name: p.grad.clone() for name, p in network.named_parameters()}
+            np.testing.assert_allclose(gradients["fc.1.weight"], facts["grad0_fc"], rtol=1e-4, atol=1e-9)
+            for name, gradient in gradients.items():
+                np.testing.assert_allclose(
+                    fingerprint(gradient)[1:3], facts[f"grad0_fp:{name}"][1:3], rtol=1e-4, err_msg=name
+                )
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses[:10], facts["losses"][:10], rtol=0.01)
+    assert np.mean(losses) == pytest.approx(np.mean(facts["losses"]), rel=0.05)
+    for name, weight in measure.prunable(network).items():
+        assert float((weight == 0).float().mean()) == pytest.approx(float(facts[f"final_zero:{name}"]), abs=0.005)
+
+
+def run(network, images, labels):
+    """Counts, loss gradients and buffers of one training batch."""
+    network.train()
+    torch.manual_seed(7)  # the dropout mask
+    counts = network(images)
+    measure.loss_function(counts, labels, network.T).backward()
+    return counts.detach(), {n: p.grad for n, p in network.named_parameters()}, dict(network.named_buffers())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_both_executions_are_the_same_mnist_network(batch):
+    one, other = spiking_mnist(6, "s"), spiking_mnist(6, "m")
+    images, labels = torch.randn(batch, 1, 28, 28), torch.arange(batch)
+    (counts, gradients, _), (others, other_gradients, _) = run(one, images, labels), run(other, images, labels)
+    assert counts.shape == (batch, 10)
+    assert counts.sum() > 0
+    assert torch.equal(counts, others)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_both_executions_are_the_same_cifar10_network():
+    """Dropout and BatchNorm per time step included: counts, gradients, running statistics, evaluation."""
+    one, other = narrow_cifar10("s").double(), narrow_cifar10("m").double()
+    images, labels = torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2, 3])
+    (counts, gradients, buffers), (others, other_gradients, other_buffers) = (
+        run(network, images, labels) for network in (one, other)
+    )
+    assert counts.sum() > 0
+    torch.testing.assert_close(others, counts)
+    for name, gradient in gradients.items():
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(other_gradients[name], gradient)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(other_buffers[name], buffer)
+        if name.endswith("tracked"):
+            assert buffer == (1 if name.startswith("static") else 4)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(images), one.eval()(images))
+
+
+@modes
+def test_batch_norm_is_by_time_step(step_mode):
+    """Each step has its own statistics; pooling T and N together would give something else."""
+    torch.manual_seed(0)
+    norm, reference = StepwiseBatchNorm2d(3, step_mode), nn.BatchNorm2d(3)
+    x = torch.randn(4, 2, 3, 5, 5) * torch.arange(1, 5).view(4, 1, 1, 1, 1)  # [T, N, C, H, W]
+    expected = torch.stack([reference(x_t) for x_t in x])
+    out = norm(x) if step_mode == "m" else torch.stack([norm(x_t) for x_t in x])
+    torch.testing.assert_close(out, expected)
+    for (name, buffer), (_, other) in zip(norm.named_buffers(), reference.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
+    pooled = nn.BatchNorm2d(3)(x.flatten(0, 1)).view_as(x)
+    assert not torch.allclose(out, pooled, atol=0.1)
+    norm.eval(), reference.eval()
+    evaluated = norm(x) if step_mode == "m" else torch.stack([norm(x_t) for x_t in x])
+    torch.testing.assert_close(evaluated, torch.stack([reference(x_t) for x_t in x]))
+
+
+@modes
+def test_dropout_holds_one_mask_for_all_time_steps(step_mode):
+    network = narrow_cifar10(step_mode)
+    masked = []
+    network.fc[1].register_forward_hook(
+        lambda m, i, o: masked.extend((o == 0) & (i[0] != 0) if step_mode == "m" else [(o == 0) & (i[0] != 0)]) or None
+    )
+    network.train()
+    images = torch.randn(2, 3, 32, 32)
+    masks = []
+    for _ in range(2):
+        masked.clear()
+        torch.manual_seed(len(masks))
+        network(images)
+        union = torch.stack(masked).any(0)
+        masks.append(union)
+        assert len(masked) == network.T
+        assert union.any()
+    assert not torch.equal(masks[0], masks[1])
+    # a neuron dropped at one step never passes a spike at another
+    passed = []
+    network.fc[1].register_forward_hook(lambda m, i, o: passed.extend(o if step_mode == "m" else [o]) or None)
+    masked.clear()
+    network(images)
+    assert not (torch.stack(masked).any(0) & (torch.stack(passed) != 0).any(0)).any()
+
+
+@modes
+def test_every_batch_starts_from_rest(step_mode):
+    network = spiking_mnist(3, step_mode).eval()
+    images = torch.randn(4, 1, 28, 28)
+    first = network(images)
+    assert first.sum() > 0
+    network.fc(torch.randn(3, 2, 800) if step_mode == "m" else torch.randn(2, 800))  # leaves potentials behind
+    assert torch.equal(network(images), first)
+    assert torch.equal(network(images[:2]), first[:2])  # another batch size
+    copy.deepcopy(network.train())  # nothing of a graph is left
+
+
+@modes
+def test_more_time_steps_give_more_spikes(step_mode):
+    counts = []
+    for T in (1, 4, 16):
+        network = spiking_mnist(T, step_mode)
+        images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        counts.append(network(images).sum().item())
+        assert network(images).max() <= T
+    assert counts[0] < counts[1] < counts[2]
+
+
+@pytest.mark.gpu
+@modes
+def test_on_cuda_as_on_the_cpu(step_mode):
+    network = narrow_cifar10(step_mode)
+    other = narrow_cifar10(step_mode).cuda()
+    for net in (network, other):
+        net.fc[1].p = 0.0
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        counts, _, buffers = run(network, images, labels)
+        others, _, other_buffers = run(other, images.cuda(), labels.cuda())
+    # a rounding difference may flip single spikes
+    assert (others.cpu() - counts).abs().mean() < 0.05
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(other_buffers[name].cpu(), buffer, rtol=0.05, atol=0.05)

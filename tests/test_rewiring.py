@@ -1,0 +1,387 @@
+"""What holds for every optimizer: arguments, the torch.optim interface, the two paths."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from optim_helpers import SHAPES, VARIANTS, parameters, train
+
+from deeprewire import DeepRewiring
+from gradrewire import GradRewiring
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant, params, **settings):
+    optimizer_class, own = VARIANTS[variant]
+    if optimizer_class is GradRewiring:
+        settings.pop("T", None)
+    return optimizer_class(params, **{"lr": 0.01, **own, **settings})
+
+
+NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
+BAD = [
+    *[(cls, name, bad) for cls in (GradRewiring, DeepRewiring) for name in ("lr", "eps") for bad in [*NUMBERS, -1e-9]],
+    *[(cls, "weight_decay", bad) for cls in (GradRewiring, DeepRewiring) for bad in [*NUMBERS, -1e-9]],
+    *[
+        (cls, "betas", bad)
+        for cls in (GradRewiring, DeepRewiring)
+        for bad in [None, 0.9, (0.9,), (0.9, 0.99, 0.999), (-0.1, 0.9), (0.9, 1.0), (math.nan, 0.9), (0.9, "x")]
+    ],
+    *[(cls, name, bad) for cls in (GradRewiring, DeepRewiring) for name in ("amsgrad", "foreach") for bad in ["no", 1]],
+    *[(GradRewiring, "alpha", bad) for bad in [*NUMBERS, -1e-9]],
+    *[(GradRewiring, "s", bad) for bad in [*NUMBERS, 0.49, 1.0, -0.5, 2]],
+    *[(DeepRewiring, name, bad) for name in ("T", "l1") for bad in [*NUMBERS, -1e-9]],
+    *[(DeepRewiring, "max_s", bad) for bad in [*NUMBERS, -0.01, 1.01]],
+    *[(DeepRewiring, "soft", bad) for bad in [None, 1, "yes"]],
+    (DeepRewiring, "eps", 0.0),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "bad"), BAD)
+def test_bad_argument_is_a_value_error_that_names_it_and_its_value(cls, name, bad):
+    good = {"s": 0.9} if cls is GradRewiring else {"max_s": 0.9}
+    with pytest.raises(ValueError, match=name) as error:
+        cls(parameters(), **{**good, name: bad})
+    assert "must be" in str(error.value)
+    assert repr(bad) in str(error.value) or (name == "betas" and "betas[" in str(error.value))
+    # a group's own setting is checked too, at construction and when it is added
+    with pytest.raises(ValueError, match=name):
+        cls([{"params": parameters(), name: bad}], **good)
+    optimizer = cls(parameters(), **good)
+    with pytest.raises(ValueError, match=name):
+        optimizer.add_param_group({"params": parameters(1), name: bad})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (GradRewiring, dict(lr=0, alpha=0)),
+        (GradRewiring, dict(alpha=1e-8, eps=1e-8)),  # the prior is off up to eps
+        (GradRewiring, dict(alpha=1, s=0.5)),
+        (GradRewiring, dict(lr=torch.tensor(1e-3), alpha=0)),
+        (DeepRewiring, dict(max_s=0)),
+        (DeepRewiring, dict(max_s=1, T=1, l1=0)),
+        (DeepRewiring, dict(max_s=0.5, soft=True, eps=0)),
+    ],
+)
+def test_bounds_that_are_accepted(cls, settings):
+    params = parameters()
+    train(cls(params, **settings), params, steps=2)
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_s_and_max_s_are_required_where_they_are_needed():
+    with pytest.raises(ValueError, match="s=None.*required"):
+        GradRewiring(parameters(), alpha=1e-3)
+    with pytest.raises(ValueError, match="max_s=None.*required"):
+        DeepRewiring(parameters())
+    with pytest.raises(ValueError, match="max_s=None.*required"):
+        DeepRewiring(parameters(), soft=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_parameters_must_be_real_and_floating_point(dtype):
+    with pytest.raises(ValueError, match=str(dtype)):
+        GradRewiring([torch.zeros(3, dtype=dtype)], alpha=0)
+    optimizer = GradRewiring(parameters(), alpha=0)
+    with pytest.raises(ValueError, match=str(dtype)):
+        optimizer.add_param_group({"params": [torch.zeros(3, dtype=dtype)]})
+    assert len(optimizer.param_groups) == 1
+
+
+@variants
+def test_closure_is_called_once_with_gradients_and_its_loss_returned(variant):
+    params = parameters()
+    optimizer, calls = make(variant, params), []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params)
+        loss.backward()
+        return loss
+
+    before = [p.detach().clone() for p in params]
+    assert optimizer.step(closure) is not None
+    assert calls == [True]
+    assert all((p != b).any() for p, b in zip(params, before, strict=True))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@variants
+@pytest.mark.parametrize("foreach", [False, True])
+def test_parameters_without_a_gradient_are_left_alone(variant, foreach):
+    params = parameters()
+    optimizer = make(variant, params, foreach=foreach)
+    before = params[1].detach().clone()
+    for p in (params[0], params[2], params[3]):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert params[1] not in optimizer.state
+    # when its first gradient comes, its own bias correction starts at step 1
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"] == 1
+    assert optimizer.state[params[0]]["step"] == 2
+    assert make(variant, parameters()).step() is None  # no gradient at all
+
+
+@variants
+@pytest.mark.parametrize("foreach", [False, True])
+def test_sparse_gradients_are_refused(variant, foreach):
+    param = torch.nn.Parameter(torch.ones(3, 2))
+    param.grad = torch.eye(3, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        make(variant, [param], foreach=foreach).step()
+
+
+@variants
+def test_groups_have_settings_of_their_own(variant):
+    together, apart = parameters(), parameters()
+    both = make(variant, [{"params": together[:1]}, {"params": together[1:2], "lr": 0.05, "eps": 1e-6}], T=0.0)
+    both.add_param_group({"params": together[2:], "betas": (0.5, 0.9)})
+    separate = [
+        make(variant, apart[:1], T=0.0),
+        make(variant, apart[1:2], T=0.0, lr=0.05, eps=1e-6),
+        make(variant, apart[2:], T=0.0, betas=(0.5, 0.9)),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for p, q in zip(together, apart, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        torch.manual_seed(3)
+        both.step()
+        torch.manual_seed(3)
+        for optimizer in separate:
+            optimizer.step()
+    for p, q in zip(together, apart, strict=True):
+        assert torch.equal(p, q)
+
+
+@variants
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("how", ["state_dict", "saved state_dict", "deepcopy", "pickle"])
+def test_a_copy_goes_on_exactly(variant, amsgrad, how):
+    params = parameters()
+    optimizer = make(variant, params, amsgrad=amsgrad, weight_decay=0.01)
+    train(optimizer, params, steps=10)
+    if how == "deepcopy":
+        copied = copy.deepcopy(optimizer)
+        others = copied.param_groups[0]["params"]
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(optimizer))
+        others = copied.param_groups[0]["params"]
+    else:
+        state = copy.deepcopy(optimizer.state_dict())  # torch does not copy it when it is loaded
+        if how == "saved state_dict":
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            buffer.seek(0)
+            state = torch.load(buffer, weights_only=True)
+        others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        copied = make(variant, others, lr=1.0)  # the state brings the settings
+        copied.load_state_dict(state)
+    for p in others:
+        assert copied.state[p]["sign"].dtype == torch.int8
+        assert {k: v.dtype for k, v in copied.state[p].items()} == {
+            k: v.dtype for k, v in optimizer.state[params[0]].items()
+        }
+    train(optimizer, params, steps=10, seed=5)
+    train(copied, others, steps=10, seed=5)
+    for p, q in zip(params, others, strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, copied.state[q][key]), key
+
+
+@variants
+def test_state_is_what_the_algorithm_needs(variant):
+    params = parameters()
+    optimizer = make(variant, params, amsgrad=True)
+    train(optimizer, params, steps=1)
+    expected = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sign"}
+    if not variant.startswith("deep"):
+        expected.add("theta")
+    assert set(optimizer.state[params[0]]) == expected
+
+
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("settings", [{}, dict(amsgrad=True, weight_decay=0.02, maximize=True), dict(capturable=True)])
+def test_both_paths_give_bitwise_the_same(variant, dtype, settings):
+    runs = []
+    for foreach in (False, True):
+        params = parameters(dtype=dtype)
+        params[0].data[0, :5] = 0  # connections that never were
+        optimizer = make(variant, params, foreach=foreach, **settings)
+        train(optimizer, params, steps=40)
+        runs.append([(p.detach(), optimizer.state[p]) for p in params])
+    for (p, p_state), (q, q_state) in zip(*runs, strict=True):
+        assert torch.equal(p, q)
+        assert p_state.keys() == q_state.keys()
+        assert all(torch.equal(p_state[key], q_state[key]) for key in p_state)
+
+
+@variants
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_path_is_the_one_asked_for(variant, foreach, monkeypatch):
+    params = parameters()
+    optimizer = make(variant, params, foreach=foreach)
+    used = []
+    for path in ("_single_tensor", "_multi_tensor"):
+        monkeypatch.setattr(type(optimizer), path, lambda *args, path=path: used.append(path))
+    train(optimizer, params, steps=1)
+    assert set(used) == {"_multi_tensor" if foreach else "_single_tensor"}
+
+
+def test_foreach_none_chooses_as_adam_does(monkeypatch):
+    params = parameters()
+    for adams_choice in (False, True):
+        monkeypatch.setattr("rewiring._default_to_fused_or_foreach", lambda *a, c=adams_choice, **k: (False, c))
+        optimizer, used = GradRewiring(params, alpha=0), []
+        monkeypatch.setattr(GradRewiring, "_single_tensor", lambda *a, u=used: u.append(False))
+        monkeypatch.setattr(GradRewiring, "_multi_tensor", lambda *a, u=used: u.append(True))
+        train(optimizer, params, steps=1)
+        assert set(used) == {adams_choice}
+
+
+@variants
+@pytest.mark.parametrize("foreach", [False, True])
+def test_step_never_asks_for_a_tensors_value(variant, foreach, monkeypatch):
+    """On a GPU each of these would wait for the device."""
+    params = parameters()
+    optimizer = make(variant, params, foreach=foreach)
+    train(optimizer, params, steps=1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a tensor's value was read")
+
+    for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    optimizer.step()
+
+
+@variants
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [1.0, 0.3, 0.0])
+def test_signs_never_change_and_pruned_is_exactly_zero(variant, foreach, dtype, density):
+    params = parameters(dtype=dtype, shapes=[*SHAPES, (50, 50)])
+    for p in params:
+        p.data.mul_(torch.rand(p.shape, generator=torch.Generator().manual_seed(9)) < density)
+    signs = [p.detach().sign() for p in params]
+    optimizer = make(variant, params, foreach=foreach)
+    regrown = 0
+    for epoch in range(10):
+        before = [p != 0 for p in params]
+        train(optimizer, params, steps=5, seed=epoch)
+        for p, sign, was in zip(params, signs, before, strict=True):
+            state = optimizer.state[p]
+            assert torch.equal(state["sign"].to(dtype), sign)
+            assert ((p == 0) | (p.sign() == sign)).all()
+            if "theta" in state:
+                assert torch.equal(p, sign * state["theta"].clamp(min=0))
+                assert (state["theta"][sign == 0] == 0).all()
+            regrown += int((~was & (p != 0)).sum())
+    total = sum(p.numel() for p in params)
+    pruned = sum(int((p == 0).sum()) for p in params) / total
+    assert (0 < pruned < 1) or density == 0
+    if density == 1 and variant != "deep without bound":
+        assert regrown > 0  # every algorithm rewires but Deep R without a bound
+
+
+@variants
+def test_the_gradient_is_not_changed(variant):
+    params = parameters()
+    optimizer = make(variant, params, weight_decay=0.1, maximize=True)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert (params[0].grad == 1).all()
+
+
+@variants
+def test_maximize_follows_the_opposite_gradient(variant):
+    up, down = parameters(), parameters()
+    maximizer, minimizer = make(variant, up, maximize=True), make(variant, down)
+    for p, q in zip(up, down, strict=True):
+        p.grad, q.grad = torch.ones_like(p), -torch.ones_like(q)
+    for optimizer in (maximizer, minimizer):
+        torch.manual_seed(0)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(up, down, strict=True))
+
+
+@variants
+def test_a_learning_rate_scheduler_drives_the_step_size(variant):
+    params = parameters()
+    optimizer = make(variant, params, T=0.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.0)
+    train(optimizer, params, steps=1)
+    scheduler.step()
+    if isinstance(optimizer, DeepRewiring) and not VARIANTS[variant][1].get("soft"):
+        optimizer.param_groups[0]["max_s"] = 1.0  # re-activation has no step size
+    before = [p.detach().clone() for p in params]
+    train(optimizer, params, steps=1)
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.gpu
+@variants
+@pytest.mark.parametrize("foreach", [False, True, None])
+def test_on_cuda_without_synchronisation_and_as_on_the_cpu(variant, foreach):
+    on_cpu, on_gpu = parameters(), parameters(device="cuda")
+    cpu = make(variant, on_cpu, T=0.0)
+    gpu = make(variant, on_gpu, T=0.0, foreach=foreach)
+    for group in (*cpu.param_groups, *gpu.param_groups):
+        if group.get("soft") is False:
+            group["max_s"] = 1.0  # re-activation is random
+    train(cpu, on_cpu, steps=10)
+    train(gpu, on_gpu, steps=10)
+    for p, q in zip(on_cpu, on_gpu, strict=True):
+        torch.testing.assert_close(q.detach().cpu(), p.detach(), rtol=1e-5, atol=1e-7)
+        assert gpu.state[q]["sign"].is_cuda
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@variants
+def test_a_cuda_graph_captures_the_step_and_draws_fresh_noise(variant):
+    captured, eager = parameters(device="cuda"), parameters(device="cuda")
+    first, second = make(variant, captured, capturable=True), make(variant, eager, capturable=True)
+    train(first, captured, steps=3)
+    train(second, eager, steps=3)
+    for p, q in zip(captured, eager, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first.step()
+    for _ in range(5):
+        graph.replay()
+        second.step()
+    for p, q in zip(captured, eager, strict=True):
+        assert first.state[p]["step"] == second.state[q]["step"] == 8
+    if not variant.startswith(("deep", "soft")) or variant == "deep without bound":
+        for p, q in zip(captured, eager, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    if VARIANTS[variant][1].get("T"):
+        changes = []
+        for _ in range(2):
+            before = captured[0].detach().clone()
+            graph.replay()
+            changes.append(captured[0].detach() - before)
+        assert not torch.equal(*changes)

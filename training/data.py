@@ -1,0 +1,331 @@
+"""Data sets as tensors in memory, and batches of them: order, augmentation and normalisation.
+
+All randomness comes from one CPU generator, so the batches of a seed are the same on every device.
+"""
+
+import contextlib
+import io
+import math
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from training.options import Refusal
+
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The training and the test part of a data set."""
+
+    train: Split
+    test: Split
+
+    def fingerprint(self) -> str:
+        """A checksum of all images and labels, to tell one data set from another."""
+        checksum = 0
+        for split in (self.train, self.test):
+            for tensor in (split.images, split.labels):
+                checksum = zlib.crc32(tensor.contiguous().cpu().numpy(), checksum)
+        return f"{len(self.train)}+{len(self.test)} images, crc32 {checksum:08x}"
+
+
+def load(name: str, folder: Path) -> Dataset:
+    """Loads a data set by its name: mnist, digits or cifar10.
+
+    MNIST and CIFAR-10 are read from ``folder`` as torchvision keeps them, and downloaded to it if they
+    are not there; CIFAR-10 is read from class folders if there are any (see :func:`load_class_folders`).
+
+    Raises:
+        Refusal: the data cannot be had, or are not what they should be.
+    """
+    dataset = {"mnist": _load_mnist, "digits": _load_digits, "cifar10": _load_cifar10}[name](folder)
+    for split in (dataset.train, dataset.test):
+        if len(split) == 0 or len(split.images) != len(split.labels):
+            raise Refusal(
+                f"argument --dataset-dir: {name} in {folder} has {len(split.images)} images and {len(split)} labels"
+            )
+        if not 0 <= int(split.labels.min()) <= int(split.labels.max()) <= 9:
+            raise Refusal(f"argument --dataset-dir: {name} in {folder} has labels outside 0 to 9")
+    return dataset
+
+
+def _torchvision(dataset_class: type, folder: Path, files: str) -> list:
+    """The training and the test part by torchvision, downloaded if need be."""
+    try:
+        # torchvision reports its attempts on the standard output
+        with contextlib.redirect_stdout(io.StringIO()):
+            return [dataset_class(root=folder, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # torchvision raises what the operating system, urllib and zlib do
+        raise Refusal(
+            f"argument --dataset-dir: {dataset_class.__name__} is not usable in {folder} "
+            f"({error or type(error).__name__}), where torchvision looks for {files} and downloads what is missing; "
+            "put the files there, or try mnist.py --dataset digits, which needs no download"
+        ) from None
+
+
+def _load_mnist(folder: Path) -> Dataset:
+    from torchvision.datasets import MNIST
+
+    parts = _torchvision(MNIST, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte")
+    return Dataset(*(Split(part.data.unsqueeze(1), part.targets.long()) for part in parts))
+
+
+def _load_cifar10(folder: Path) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    if any((folder / part).is_dir() for part in ("train", "test")):
+        return Dataset(*(load_class_folders(folder / part) for part in ("train", "test")))
+    parts = _torchvision(CIFAR10, folder, "cifar-10-batches-py, or train/<class>/* and test/<class>/* images,")
+    return Dataset(
+        *(
+            Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+            for part in parts
+        )
+    )
+
+
+def load_class_folders(folder: Path) -> Split:
+    """Loads CIFAR-10 images kept as ``<folder>/<class>/<image>``, PNG or JPEG, 32x32, in the files' order.
+
+    Raises:
+        Refusal: the classes are not CIFAR-10's ten, or a file is not a 32x32 image.
+    """
+    from PIL import Image
+
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    if tuple(classes) != CIFAR10_CLASSES:
+        found = ", ".join(classes[:12]) or "none"
+        raise Refusal(
+            f"argument --dataset-dir: {folder} must hold CIFAR-10's ten class folders "
+            f"({', '.join(CIFAR10_CLASSES)}); found: {found}"
+        )
+    paths = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+    ]
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except OSError as error:
+            raise Refusal(f"argument --dataset-dir: {path} cannot be read as an image: {error}") from None
+        if pixels.shape != (32, 32, 3):
+            height, width, _ = pixels.shape
+            raise Refusal(f"argument --dataset-dir: {path} is {width}x{height}; CIFAR-10 images are 32x32")
+        return pixels
+
+    if not paths:
+        raise Refusal(f"argument --dataset-dir: {folder} holds no PNG or JPEG images")
+    with ThreadPoolExecutor() as pool:
+        images = np.stack(list(pool.map(read, (path for path, _ in paths))))
+    return Split(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([label for _, label in paths]),
+    )
+
+
+def _load_digits(folder: Path) -> Dataset:
+    """scikit-learn's digits: 1797 images of 8x8 pixels, part of the UCI Optical Recognition of Handwritten Digits.
+
+    Scaled to 28x28 (bilinear) so that they fit MNIST's network. Every sixth image is a test image; the
+    same people wrote both parts, so the accuracy is not to be set beside MNIST's.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise Refusal("argument --dataset: digits needs the package scikit-learn (pip install scikit-learn)") from None
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)  # [1797, 1, 8, 8]
+    images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear").round().to(torch.uint8)
+    labels = torch.from_numpy(digits.target).long()
+    is_test = torch.arange(len(labels)) % 6 == 5
+    return Dataset(Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test]))
+
+
+class RandomAffine:
+    """torchvision's RandomAffine (nearest, fill 0) for a batch of uint8 images, each with its own parameters.
+
+    The inverse map is evaluated in 16.16 fixed point, as Pillow does for a PIL image.
+
+    Args:
+        degrees: the angle is uniform in [-degrees, degrees].
+        translate: largest shifts, as fractions of width and height; a shift is a whole number of pixels.
+        scale: range of the scale factor.
+    """
+
+    def __init__(self, degrees: float, translate: tuple[float, float], scale: tuple[float, float]):
+        self.degrees, self.translate, self.scale = degrees, translate, scale
+
+    def draw(self, images: Tensor, generator: Generator) -> Tensor:
+        """Draws the transform of every image [N, C, H, W]; returns int32 [N, 6], for :meth:`apply`."""
+        n, _, height, width = images.shape
+        uniform = torch.rand(4, n, generator=generator, dtype=torch.float64)
+        angle = (2 * uniform[0] - 1) * self.degrees
+        shift_x = ((2 * uniform[1] - 1) * (self.translate[0] * width)).round()
+        shift_y = ((2 * uniform[2] - 1) * (self.translate[1] * height)).round()
+        scale = self.scale[0] + uniform[3] * (self.scale[1] - self.scale[0])
+        return self.inverse(angle, shift_x, shift_y, scale, height, width)
+
+    @staticmethod
+    def inverse(angle: Tensor, shift_x: Tensor, shift_y: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
+        """The inverse maps, output to input pixel, in 16.16 fixed point.
+
+        With x, y the output pixel, the input pixel is (a x + b y + c, d x + e y + f) / 65536, rounded down.
+
+        Args:
+            angle: degrees, clockwise, float64 [N]; rotation about the centre, before the shift.
+            shift_x: pixels to the right, float64 [N].
+            shift_y: pixels down, float64 [N].
+            scale: scale factors, float64 [N].
+
+        Returns:
+            a, b, c, d, e, f of every image, int32 [N, 6].
+        """
+        radians = angle * (math.pi / 180)
+        cos, sin = radians.cos() / scale, radians.sin() / scale
+        centre_x, centre_y = width * 0.5, height * 0.5
+        offset_x = cos * (-centre_x - shift_x) + sin * (-centre_y - shift_y) + centre_x
+        offset_y = -sin * (-centre_x - shift_x) + cos * (-centre_y - shift_y) + centre_y
+        # pixel centres lie at halves
+        start_x = offset_x + cos * 0.5 + sin * 0.5
+        start_y = offset_y - sin * 0.5 + cos * 0.5
+        matrices = torch.stack([cos, sin, start_x, -sin, cos, start_y], dim=1)
+        return (matrices * 65536 + 0.5).floor().to(torch.int32)
+
+    @staticmethod
+    def apply(images: Tensor, matrices: Tensor) -> Tensor:
+        """Transforms images, uint8 [N, C, H, W], by matrices, int32 [N, 6]."""
+        n, channels, height, width = images.shape
+        x = torch.arange(width, dtype=torch.int32, device=images.device)
+        y = torch.arange(height, dtype=torch.int32, device=images.device).unsqueeze(1)
+        a, b, c, d, e, f = matrices.view(n, 6, 1, 1).unbind(1)
+        source_x = (a * x + (b * y + c)) >> 16  # [N, H, W]
+        source_y = (d * x + (e * y + f)) >> 16
+        inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+        index = torch.where(inside, source_y * width + source_x, 0).long().view(n, 1, -1)
+        picked = images.flatten(2).gather(2, index.expand(n, channels, -1)).view(images.shape)
+        return picked * inside.unsqueeze(1)
+
+
+class RandomCropFlip:
+    """torchvision's RandomCrop (padding with 0) and RandomHorizontalFlip for a batch of uint8 images."""
+
+    def __init__(self, padding: int):
+        self.padding = padding
+
+    def draw(self, images: Tensor, generator: Generator) -> Tensor:
+        """Draws the transform of every image; returns top, left (of the padded image) and flip, int32 [N, 3]."""
+        n = len(images)
+        corner = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator)
+        flip = torch.randint(0, 2, (n, 1), generator=generator)
+        return torch.cat([corner, flip], dim=1).to(torch.int32)
+
+    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
+        """Transforms images, uint8 [N, C, H, W], by parameters, int32 [N, 3]."""
+        n, channels, height, width = images.shape
+        top, left, flip = parameters.view(n, 3, 1).unbind(1)  # [N, 1]
+        column = torch.arange(width, dtype=torch.int32, device=images.device)
+        row = torch.arange(height, dtype=torch.int32, device=images.device)
+        source_x = torch.where(flip.bool(), width - 1 - column, column) + left - self.padding  # [N, W]
+        source_y = row + top - self.padding  # [N, H]
+        inside_x, inside_y = (source_x >= 0) & (source_x < width), (source_y >= 0) & (source_y < height)
+        index = source_y.clamp(0, height - 1).unsqueeze(2) * width + source_x.clamp(0, width - 1).unsqueeze(1)
+        index = index.long().view(n, 1, -1).expand(n, channels, -1)
+        picked = images.flatten(2).gather(2, index).view(images.shape)
+        return picked * (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
+
+
+class Normalisation:
+    """Maps uint8 pixels to (pixel / 255 - mean) / std, per channel, as ToTensor and Normalize do."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+class TrainingBatches:
+    """The batches of training epochs: shuffled, augmented, normalised, the last incomplete one dropped.
+
+    Args:
+        split: the training part, on the device of the network.
+        batch_size: at most the number of images.
+        augmentation: :class:`RandomAffine` or :class:`RandomCropFlip`.
+        normalisation: from uint8 to the network's input.
+        generator: of the order and of the augmentation, on the CPU; each epoch draws from it once, at its start.
+
+    Raises:
+        Refusal: the training part is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        augmentation: RandomAffine | RandomCropFlip,
+        normalisation: Normalisation,
+        generator: Generator,
+    ):
+        if batch_size > len(split):
+            raise Refusal(
+                f"argument -b/--batch-size: must be at most {len(split)}, the training images, not {batch_size}"
+            )
+        self.split, self.batch_size, self.generator = split, batch_size, generator
+        self.augmentation, self.normalisation = augmentation, normalisation
+
+    def __len__(self) -> int:
+        return len(self.split) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the (images, labels) of one epoch: float32 [B, C, H, W] and int64 [B]."""
+        device = self.split.images.device
+        order = torch.randperm(len(self.split), generator=self.generator).to(device)
+        transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
+        for step in range(len(self)):
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            images = self.augmentation.apply(self.split.images[order[batch]], transforms[batch])
+            yield self.normalisation(images), self.split.labels[order[batch]]
+
+
+class TestBatches:
+    """All images of a split in their order, normalised: (images, labels), the last batch as it comes."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    def __init__(self, split: Split, batch_size: int, normalisation: Normalisation):
+        self.split, self.batch_size, self.normalisation = split, batch_size, normalisation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.split), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            yield self.normalisation(self.split.images[batch]), self.split.labels[batch]

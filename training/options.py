@@ -1,0 +1,334 @@
+"""The command line of the experiments: what it accepts, what it refuses, how a run is named."""
+
+import argparse
+import functools
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Options that say where a run happens or what to do with it, and do not change what it computes.
+PLACE_OPTIONS = {"gpu", "device", "dataset_dir", "dump_dir", "test", "name"}
+
+# How messages spell the options that a checkpoint must agree on.
+OPTION_NAMES = {
+    "mode": "-m/--mode",
+    "sparsity": "-s/--sparsity",
+    "penalty": "-penalty",
+    "soft": "-soft",
+    "temperature": "-temperature",
+    "batch_size": "-b/--batch-size",
+    "learning_rate": "-lr/--learning-rate",
+    "T": "-T",
+    "epoch": "-N/--epoch",
+    "seed": "--seed",
+    "dataset": "--dataset",
+    "interval_test": "-i1/--interval-test",
+    "interval_train": "-i2/--interval-train",
+}
+
+
+class Refusal(Exception):
+    """Something the user asked for that is not accepted; its text is the one line to print."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an experiment fixes, and its defaults for the options.
+
+    ``datasets`` are the names that --dataset accepts, the first being the default. ``mean`` and ``std`` are
+    those of the normalisation, per channel, of pixels in [0, 1]. ``augmentation`` is one of training.data's.
+    ``test_batch_size`` bounds the memory of an evaluation and has no influence on its result.
+    ``histograms`` are the weights whose distribution is recorded, None for all that are pruned.
+    """
+
+    name: str
+    datasets: tuple[str, ...]
+    batch_size: int
+    epochs: int
+    interval_test: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Any
+    test_batch_size: int
+    histograms: tuple[str, ...] | None = None
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates a script's main: a failure becomes one line, with status 2 when it is the user's to mend.
+
+    A :class:`Refusal` gives status 2, an error of the operating system 1, an interruption 130.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any) -> int:
+        try:
+            return main(*args)
+        except Refusal as refusal:
+            return _fail(str(refusal), 2)
+        except OSError as error:
+            return _fail(str(error), 1)
+        except KeyboardInterrupt:
+            return _fail("interrupted; the same command continues after the last finished epoch", 130)
+
+    return wrapped
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # one line instead of the usage and a line
+        raise Refusal(f"{message} (see --help)")
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        accepted = f">= {least}" if most == math.inf else f"from {least} to {most}"
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number {accepted}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _number(accepted: str, condition: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not condition(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number {accepted}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be the path of a folder, not an empty text")
+    return Path(text).expanduser()
+
+
+def _parser(recipe: Recipe) -> argparse.ArgumentParser:
+    parser = _Parser(
+        description=f"Trains, prunes and tests the {recipe.name} network of spiking neurons.",
+        epilog="The same command continues an interrupted run after its last finished epoch.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    least_one, at_least_zero = _whole(1), _number(">= 0", lambda x: x >= 0)
+    add(
+        "-m",
+        "--mode",
+        choices=("deep", "grad", "no_prune"),
+        default="no_prune",
+        help="how to prune: deep (Deep R), grad (Grad R) or no_prune (default: %(default)s)",
+    )
+    add(
+        "-s",
+        "--sparsity",
+        type=_number("from 0 to 1", lambda x: 0 <= x <= 1),
+        metavar="S",
+        help="target sparsity of grad, in [0.5, 1), and of soft deep, in [0, 1]; maximum sparsity of deep, in [0, 1] "
+        "(default: none; grad and deep require it)",
+    )
+    add(
+        "-penalty",
+        type=at_least_zero,
+        metavar="P",
+        help="strength of the prior (grad: alpha) or L1 penalty (deep: l1), >= 0 (default: 1e-3)",
+    )
+    add("-soft", action="store_true", help="soft Deep R instead of Deep R, with -m deep (default: off)")
+    add(
+        "-temperature",
+        type=at_least_zero,
+        metavar="T",
+        help="temperature of Deep R's noise, with -m deep: sqrt(2 T) in the Deep R paper's symbols (default: 0)",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        type=least_one,
+        default=recipe.batch_size,
+        metavar="B",
+        help="training batch size (default: %(default)s)",
+    )
+    add(
+        "-lr",
+        "--learning-rate",
+        type=_number("> 0", lambda x: x > 0),
+        default=1e-4,
+        metavar="LR",
+        help="learning rate of all optimizers (default: 1e-4)",
+    )
+    add("-T", type=least_one, default=8, help="number of time steps (default: %(default)s)")
+    add(
+        "-N",
+        "--epoch",
+        type=least_one,
+        default=recipe.epochs,
+        metavar="N",
+        help="number of training epochs in all; may grow when a run is continued (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=_whole(0, 2**63 - 1),
+        default=2020,
+        help="seed of the initial weights, the data order, the augmentation and all noise (default: %(default)s)",
+    )
+    add(
+        "-gpu",
+        type=_whole(0),
+        metavar="ID",
+        help="id of the GPU to use (default: the first GPU; the CPU where there is none)",
+    )
+    if len(recipe.datasets) > 1:
+        add(
+            "--dataset",
+            choices=recipe.datasets,
+            default=recipe.datasets[0],
+            help="data set; digits: scikit-learn's 1797 small digits, which need no download (default: %(default)s)",
+        )
+    else:
+        parser.set_defaults(dataset=recipe.datasets[0])
+    add(
+        "--dataset-dir",
+        type=_folder,
+        default=REPOSITORY / "data",
+        metavar="DIR",
+        help="folder that holds the data set, or to download it to (default: data, in the repository)",
+    )
+    add(
+        "--dump-dir",
+        type=_folder,
+        default=REPOSITORY / "runs",
+        metavar="DIR",
+        help="folder for logs and models (default: runs, in the repository)",
+    )
+    add("-test", action="store_true", help="only evaluate the saved model (default: off)")
+    add(
+        "-i1",
+        "--interval-test",
+        type=least_one,
+        default=recipe.interval_test,
+        metavar="EPOCHS",
+        help="epochs between full recordings on the test set (default: %(default)s)",
+    )
+    add(
+        "-i2",
+        "--interval-train",
+        type=least_one,
+        default=1024,
+        metavar="STEPS",
+        help="steps between recordings on the training set (default: %(default)s)",
+    )
+    return parser
+
+
+def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses and checks the command line, and chooses the device.
+
+    Returns:
+        The options by their long names, with ``device`` (torch.device) and ``name`` (of the run).
+
+    Raises:
+        Refusal: an option is not accepted, contradicts another, or cannot work on this machine.
+    """
+    options = _parser(recipe).parse_args(argv)
+    options.experiment = recipe.name
+    _check_mode(options)
+    options.name = run_name(options, recipe)
+    options.device = _device(options.gpu)
+    _check_writable(options.dump_dir)
+    return options
+
+
+def _check_mode(options: argparse.Namespace) -> None:
+    mode = options.mode
+    if mode == "no_prune":
+        for option in ("sparsity", "penalty"):
+            if getattr(options, option) is not None:
+                raise Refusal(f"argument {OPTION_NAMES[option]}: needs a pruning mode, -m grad or -m deep")
+    if mode != "deep":
+        if options.soft:
+            raise Refusal("argument -soft: needs -m deep")
+        if options.temperature is not None:
+            raise Refusal("argument -temperature: needs -m deep")
+    if mode != "no_prune":
+        accepted = "in [0.5, 1)" if mode == "grad" else "in [0, 1]"
+        if options.sparsity is None:
+            raise Refusal(f"argument -s/--sparsity: required by -m {mode}, a number {accepted}")
+        if mode == "grad" and not 0.5 <= options.sparsity < 1:
+            raise Refusal(f"argument -s/--sparsity: -m grad accepts a number {accepted}, not {options.sparsity}")
+        if options.penalty is None:
+            options.penalty = 1e-3
+    if mode == "deep" and options.temperature is None:
+        options.temperature = 0.0
+
+
+def _device(gpu: int | None) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is not None and gpu >= count:
+        there = "there is no GPU" if count == 0 else f"the GPUs are 0 to {count - 1}"
+        raise Refusal(f"argument -gpu: there is no GPU {gpu} on this machine ({there})")
+    if count == 0:
+        print("No GPU found: running on the CPU.", flush=True)
+        return torch.device("cpu")
+    return torch.device("cuda", gpu or 0)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise Refusal(f"argument --dump-dir: cannot write to {folder}: {reason}") from None
+
+
+def format_number(value: float) -> str:
+    """Writes a number as run names do, shortest digits in powers of ten: 0.001 is 1e-3, 0.00025 is 2.5e-4."""
+    if value == 0:
+        return "0"
+    exponent = Decimal(repr(value)).adjusted()
+    mantissa = Decimal(repr(value)).scaleb(-exponent).normalize()
+    return f"{mantissa:f}e{exponent}"
+
+
+def run_name(options: argparse.Namespace, recipe: Recipe) -> str:
+    """Names a run after every option that changes its outcome, but the number of epochs."""
+    parts = ["soft"] if options.soft else []
+    parts += ["lr", format_number(options.learning_rate), "b", str(options.batch_size), "T", str(options.T)]
+    if options.mode != "no_prune":
+        parts += ["penalty", format_number(options.penalty), "s", repr(options.sparsity)]
+    parts += [options.mode]
+    if options.seed != 2020:
+        parts += ["seed", str(options.seed)]
+    if options.temperature:
+        parts += ["temperature", format_number(options.temperature)]
+    if options.dataset != recipe.datasets[0]:
+        parts += [options.dataset]
+    return "-".join(parts)
+
+
+def arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a checkpoint must agree on, for it and for the record: all but those of place."""
+    return {key: value for key, value in vars(options).items() if key not in PLACE_OPTIONS}
