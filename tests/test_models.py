@@ -28,10 +28,7 @@ CIFAR10_KEYS = [
         for conv in (1, 4, 8, 11, 14)
         for key in [
             f"conv.{conv}.weight",
-            *[
-                f"conv.{conv + 1}.{k}"
-                for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-            ],
+            *[f"conv.{conv + 1}.{k}" for k in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")],
         ]
     ],
     "fc.2.weight",

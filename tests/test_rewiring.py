@@ -76,11 +76,11 @@ def test_bounds_that_are_accepted(cls, settings):
 
 
 def test_s_and_max_s_are_required_where_they_are_needed():
-    with pytest.raises(ValueError, match="s=None.*required"):
+    with pytest.raises(ValueError, match=r"s=None.*required"):
         GradRewiring(parameters(), alpha=1e-3)
-    with pytest.raises(ValueError, match="max_s=None.*required"):
+    with pytest.raises(ValueError, match=r"max_s=None.*required"):
         DeepRewiring(parameters())
-    with pytest.raises(ValueError, match="max_s=None.*required"):
+    with pytest.raises(ValueError, match=r"max_s=None.*required"):
         DeepRewiring(parameters(), soft=True)
 
 

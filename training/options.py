@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -89,6 +90,11 @@ def _fail(message: str, status: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        # argparse's own pattern takes -1e-3 and -inf for options, not for values that can be explained
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
+
     def error(self, message: str) -> NoReturn:  # one line instead of the usage and a line
         raise Refusal(f"{message} (see --help)")
 

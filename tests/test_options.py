@@ -1,0 +1,200 @@
+"""The command line: what it accepts, what it refuses, how runs are named."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+from c10.c10 import RECIPE as C10
+from mnist.mnist import RECIPE as MNIST
+from mnist.mnist import main
+from training.options import Refusal, arguments, command, format_number, parse
+
+
+@pytest.fixture
+def run_options(tmp_path):
+    return lambda *argv, recipe=MNIST: parse(recipe, ["--dump-dir", str(tmp_path), *argv])
+
+
+def test_defaults(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.options.REPOSITORY", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    common = dict(mode="no_prune", sparsity=None, penalty=None, soft=False, temperature=None, learning_rate=1e-4)
+    common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
+    common |= dict(dataset_dir=tmp_path / "data", dump_dir=tmp_path / "runs", device=torch.device("cpu"))
+    for recipe, own in (
+        (MNIST, dict(batch_size=128, epoch=512, interval_test=32, dataset="mnist", name="lr-1e-4-b-128-T-8-no_prune")),
+        (C10, dict(batch_size=16, epoch=2048, interval_test=128, dataset="cifar10", name="lr-1e-4-b-16-T-8-no_prune")),
+    ):
+        assert vars(parse(recipe, [])) == {**common, **own, "experiment": recipe.name}
+        assert capsys.readouterr().out == "No GPU found: running on the CPU.\n"
+
+
+def test_both_spellings(run_options):
+    short = "-b 3 -lr 2e-3 -s 0.7 -N 4 -m grad -i1 5 -i2 6 -penalty 7e-4 -T 9"
+    long = "--batch-size 3 --learning-rate 2e-3 --sparsity 0.7 --epoch 4 --mode grad --interval-test 5"
+    long += " --interval-train 6 -penalty 7e-4 -T 9"
+    assert run_options(*short.split()) == run_options(*long.split())
+    options = run_options(*short.split())
+    assert (options.batch_size, options.learning_rate, options.sparsity, options.epoch) == (3, 2e-3, 0.7, 4)
+    assert (options.interval_test, options.interval_train, options.penalty, options.T) == (5, 6, 7e-4, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ("", "lr-1e-4-b-128-T-8-no_prune"),
+        ("-m grad -s 0.95", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.95-grad"),
+        ("-m grad -s 0.95 -penalty 0.001 -lr 0.0001", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.95-grad"),
+        ("-m deep -s 1 -penalty 5e-4 -b 7 -T 2", "lr-1e-4-b-7-T-2-penalty-5e-4-s-1.0-deep"),
+        ("-m deep -soft -s 0.5 -lr 5e-4", "soft-lr-5e-4-b-128-T-8-penalty-1e-3-s-0.5-deep"),
+        ("-m deep -s 0.9 -temperature 1e-3", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep-temperature-1e-3"),
+        ("-m deep -s 0.9 -temperature 0", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep"),
+        ("--seed 7 --dataset digits", "lr-1e-4-b-128-T-8-no_prune-seed-7-digits"),
+        ("--seed 2020 --dataset mnist -N 3 -i1 4 -i2 5", "lr-1e-4-b-128-T-8-no_prune"),
+    ],
+)
+def test_names(run_options, argv, name):
+    assert run_options(*argv.split()).name == name
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1e-3, "1e-3"), (5e-4, "5e-4"), (0.00025, "2.5e-4"), (0.1, "1e-1"), (1.0, "1e0"), (20.0, "2e1"), (0.0, "0")],
+)
+def test_numbers_in_names(value, text):
+    assert format_number(value) == text
+    assert float(text) == value
+
+
+def test_no_two_numbers_share_a_name():
+    values = [0.1 + 0.2, 0.3, 1e-8, 1.0000000000000002e-8, 123456.789]
+    assert len({format_number(v) for v in values}) == len(values)
+
+
+BAD = [
+    ("-m dense", "-m/--mode", "deep"),
+    ("-m", "-m/--mode", "expected one argument"),
+    ("-s 0.9", "-s/--sparsity", "-m grad or -m deep"),
+    ("-penalty 1e-3", "-penalty", "-m grad or -m deep"),
+    ("-m grad", "-s/--sparsity", r"a number in \[0.5, 1\)"),
+    ("-m deep", "-s/--sparsity", r"a number in \[0, 1\]"),
+    ("-m grad -s 0.49", "-s/--sparsity", r"\[0.5, 1\)"),
+    ("-m grad -s 1", "-s/--sparsity", r"\[0.5, 1\)"),
+    ("-m deep -s 1.01", "-s/--sparsity", "from 0 to 1"),
+    ("-m deep -s -0.01", "-s/--sparsity", "from 0 to 1"),
+    ("-m grad -s nan", "-s/--sparsity", "from 0 to 1"),
+    ("-m grad -s 0.9 -penalty -1", "-penalty", ">= 0"),
+    ("-m grad -s 0.9 -penalty inf", "-penalty", "finite"),
+    ("-m grad -s 0.9 -penalty x", "-penalty", ">= 0"),
+    ("-soft", "-soft", "-m deep"),
+    ("-m grad -s 0.9 -soft", "-soft", "-m deep"),
+    ("-temperature 1e-3", "-temperature", "-m deep"),
+    ("-m grad -s 0.9 -temperature 0", "-temperature", "-m deep"),
+    ("-m deep -s 0.9 -temperature -1e-3", "-temperature", ">= 0"),
+    ("-b 0", "-b/--batch-size", ">= 1"),
+    ("-b 1.5", "-b/--batch-size", "whole number"),
+    ("-m grad -s 0.9 -penalty -inf", "-penalty", ">= 0"),
+    ("-N 0", "-N/--epoch", ">= 1"),
+    ("-N -3", "-N/--epoch", ">= 1"),
+    ("-T 0", "-T", ">= 1"),
+    ("-T two", "-T", "whole number"),
+    ("-lr 0", "-lr/--learning-rate", "> 0"),
+    ("-lr nan", "-lr/--learning-rate", "finite"),
+    ("-i1 0", "-i1/--interval-test", ">= 1"),
+    ("-i2 0", "-i2/--interval-train", ">= 1"),
+    ("--seed -1", "--seed", "from 0"),
+    ("--seed 9223372036854775808", "--seed", "to 9223372036854775807"),
+    ("-gpu -1", "-gpu", ">= 0"),
+    ("-gpu 99", "-gpu", "no GPU 99"),
+    ("--dataset cifar", "--dataset", "digits"),
+    ("--sparse 0.9", "unrecognized arguments", "--sparse"),  # no abbreviations
+    ("--epochs 3", "unrecognized arguments", "--epochs"),
+    ("surplus", "unrecognized arguments", "surplus"),
+    ("-test", "-test", "no saved model"),
+]
+
+
+@pytest.mark.parametrize(("argv", "option", "accepted"), BAD, ids=[argv or "none" for argv, _, _ in BAD])
+def test_bad_options_give_one_line_and_status_2(argv, option, accepted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mnist.py"])
+    status = main(["--dump-dir", str(tmp_path), "--dataset-dir", str(tmp_path), *argv.split()])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert re.fullmatch(r"mnist\.py: error: [^\n]+\n", err)
+    assert option in err
+    assert re.search(accepted, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["", "file/below", "file"])
+def test_a_dump_dir_that_cannot_be_written_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    path = "" if folder == "" else str(tmp_path / folder)
+    assert main(["--dump-dir", path]) == 2
+    assert "--dump-dir" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_gpus(monkeypatch, run_options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert run_options().device == torch.device("cuda", 0)
+    assert run_options("-gpu", "1").device == torch.device("cuda", 1)
+    with pytest.raises(Refusal, match=r"there is no GPU 2 on this machine \(the GPUs are 0 to 1\)"):
+        run_options("-gpu", "2")
+
+
+def test_help_explains_every_option_with_its_default(capsys):
+    for recipe in (MNIST, C10):
+        with pytest.raises(SystemExit) as stop:
+            parse(recipe, ["--help"])
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        entries = re.split(r" (?=-[-a-zA-Z0-9]+ (?:[A-Z{]|[a-z]|, ))", text[text.index("options:") :])
+        assert len(entries) >= 16
+        for option in [
+            "-m",
+            "-s",
+            "-penalty",
+            "-soft",
+            "-temperature",
+            "-b",
+            "-lr",
+            "-T",
+            "-N",
+            "--seed",
+            "-gpu",
+            "--dataset-dir",
+            "--dump-dir",
+            "-test",
+        ]:
+            assert f" {option}" in text
+        assert text.count("(default: ") == (17 if recipe is MNIST else 16)
+        assert str(recipe.epochs) in text
+
+
+def test_failures_of_the_system_and_interruptions_are_one_line_too(capsys):
+    @command
+    def full():
+        raise OSError(28, "No space left on device")
+
+    @command
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert (full(), interrupted()) == (1, 130)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2
+    assert "No space left on device" in err
+    assert "the same command continues" in err
+
+
+def test_arguments_for_the_checkpoint_leave_out_where_a_run_happens(run_options, tmp_path):
+    here = arguments(run_options("-m", "grad", "-s", "0.9"))
+    there = arguments(run_options("-m", "grad", "-s", "0.9", "--dump-dir", str(tmp_path / "x"), "-test"))
+    assert here == there
+    assert here["sparsity"] == 0.9
+    assert {"experiment", "epoch", "seed", "batch_size", "T"} <= here.keys()
+    assert all(isinstance(v, (str, int, float, bool, type(None))) for v in here.values())

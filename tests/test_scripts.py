@@ -1,0 +1,141 @@
+"""The real commands, by subprocess, on tiny data: every mode, every way to call them, resume and -test."""
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES = {
+    "no_prune": [],
+    "grad": ["-m", "grad", "-s", "0.95"],
+    "deep": ["-m", "deep", "-s", "0.5", "-temperature", "1e-3"],
+    "soft-deep": ["-m", "deep", "-soft", "-s", "0.5", "-temperature", "1e-3"],
+}
+# how the script is called, and from where
+WAYS = {
+    "no_prune": lambda name, elsewhere: ([str(ROOT / name / f"{name}.py")], elsewhere),
+    "grad": lambda name, elsewhere: ([f"{name}.py"], ROOT / name),
+    "deep": lambda name, elsewhere: (["-m", f"{name}.{name}"], ROOT),
+    "soft-deep": lambda name, elsewhere: ([f"{name}/{name}.py"], ROOT),
+}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def call(tmp_path, mnist_folder, cifar_folder):
+    folders = {"mnist": mnist_folder, "c10": cifar_folder}
+
+    def call(name, mode, *argv, start=subprocess.run):
+        command, cwd = WAYS[mode](name, tmp_path)
+        command = [sys.executable, *command, *MODES[mode], *argv]
+        command += ["--dataset-dir", str(folders[name]), "--dump-dir", str(tmp_path / "runs")]
+        pipe = subprocess.PIPE
+        return start(command, cwd=cwd, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+    yield call
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # a CIFAR-10 checkpoint is 0.6 GB
+
+
+def succeeded(result):
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "argv"), [("mnist", ["-b", "20"]), ("c10", ["-b", "5", "-T", "2"])])
+def test_smoke(call, tmp_path, name, argv, mode):
+    out = succeeded(call(name, mode, *argv, "-N", "1"))
+    assert "epoch 1/1  test accuracy " in out
+    (path,) = tmp_path.glob("runs/models/*/checkpoint.pt")
+    assert path.parent.name.startswith("soft-lr-1e-4-b-" if mode == "soft-deep" else "lr-1e-4-b-")
+    assert path.parent.name.endswith("-temperature-1e-3" if "deep" in mode else mode)
+    (log,) = tmp_path.glob("runs/logs/*")
+    assert log.name == path.parent.name
+    assert list(log.glob("events.out.tfevents.*"))
+    if mode != "grad":
+        return
+    out = succeeded(call(name, mode, *argv, "-N", "2"))
+    assert "Going on after epoch 1 of 2." in out
+    assert "epoch 2/2  test accuracy " in out
+    assert torch.load(path, weights_only=True, mmap=True)["epoch"] == 2
+    tested = succeeded(call(name, mode, *argv, "-test"))
+    assert tested.split("test accuracy ")[1].split("%")[0] == out.split("test accuracy ")[1].split("%")[0]
+    lifs = ["fc.0", "fc.2"] if name == "mnist" else [f"conv.{i}" for i in (0, 3, 6, 10, 13, 16)] + ["fc.3", "fc.5"]
+    assert sorted(p.name for p in log.glob("rate-*")) == sorted(f"rate-{lif}-epoch-2.npy" for lif in lifs)
+
+
+def test_a_kill_in_an_epoch_costs_that_epoch_only(call, tmp_path):
+    """kill -9 once the second of very many epochs has begun; the same command goes on after a finished one."""
+    process = call("mnist", "grad", "-b", "20", "-N", "100000", start=subprocess.Popen)
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (path,) = tmp_path.glob("runs/models/*/checkpoint.pt")
+    done = torch.load(path, weights_only=True)["epoch"]
+    assert done >= 2
+    out = succeeded(call("mnist", "grad", "-b", "20", "-N", str(done + 2)))
+    assert f"Going on after epoch {done} of {done + 2}." in out
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == [
+        f"{done + 1}/{done + 2}",
+        f"{done + 2}/{done + 2}",
+    ]
+
+
+def test_bad_input_is_one_line_and_status_2(call):
+    result = call("mnist", "no_prune", "-b", "0")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "mnist.py: error: argument -b/--batch-size: must be a whole number >= 1, not '0' (see --help)\n"
+    )
+
+
+def test_importing_the_scripts_does_nothing():
+    """No parsing, no seeding, no change of sys.path at import time."""
+    code = (
+        "import sys, torch; torch.manual_seed(5); state = torch.get_rng_state(); path = list(sys.path); "
+        "sys.argv = ['x', '--nonsense']; import c10.c10, mnist.mnist; "
+        "assert torch.equal(state, torch.get_rng_state()) and path == sys.path"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True)
+
+
+def imports_of(path):
+    """The names of the project's own rooms that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names} & {"rewiring", "gradrewire", "deeprewire", "spiking", *ROOMS}
+
+
+ROOMS = ("training", "mnist", "c10")
+
+
+def test_imports_run_one_way():
+    """rewiring -> gradrewire, deeprewire -> training -> scripts; a model imports neurons and layers only."""
+    allowed = {
+        "rewiring.py": set(),
+        "gradrewire.py": {"rewiring"},
+        "deeprewire.py": {"rewiring"},
+        "spiking.py": set(),
+        "mnist/model.py": {"spiking"},
+        "c10/model.py": {"spiking"},
+        "mnist/mnist.py": {"mnist", "training"},
+        "c10/c10.py": {"c10", "training"},
+    }
+    found = {name: imports_of(ROOT / name) for name in allowed}
+    assert all(found[name] <= allowed[name] for name in allowed), found
+    for path in (ROOT / "training").glob("*.py"):
+        assert imports_of(path) <= {"training", "gradrewire", "deeprewire"}, path
