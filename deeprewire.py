@@ -54,6 +54,7 @@ class DeepRewiring(RewiringOptimizer):
         foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
         maximize: maximize the objective instead of minimizing it.
         capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
+        fused: update in one pass over memory, compiled by torch.compile.
 
     State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``.
     Noise and re-activation draw from the default generator of the parameter's device.
@@ -78,6 +79,7 @@ class DeepRewiring(RewiringOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        fused: bool = False,
     ):
         defaults = dict(
             lr=lr,
@@ -90,7 +92,7 @@ class DeepRewiring(RewiringOptimizer):
             max_s=max_s,
             soft=soft,
         )
-        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable)
+        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         check_number("T", group["T"], "the temperature, a finite number >= 0", lambda x: x >= 0)
@@ -113,10 +115,18 @@ class DeepRewiring(RewiringOptimizer):
         if group["soft"]:
             state["theta"] = param.abs()
 
-    def _single_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    @staticmethod
+    def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Normal noise, and uniforms for re-activation; None where the algorithm has none."""
+        noise = torch.randn_like(param) if group["T"] > 0 else None
+        uniform = torch.rand_like(param) if not group["soft"] and group["max_s"] < 1 else None
+        return noise, uniform
+
+    @staticmethod
+    def _single_tensor(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
         sign, active = state["sign"], param != 0
         change, eta = moments(param, state, group)
-        noise, uniform = _draw(param, group)
+        noise, uniform = draws
         change.mul_(active)
         penalty = sign * (group["l1"] * eta).to(param.dtype)
         penalty.mul_(active)
@@ -139,10 +149,12 @@ class DeepRewiring(RewiringOptimizer):
                 h = torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign * group["eps"], h)
             param.copy_(h)
 
-    def _multi_tensor(self, params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+    @staticmethod
+    def _multi_tensor(
+        params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any], draws: list[tuple]
+    ) -> None:
         signs, actives = states["sign"], [param != 0 for param in params]
         changes, etas = moments_foreach(params, states, group)
-        draws = [_draw(param, group) for param in params]  # in the single-tensor path's order
         torch._foreach_mul_(changes, actives)
         penalties = torch._foreach_mul(signs, [(group["l1"] * eta).to(params[0].dtype) for eta in etas])
         torch._foreach_mul_(penalties, actives)
@@ -170,13 +182,6 @@ class DeepRewiring(RewiringOptimizer):
                     for h, sign, (_, uniform) in zip(hs, signs, draws, strict=True)
                 ]
         torch._foreach_copy_(params, hs)
-
-
-def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """The random numbers that one parameter's step needs: normal noise, and uniforms for re-activation."""
-    noise = torch.randn_like(param) if group["T"] > 0 else None
-    uniform = torch.rand_like(param) if not group["soft"] and group["max_s"] < 1 else None
-    return noise, uniform
 
 
 def _theta_min(group: dict[str, Any]) -> float | None:

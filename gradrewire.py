@@ -13,6 +13,11 @@ from torch import Tensor
 
 from rewiring import RewiringOptimizer, check_number, moments, moments_foreach
 
+try:
+    import spiking_kernels
+except ImportError:  # this file was taken into another project without them
+    spiking_kernels = None
+
 __all__ = ["GradRewiring"]
 
 
@@ -45,6 +50,8 @@ class GradRewiring(RewiringOptimizer):
         foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
         maximize: maximize the objective instead of minimizing it.
         capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
+        fused: update in one pass over memory: with a kernel on the CPU (contiguous float32, where
+            spiking_kernels and a C compiler are there), else compiled by torch.compile.
 
     State of each parameter: that of Adam, ``sign`` (int8) and ``theta``.
 
@@ -66,9 +73,10 @@ class GradRewiring(RewiringOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        fused: bool = False,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, alpha=alpha, s=s)
-        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable)
+        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         check_number("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0)
@@ -79,7 +87,8 @@ class GradRewiring(RewiringOptimizer):
     def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["theta"] = param.abs()
 
-    def _single_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    @staticmethod
+    def _single_tensor(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
         sign, theta, alpha = state["sign"], state["theta"], group["alpha"]
         change, eta = moments(param, state, group)
         h = (theta * sign).sub_(change)
@@ -89,7 +98,34 @@ class GradRewiring(RewiringOptimizer):
         torch.mul(h, sign, out=theta)
         param.copy_(theta.clamp(min=0).mul_(sign))
 
-    def _multi_tensor(self, params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
+        tensors = (param, param.grad, *(value for key, value in state.items() if key != "step"))
+        on_cpu = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        if not on_cpu or param.dtype != torch.float32 or spiking_kernels is None or spiking_kernels.available():
+            super()._fused_tensor(param, state, group, draws)
+            return
+        (beta1, beta2), alpha = group["betas"], group["alpha"]
+        state["step"].add_(1)
+        t = float(state["step"])
+        eta = float(group["lr"]) / (1 - beta1**t)
+        prior = alpha > group["eps"]
+        spiking_kernels.grad_rewiring_step(
+            *(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
+            *(state["sign"], state["theta"]),
+            betas=group["betas"],
+            correction=math.sqrt(1 - beta2**t),
+            eps=group["eps"],
+            eta=eta,
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            prior=alpha * eta if prior else 0.0,
+            mu=math.log(2 * (1 - group["s"])) / alpha if prior else 0.0,
+        )
+
+    @staticmethod
+    def _multi_tensor(
+        params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any], draws: list[tuple]
+    ) -> None:
         signs, thetas, alpha = states["sign"], states["theta"], group["alpha"]
         changes, etas = moments_foreach(params, states, group)
         hs = torch._foreach_mul(thetas, signs)

@@ -6,6 +6,7 @@ m and v are Adam's moments, eta_t = lr / (1 - beta1^t) the step size and
 d_t = sqrt(v) / sqrt(1 - beta2^t) + eps the denominator.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -36,8 +37,10 @@ class RewiringOptimizer(Optimizer):
     """Base of the rewiring optimizers: an Adam whose update an algorithm redefines.
 
     A subclass names its extra settings in ``defaults``, checks them in :meth:`_check_settings`, fills
-    the state of a parameter in :meth:`_init_state` and does the arithmetic in :meth:`_single_tensor`
-    and :meth:`_multi_tensor`; both must give bitwise the same weights on the CPU.
+    the state of a parameter in :meth:`_init_state`, draws the random numbers of a step in :meth:`_draw`
+    and does the arithmetic in :meth:`_single_tensor` and :meth:`_multi_tensor`; both must give bitwise
+    the same weights on the CPU. ``fused`` updates each parameter in one pass over memory, with the
+    single-tensor path compiled by torch.compile unless a subclass knows better.
 
     Every state holds ``step`` (0-dimensional, float32; on the CPU unless ``capturable``), ``exp_avg``,
     ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``sign`` (int8), each of the weight's shape.
@@ -51,8 +54,9 @@ class RewiringOptimizer(Optimizer):
         foreach: bool | None,
         maximize: bool,
         capturable: bool,
+        fused: bool,
     ):
-        defaults.update(foreach=foreach, maximize=maximize, capturable=capturable)
+        defaults.update(foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
         super().__init__(params, defaults)
 
     # -- what an algorithm defines -------------------------------------------------------------
@@ -64,13 +68,35 @@ class RewiringOptimizer(Optimizer):
     def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Adds the algorithm's own tensors to the state of a parameter at its first gradient."""
 
-    def _single_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    @staticmethod
+    def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, ...]:
+        """The random numbers that the step of one parameter needs."""
+        return ()
+
+    @staticmethod
+    def _single_tensor(
+        param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple[Tensor | None, ...]
+    ) -> None:
         """Updates one parameter in place."""
         raise NotImplementedError
 
-    def _multi_tensor(self, params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]) -> None:
+    @staticmethod
+    def _multi_tensor(
+        params: list[Tensor],
+        states: dict[str, list[Tensor]],
+        group: dict[str, Any],
+        draws: list[tuple[Tensor | None, ...]],
+    ) -> None:
         """Updates parameters of one device and dtype in place, with ``torch._foreach_*``."""
         raise NotImplementedError
+
+    def _fused_tensor(
+        self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple[Tensor | None, ...]
+    ) -> None:
+        """Updates one parameter in place, in one pass over memory."""
+        # as a tensor, so that a scheduler's new learning rate is not compiled anew
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
+        _compiled(self._single_tensor)(param, state, {**group, "lr": lr}, draws)
 
     # -- the optimizer --------------------------------------------------------------------------
 
@@ -112,9 +138,11 @@ class RewiringOptimizer(Optimizer):
             check_number(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
         check_number("eps", group["eps"], "a finite number >= 0", lambda x: x >= 0)
         check_number("weight_decay", group["weight_decay"], "a finite number >= 0", lambda x: x >= 0)
-        for name in ("amsgrad", "maximize", "capturable"):
+        for name in ("amsgrad", "maximize", "capturable", "fused"):
             _check_bool(name, group[name])
         _check_bool("foreach", group["foreach"], or_none=True)
+        if group["fused"] and group["foreach"]:
+            raise ValueError("foreach=True is not accepted with fused=True: they are two ways to do one thing")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -122,6 +150,7 @@ class RewiringOptimizer(Optimizer):
             group.setdefault("foreach", None)
             group.setdefault("maximize", False)
             group.setdefault("capturable", False)
+            group.setdefault("fused", False)
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 if "sign" in entry:  # load_state_dict casts all state but `step` to the weight's dtype
@@ -172,19 +201,25 @@ class RewiringOptimizer(Optimizer):
             if params[0].is_cuda and not group["capturable"] and not torch.compiler.is_compiling():
                 _check_not_capturing()
             foreach = group["foreach"]
-            if foreach is None:
+            if foreach is None and not group["fused"]:
                 _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
             if not foreach:
+                update = self._fused_tensor if group["fused"] else self._single_tensor
                 for param in params:
-                    self._single_tensor(param, self.state[param], group)
+                    update(param, self.state[param], group, self._draw(param, group))
                 continue
             alike = defaultdict(list)
             for param in params:
                 alike[param.device, param.dtype].append(param)
             for some in alike.values():
                 states = {key: [self.state[param][key] for param in some] for key in self.state[some[0]]}
-                self._multi_tensor(some, states, group)
+                self._multi_tensor(some, states, group, [self._draw(param, group) for param in some])
         return loss
+
+
+@functools.cache
+def _compiled(update: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(update, fullgraph=True, dynamic=True)
 
 
 def _check_not_capturing() -> None:

@@ -54,6 +54,12 @@ class SpikingNetwork(nn.Module):
         step_mode: 'm' runs the spiking part layer by layer, each layer over all time steps; 's' runs it
             time step by time step. The same network, with the same results within rounding.
 
+    Attributes:
+        fused: let fused kernels run what they can, in 'm' mode; the same results within rounding, but
+            hooks of the layers that they replace are not called. Off at first.
+        spike_counts: while it is a dictionary, such kernels add to it the spikes of every neuron by the
+            name of its LIF layer, int64 of the layer's shape (see training.measure.SpikeCounter).
+
     Raises:
         ValueError: T or step_mode is not accepted.
     """
@@ -66,6 +72,8 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"step_mode={step_mode!r} is not accepted: step_mode must be 's' or 'm'")
         self.T = T
         self.step_mode = step_mode
+        self.fused = False
+        self.spike_counts: dict[str, Tensor] | None = None
 
     def static(self, images: Tensor) -> Tensor:
         """The first layer: images to the input current of the first neurons."""

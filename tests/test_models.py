@@ -158,13 +158,14 @@ def test_golden_cifar10(golden, step_mode):
         np.testing.assert_allclose(network(torch.tensor(facts["x"])), facts["eval_counts"], atol=1e-5)
 
 
-@modes
+@pytest.mark.parametrize("execution", ["s", "m", "fused"])
 @pytest.mark.parametrize("mode", ["grad", "deep_soft", "no_prune"])
-def test_golden_mnist_training(golden, real_data, mode, step_mode):
+def test_golden_mnist_training(golden, real_data, mode, execution):
     facts = golden(f"mnist_{mode}.npz")
     settings = json.loads(str(facts["hyper"]))
     torch.manual_seed(settings["seed"])
-    network = MnistNet(settings["T"], step_mode)
+    network = MnistNet(settings["T"], "s" if execution == "s" else "m")
+    network.fused = execution == "fused"
     for name, p in network.named_parameters():
         np.testing.assert_allclose(fingerprint(p), facts[f"init_fp:{name}"], rtol=1e-9)
     options = SimpleNamespace(
@@ -174,6 +175,8 @@ def test_golden_mnist_training(golden, real_data, mode, step_mode):
         penalty=settings["penalty"],
         sparsity=settings["s"],
         temperature=0.0,
+        compile=execution == "fused",
+        device=torch.device("cpu"),
     )
     optimizers = build(network, options)
     train = load("mnist", real_data).train

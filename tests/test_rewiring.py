@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -31,7 +32,12 @@ BAD = [
         for cls in (GradRewiring, DeepRewiring)
         for bad in [None, 0.9, (0.9,), (0.9, 0.99, 0.999), (-0.1, 0.9), (0.9, 1.0), (math.nan, 0.9), (0.9, "x")]
     ],
-    *[(cls, name, bad) for cls in (GradRewiring, DeepRewiring) for name in ("amsgrad", "foreach") for bad in ["no", 1]],
+    *[
+        (cls, name, bad)
+        for cls in (GradRewiring, DeepRewiring)
+        for name in ("amsgrad", "foreach", "fused")
+        for bad in ["no", 1]
+    ],
     *[(GradRewiring, "alpha", bad) for bad in [*NUMBERS, -1e-9]],
     *[(GradRewiring, "s", bad) for bad in [*NUMBERS, 0.49, 1.0, -0.5, 2]],
     *[(DeepRewiring, name, bad) for name in ("T", "l1") for bad in [*NUMBERS, -1e-9]],
@@ -385,3 +391,49 @@ def test_a_cuda_graph_captures_the_step_and_draws_fresh_noise(variant):
             graph.replay()
             changes.append(captured[0].detach() - before)
         assert not torch.equal(*changes)
+
+
+needs_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@needs_cpp
+@pytest.mark.parametrize("variant", ["grad", "deep", "soft deep"])
+def test_the_compiled_update_is_the_plain_one(variant, monkeypatch):
+    """With the same draws, too; and a scheduler's learning rates do not compile it anew."""
+    monkeypatch.setattr("gradrewire.spiking_kernels", None)
+    torch._dynamo.reset()
+    runs = []
+    for fused in (False, True):
+        params = parameters(shapes=[(30, 20), (50,)])
+        optimizer = make(variant, params, foreach=False if not fused else None, fused=fused)
+        train(optimizer, params, steps=2)
+        if fused:
+            torch._dynamo.config.error_on_recompile = True
+        try:
+            for factor in (0.5, 0.7):
+                optimizer.param_groups[0]["lr"] *= factor
+                train(optimizer, params, steps=4, seed=4)
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+        runs.append([(p.detach(), optimizer.state[p]) for p in params])
+    for (p, p_state), (q, q_state) in zip(*runs, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-7)
+        assert torch.equal(p == 0, q == 0)
+        for key, value in p_state.items():
+            torch.testing.assert_close(q_state[key], value, rtol=1e-5, atol=1e-7)
+
+
+@variants
+def test_fused_and_foreach_exclude_each_other(variant):
+    with pytest.raises(ValueError, match="foreach=True is not accepted with fused=True"):
+        make(variant, parameters(), foreach=True, fused=True)
+
+
+@pytest.mark.gpu
+@variants
+def test_the_compiled_update_on_cuda(variant):
+    plain, compiled = parameters(device="cuda"), parameters(device="cuda")
+    for params, fused in ((plain, False), (compiled, True)):
+        train(make(variant, params, fused=fused, capturable=True), params, steps=10)
+    for p, q in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)

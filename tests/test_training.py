@@ -70,6 +70,7 @@ def same(a, b):
 
 def options(**settings):
     defaults = dict(learning_rate=0.02, penalty=0.3, sparsity=0.7, temperature=0.1, soft=False)
+    defaults |= dict(compile=False, device=torch.device("cpu"))
     return SimpleNamespace(**{**defaults, **settings})
 
 

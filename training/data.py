@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+import spiking_kernels
 from training.options import Refusal
 
 CIFAR10_CLASSES = (
@@ -270,6 +271,10 @@ class Normalisation:
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
+    def table(self) -> Tensor:
+        """What each pixel value becomes, float32 [256]; for images of one channel."""
+        return self(torch.arange(256, device=self.mean.device).view(1, 1, 256)).flatten()
+
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
@@ -283,6 +288,7 @@ class TrainingBatches:
         augmentation: :class:`RandomAffine` or :class:`RandomCropFlip`.
         normalisation: from uint8 to the network's input.
         generator: of the order and of the augmentation, on the CPU; each epoch draws from it once, at its start.
+        fused: let a fused kernel make the batches where there is one, bitwise the same.
 
     Raises:
         Refusal: the training part is smaller than a batch.
@@ -295,6 +301,7 @@ class TrainingBatches:
         augmentation: RandomAffine | RandomCropFlip,
         normalisation: Normalisation,
         generator: Generator,
+        fused: bool = False,
     ):
         if batch_size > len(split):
             raise Refusal(
@@ -302,9 +309,17 @@ class TrainingBatches:
             )
         self.split, self.batch_size, self.generator = split, batch_size, generator
         self.augmentation, self.normalisation = augmentation, normalisation
+        on_cpu, channels = split.images.device.type == "cpu", split.images.shape[1]
+        self.fused = fused and on_cpu and channels == 1 and isinstance(augmentation, RandomAffine)
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size
+
+    def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
+        """The images of one batch, as the network takes them."""
+        if self.fused:
+            return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.normalisation.table())
+        return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the (images, labels) of one epoch: float32 [B, C, H, W] and int64 [B]."""
@@ -313,8 +328,7 @@ class TrainingBatches:
         transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
         for step in range(len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            images = self.augmentation.apply(self.split.images[order[batch]], transforms[batch])
-            yield self.normalisation(images), self.split.labels[order[batch]]
+            yield self._inputs(order[batch], transforms[batch]), self.split.labels[order[batch]]
 
 
 class TestBatches:

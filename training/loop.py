@@ -6,10 +6,10 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from spiking import SpikingNetwork
 from training import checkpoint, measure, record
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.options import Recipe, Refusal, arguments
@@ -34,7 +34,7 @@ class Run:
         self,
         recipe: Recipe,
         options: Namespace,
-        network: nn.Module,
+        network: SpikingNetwork,
         optimizers: list[Optimizer],
         dataset: Dataset,
         saved: dict[str, Any] | None,
@@ -45,9 +45,15 @@ class Run:
         normalisation = Normalisation(recipe.mean, recipe.std, device)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.training = TrainingBatches(
-            dataset.train.to(device), options.batch_size, recipe.augmentation, normalisation, self.generator
+            dataset.train.to(device),
+            options.batch_size,
+            recipe.augmentation,
+            normalisation,
+            self.generator,
+            fused=options.compile,
         )
         self.test_set = TestBatches(dataset.test.to(device), recipe.test_batch_size, normalisation)
+        network.fused = options.compile
         self.weights = measure.prunable(network)
         self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0

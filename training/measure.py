@@ -13,6 +13,8 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spiking import SpikingNetwork
+
 
 def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that pruning is about, by name: those of linear and convolutional layers, so all but BatchNorm's."""
@@ -84,34 +86,41 @@ class SpikeCounter:
     """Counts the spikes of every LIF neuron of a network while it is open (a context manager).
 
     ``rates()`` gives, by the LIF layer's name, the firing rate of each of its neurons: spikes per image
-    and time step, float32 of the layer's shape [C, H, W] or [C].
+    and time step, float32 of the layer's shape [C, H, W] or [C]. Counts stay on the device until then.
     """
 
-    def __init__(self, network: nn.Module):
-        self._layers = {name: m for name, m in network.named_modules() if isinstance(m, neuron.LIFNode)}
+    def __init__(self, network: SpikingNetwork):
+        self.network = network
         self._counts: dict[str, Tensor] = {}
-        self._outputs: dict[str, int] = {}
+        self._images = 0
 
     def __enter__(self) -> "SpikeCounter":
-        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._layers.items()]
+        layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, neuron.LIFNode)]
+        self._hooks = [module.register_forward_hook(self._count_layer(name)) for name, module in layers]
+        self._hooks.append(self.network.register_forward_hook(self._count_images))
+        self.network.spike_counts = self._counts  # for what runs fused, without the layers' hooks
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.network.spike_counts = None
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, name: str):
+    def _count_images(self, network: SpikingNetwork, inputs: Any, counts: Tensor) -> None:
+        self._images += len(counts)
+
+    def _count_layer(self, name: str):
         def count_spikes(module: neuron.LIFNode, inputs: Any, spikes: Tensor) -> None:
             if module.step_mode == "m":
                 spikes = spikes.flatten(0, 1)  # [T, N, ...] -> [T N, ...]
-            # sums of up to 2^24 spikes are exact in float32
-            self._counts[name] = self._counts.get(name, 0) + spikes.detach().sum(0, dtype=torch.float32)
-            self._outputs[name] = self._outputs.get(name, 0) + len(spikes)
+            # one batch's sum is exact in float32, the sum of all in int64
+            self._counts[name] = self._counts.get(name, 0) + spikes.detach().sum(0, dtype=torch.float32).long()
 
         return count_spikes
 
     def rates(self) -> dict[str, Tensor]:
-        return {name: counts / self._outputs[name] for name, counts in self._counts.items()}
+        outputs = self._images * self.network.T
+        return {name: (counts.double() / outputs).float() for name, counts in self._counts.items()}
 
 
 @torch.no_grad()

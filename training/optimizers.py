@@ -12,11 +12,11 @@ from training.measure import prunable
 
 def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
     """Builds the optimizers of ``options.mode``: its own for the weights that can be pruned, Adam for the rest."""
-    lr, weights = options.learning_rate, list(prunable(network).values())
+    lr, fused, weights = options.learning_rate, options.compile, list(prunable(network).values())
     if options.mode == "no_prune":
-        return [Adam(network.parameters(), lr=lr)]
+        return [Adam(network.parameters(), lr=lr, fused=fused)]
     if options.mode == "grad":
-        pruning = GradRewiring(weights, lr=lr, alpha=options.penalty, s=options.sparsity)
+        pruning = GradRewiring(weights, lr=lr, alpha=options.penalty, s=options.sparsity, fused=fused)
     else:
         pruning = DeepRewiring(
             weights,
@@ -25,7 +25,8 @@ def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
             max_s=options.sparsity,
             T=options.temperature,
             soft=options.soft,
+            fused=fused and options.device.type == "cuda",  # on the CPU torch.compile costs more than it saves
         )
     pruned = {id(weight) for weight in weights}
     others = [parameter for parameter in network.parameters() if id(parameter) not in pruned]
-    return [pruning, Adam(others, lr=lr)] if others else [pruning]
+    return [pruning, Adam(others, lr=lr, fused=fused)] if others else [pruning]

@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 
 import torch
 
+import spiking_kernels
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Options that say where a run happens or what to do with it, and do not change what it computes.
-PLACE_OPTIONS = {"gpu", "device", "dataset_dir", "dump_dir", "test", "name"}
+PLACE_OPTIONS = {"compile", "gpu", "device", "dataset_dir", "dump_dir", "test", "name"}
 
 # How messages spell the options that a checkpoint must agree on.
 OPTION_NAMES = {
@@ -228,6 +230,12 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for logs and models (default: runs, in the repository)",
     )
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run fused kernels where there are any: the same results within rounding, faster (default: --compile)",
+    )
     add("-test", action="store_true", help="only evaluate the saved model (default: off)")
     add(
         "-i1",
@@ -262,6 +270,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     _check_mode(options)
     options.name = run_name(options, recipe)
     options.device = _device(options.gpu)
+    options.compile = options.compile and _can_compile(options.device)
     _check_writable(options.dump_dir)
     return options
 
@@ -298,6 +307,13 @@ def _device(gpu: int | None) -> torch.device:
         print("No GPU found: running on the CPU.", flush=True)
         return torch.device("cpu")
     return torch.device("cuda", gpu or 0)
+
+
+def _can_compile(device: torch.device) -> bool:
+    missing = spiking_kernels.available() if device.type == "cpu" else None
+    if missing:
+        print(f"No fused kernels, {missing}: running the plain layers.", flush=True)
+    return not missing
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,0 +1,276 @@
+"""Fused CPU kernels for the MNIST network and for Grad Rewiring: compiled at first use, called through ctypes.
+
+They compute what the modules of SpikingJelly and torch compute, within rounding, in a fraction of the
+time (benchmarks/RESULTS.md); where there is no C compiler, :func:`available` says so and the modules run.
+``cpu.c`` explains how they work.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.c")
+MAX_T = 254  # periods are kept in a byte
+LANES = 16
+
+
+class Unavailable(RuntimeError):
+    """The kernels cannot be built on this machine; the text says why, in one line."""
+
+
+def _cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradrewire"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="gradrewire-"))
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+    except OSError:
+        return platform.processor()
+
+
+def build(compiler: str = "cc") -> Path:
+    """Compiles ``cpu.c`` for this processor, once; returns the library's path.
+
+    Raises:
+        Unavailable: there is no compiler, or it cannot compile the source.
+    """
+    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()
+    library = _cache_folder() / f"cpu-{key[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / "cpu.so"  # renamed when complete: several processes may build at once
+            try:
+                subprocess.run([compiler, *flags, "-o", built, SOURCE], check=True, capture_output=True, text=True)
+            except FileNotFoundError:
+                raise Unavailable(f"there is no C compiler ({compiler})") from None
+            except subprocess.CalledProcessError as error:
+                message = (error.stderr.strip() or str(error)).splitlines()[0]
+                raise Unavailable(f"the C compiler fails ({message})") from None
+            os.replace(built, library)
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(build(os.environ.get("CC", "cc"))))
+    except OSError as error:
+        raise Unavailable(f"the compiled kernels do not load ({error})") from None
+    pointer, integer, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    for name, arguments in {
+        "constant_lif_linear_forward": [pointer] * 7 + [integer] * 5,
+        "constant_lif_linear_backward": [pointer] * 8 + [integer] * 5,
+        "lif_count_forward": [pointer] * 2 + [wide, integer],
+        "lif_count_backward": [pointer] * 3 + [wide, integer],
+        "affine_lookup": [pointer] * 5 + [integer] * 3,
+        "grad_rewiring_step": [pointer] * 7 + [wide] + [real] * 11,
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+@functools.cache
+def available() -> str | None:
+    """None when the kernels can be used, building them if need be; else why not, in one line."""
+    try:
+        _library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def _padded(outputs: int) -> int:
+    return -(-outputs // LANES) * LANES
+
+
+class _ConstantLifLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, current: Tensor, weight: Tensor, T: int, spikes: Tensor | None) -> Tensor:
+        current, weight = current.contiguous(), weight.contiguous()
+        (n, h), o = current.shape, len(weight)
+        p = _padded(o)
+        period = torch.empty(n, h, dtype=torch.uint8)
+        scratch, sums = torch.empty(h, p), torch.empty(n, T + 2, p)
+        out = torch.empty(T, n, o)
+        _library().constant_lif_linear_forward(
+            current.data_ptr(),
+            weight.data_ptr(),
+            scratch.data_ptr(),
+            sums.data_ptr(),
+            period.data_ptr(),
+            out.data_ptr(),
+            None if spikes is None else spikes.data_ptr(),
+            *(n, h, o, p, T),
+        )
+        ctx.save_for_backward(current, weight, period)
+        ctx.T = T
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        current, weight, period = ctx.saved_tensors
+        (n, h), o, grad = current.shape, len(weight), grad.contiguous()
+        p = _padded(o)
+        sums, scratch = torch.empty(n, ctx.T + 2, p), torch.empty(h, p)
+        grad_current, grad_weight = torch.empty_like(current), torch.empty_like(weight)
+        _library().constant_lif_linear_backward(
+            grad.data_ptr(),
+            current.data_ptr(),
+            period.data_ptr(),
+            weight.data_ptr(),
+            sums.data_ptr(),
+            scratch.data_ptr(),
+            grad_current.data_ptr(),
+            grad_weight.data_ptr(),
+            *(n, h, o, p, ctx.T),
+        )
+        return grad_current, grad_weight, None, None
+
+
+class _LifCount(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        counts = torch.empty(x.shape[1:])
+        _library().lif_count_forward(x.data_ptr(), counts.data_ptr(), counts.numel(), len(x))
+        ctx.save_for_backward(x)
+        return counts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad, grad_x = grad.contiguous(), torch.empty_like(x)
+        _library().lif_count_backward(grad.data_ptr(), x.data_ptr(), grad_x.data_ptr(), grad.numel(), len(x))
+        return grad_x
+
+
+def _check(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; the kernels take float32 on the CPU")
+
+
+def constant_lif_linear(current: Tensor, weight: Tensor, T: int, spikes: Tensor | None = None) -> Tensor:
+    """A layer of LIF neurons with currents that do not change over time, then a linear layer without bias.
+
+    Args:
+        current: the neurons' input at every step, float32 [N, H].
+        weight: of the linear layer, float32 [O, H].
+        T: number of time steps, from 1 to 254.
+        spikes: int64 [H], increased by the number of spikes of each neuron in all N x T steps.
+
+    Returns:
+        The linear layer's output at each step, [T, N, O].
+
+    Raises:
+        ValueError: a tensor or T is not accepted.
+    """
+    _check(current=current, weight=weight)
+    if not 1 <= T <= MAX_T:
+        raise ValueError(f"T={T!r} is not accepted: T must be from 1 to {MAX_T}")
+    if current.dim() != 2 or weight.dim() != 2 or current.shape[1] != weight.shape[1]:
+        raise ValueError(f"current {list(current.shape)} and weight {list(weight.shape)} must be [N, H] and [O, H]")
+    if spikes is not None and (spikes.dtype != torch.int64 or spikes.shape != current.shape[1:]):
+        raise ValueError(f"spikes must be int64 {list(current.shape[1:])}")
+    return _ConstantLifLinear.apply(current, weight, T, spikes)
+
+
+def lif_count(x: Tensor) -> Tensor:
+    """The spike counts of LIF neurons: input over time, float32 [T, ...], to float32 [...]."""
+    _check(x=x)
+    return _LifCount.apply(x)
+
+
+def affine_lookup(images: Tensor, index: Tensor, matrices: Tensor, table: Tensor) -> Tensor:
+    """Images picked, moved and normalised in one pass.
+
+    Args:
+        images: uint8 [D, 1, H, W], contiguous.
+        index: which to pick, int64 [N].
+        matrices: their inverse maps in 16.16 fixed point, int32 [N, 6] (see training.data.RandomAffine.inverse).
+        table: what a pixel becomes, float32 [256].
+
+    Returns:
+        float32 [N, 1, H, W].
+    """
+    _check(table=table)
+    index, matrices = index.contiguous(), matrices.contiguous()
+    accepted = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 1 and images.is_contiguous()
+    if not accepted or table.shape != (256,) or index.dtype != torch.int64 or matrices.dtype != torch.int32:
+        raise ValueError("affine_lookup takes uint8 [D, 1, H, W], int64 [N], int32 [N, 6] and float32 [256]")
+    if matrices.shape != (len(index), 6) or (len(index) and not 0 <= index.min() <= index.max() < len(images)):
+        raise ValueError("affine_lookup needs one matrix for each index, and indices of images that are there")
+    height, width = images.shape[2:]
+    out = torch.empty(len(index), 1, height, width)
+    _library().affine_lookup(
+        images.data_ptr(),
+        index.data_ptr(),
+        matrices.data_ptr(),
+        table.data_ptr(),
+        out.data_ptr(),
+        *(len(index), height, width),
+    )
+    return out
+
+
+def grad_rewiring_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    sign: Tensor,
+    theta: Tensor,
+    *,
+    betas: tuple[float, float],
+    correction: float,
+    eps: float,
+    eta: float,
+    weight_decay: float,
+    maximize: bool,
+    prior: float,
+    mu: float,
+) -> None:
+    """One step of Grad Rewiring, in place, on contiguous float32 tensors of one shape (sign: int8).
+
+    Args:
+        correction: sqrt(1 - beta2^t).
+        eta: the step size, lr / (1 - beta1^t).
+        prior: alpha * eta, or 0 where the prior is off.
+        mu: where the prior changes its sign.
+
+    The other arguments are those of gradrewire.GradRewiring.
+    """
+    _library().grad_rewiring_step(
+        param.data_ptr(),
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        None if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
+        sign.data_ptr(),
+        theta.data_ptr(),
+        param.numel(),
+        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
+        *(-1.0 if maximize else 1.0, prior, mu),
+    )

@@ -1,0 +1,287 @@
+/* Fused CPU kernels; __init__.py compiles and calls them.
+ *
+ * All arrays are contiguous float32 unless said otherwise. The neuron is the paper's: h = v + (x - v) / 2,
+ * a spike where h >= 1, then v = 0, else v = h; the surrogate derivative of a spike is 1 / (1 + (pi (h - 1))^2),
+ * and no gradient flows through the reset.
+ *
+ * What makes them fast is that the first layer's current is constant over time. A reset is to exactly 0, so a
+ * neuron fires with a period: first at step k, then at 2k, 3k, ... (k is found by the same arithmetic, step by
+ * step). The next layer's input at step t is then the sum over the k that divide t of the weights from the
+ * neurons of period k: each neuron's weights are added once, not at each of its spikes.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define BLOCK 64 /* neurons at a time: their state stays in the first-level cache */
+#define LANES 16 /* outputs are padded to a multiple of it */
+#define THREADED _Pragma("omp parallel for schedule(static)")
+#define SIMD _Pragma("omp simd")
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+/* w [O][H] to wt [H][P], padded with 0 */
+static void transpose(const float *w, float *wt, int H, int O, int P) {
+    THREADED
+    for (int h = 0; h < H; h++)
+        for (int o = 0; o < P; o++) wt[(size_t)h * P + o] = o < O ? w[(size_t)o * H + h] : 0.0f;
+}
+
+/* Periods of H neurons with constant currents: the step of the first spike, T + 1 where there is none. */
+static void find_periods(const float *current, uint8_t *period, int H, int T) {
+    for (int start = 0; start < H; start += BLOCK) {
+        int n = smaller(BLOCK, H - start);
+        const float *x = current + start;
+        float v[BLOCK];
+        int32_t k[BLOCK];
+        for (int i = 0; i < n; i++) v[i] = 0.0f, k[i] = T + 1;
+        for (int t = 1; t <= T; t++) {
+            SIMD
+            for (int i = 0; i < n; i++) {
+                float h = v[i] + (x[i] - v[i]) * 0.5f;
+                k[i] = h >= 1.0f && k[i] > t ? t : k[i];
+                v[i] = h; /* what follows the first spike does not matter */
+            }
+        }
+        for (int i = 0; i < n; i++) period[start + i] = (uint8_t)k[i];
+    }
+}
+
+/* Spikes of N x H neurons with constant currents, through weights [O][H], for T steps (at most 254).
+ * wt [H][P] and sums [N][T + 2][P] are scratch; period [N][H] (uint8) is kept for the backward pass;
+ * out [T][N][O]; spikes [H] (int64), unless null, is increased by each neuron's spikes. */
+void constant_lif_linear_forward(const float *current, const float *w, float *wt, float *sums, uint8_t *period,
+                                 float *out, int64_t *spikes, int N, int H, int O, int P, int T) {
+    transpose(w, wt, H, O, P);
+    THREADED
+    for (int n = 0; n < N; n++) {
+        uint8_t *k = period + (size_t)n * H;
+        float *sum = sums + (size_t)n * (T + 2) * P;
+        float partial[4][P]; /* of neurons with the same k, so that additions need not wait for each other */
+        find_periods(current + (size_t)n * H, k, H, T);
+        memset(sum, 0, sizeof(float) * (T + 2) * P);
+        if (P == LANES) {
+            float lanes[4][T + 2][LANES];
+            memset(lanes, 0, sizeof(lanes));
+            for (int h = 0; h < H; h++) {
+                float *to = lanes[h & 3][k[h]];
+                const float *from = wt + (size_t)h * LANES;
+                SIMD
+                for (int o = 0; o < LANES; o++) to[o] += from[o];
+            }
+            for (int j = 1; j <= T; j++)
+                for (int o = 0; o < LANES; o++)
+                    sum[j * P + o] = (lanes[0][j][o] + lanes[1][j][o]) + (lanes[2][j][o] + lanes[3][j][o]);
+        } else {
+            for (int h = 0; h < H; h++) {
+                SIMD
+                for (int o = 0; o < P; o++) sum[k[h] * P + o] += wt[(size_t)h * P + o];
+            }
+        }
+        for (int t = 1; t <= T; t++) {
+            memset(partial, 0, sizeof(float) * P);
+            for (int j = 1; j <= t; j++)
+                if (t % j == 0)
+                    for (int o = 0; o < O; o++) partial[0][o] += sum[j * P + o];
+            memcpy(out + ((size_t)(t - 1) * N + n) * O, partial[0], sizeof(float) * O);
+        }
+    }
+    if (spikes) {
+        THREADED
+        for (int h = 0; h < H; h++) {
+            int64_t count = 0;
+            for (int n = 0; n < N; n++) count += T / period[(size_t)n * H + h];
+            spikes[h] += count;
+        }
+    }
+}
+
+/* The gradients of current [N][H] and w [O][H] from that of out, grad [T][N][O].
+ * sums [N][T + 2][P] and gwt [H][P] are scratch. */
+void constant_lif_linear_backward(const float *grad, const float *current, const uint8_t *period, const float *w,
+                                  float *sums, float *gwt, float *grad_current, float *grad_w, int N, int H, int O,
+                                  int P, int T) {
+    const float pi = 3.14159265358979f;
+    THREADED
+    for (int n = 0; n < N; n++) {
+        /* what each neuron of period j passes to its weights: the gradients at its spikes' steps */
+        float *sum = sums + (size_t)n * (T + 2) * P;
+        memset(sum, 0, sizeof(float) * (T + 2) * P);
+        for (int j = 1; j <= T; j++)
+            for (int t = j; t <= T; t += j)
+                for (int o = 0; o < O; o++) sum[j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
+        for (int start = 0; start < H; start += BLOCK) {
+            int m = smaller(BLOCK, H - start);
+            const float *x = current + (size_t)n * H + start;
+            float v[BLOCK], trace[BLOCK], total[BLOCK], g[BLOCK]; /* trace: dh/dx, forwards in time */
+            for (int i = 0; i < BLOCK; i++) v[i] = trace[i] = total[i] = 0.0f;
+            for (int t = 0; t < T; t++) {
+                const float *row = grad + ((size_t)t * N + n) * O;
+                for (int i = 0; i < BLOCK; i++) g[i] = 0.0f;
+                for (int o = 0; o < O; o++) {
+                    const float *weights = w + (size_t)o * H + start;
+                    float factor = row[o];
+                    SIMD
+                    for (int i = 0; i < m; i++) g[i] += factor * weights[i];
+                }
+                SIMD
+                for (int i = 0; i < m; i++) {
+                    float h = v[i] + (x[i] - v[i]) * 0.5f;
+                    float slope = 0.5f + 0.5f * trace[i];
+                    float u = pi * (h - 1.0f);
+                    total[i] += g[i] * slope / (1.0f + u * u);
+                    v[i] = h >= 1.0f ? 0.0f : h;
+                    trace[i] = h >= 1.0f ? 0.0f : slope;
+                }
+            }
+            memcpy(grad_current + (size_t)n * H + start, total, sizeof(float) * m);
+        }
+    }
+    THREADED
+    for (int start = 0; start < H; start += BLOCK) {
+        int m = smaller(BLOCK, H - start);
+        memset(gwt + (size_t)start * P, 0, sizeof(float) * m * P);
+        for (int n = 0; n < N; n++) {
+            const float *sum = sums + (size_t)n * (T + 2) * P;
+            const uint8_t *k = period + (size_t)n * H + start;
+            if (P == LANES) {
+                for (int i = 0; i < m; i++) {
+                    float *to = gwt + (size_t)(start + i) * LANES;
+                    const float *from = sum + k[i] * LANES;
+                    SIMD
+                    for (int o = 0; o < LANES; o++) to[o] += from[o];
+                }
+            } else {
+                for (int i = 0; i < m; i++) {
+                    SIMD
+                    for (int o = 0; o < P; o++) gwt[(size_t)(start + i) * P + o] += sum[k[i] * P + o];
+                }
+            }
+        }
+        for (int o = 0; o < O; o++)
+            for (int i = 0; i < m; i++) grad_w[(size_t)o * H + start + i] = gwt[(size_t)(start + i) * P + o];
+    }
+}
+
+/* Spike counts [M] of M neurons with input x [T][M]. */
+void lif_count_forward(const float *x, float *counts, int64_t M, int T) {
+    THREADED
+    for (int64_t start = 0; start < M; start += BLOCK) {
+        int m = (int)(M - start < BLOCK ? M - start : BLOCK);
+        float v[BLOCK], count[BLOCK];
+        for (int i = 0; i < BLOCK; i++) v[i] = count[i] = 0.0f;
+        for (int t = 0; t < T; t++) {
+            const float *row = x + t * M + start;
+            SIMD
+            for (int i = 0; i < m; i++) {
+                float h = v[i] + (row[i] - v[i]) * 0.5f;
+                count[i] += h >= 1.0f ? 1.0f : 0.0f;
+                v[i] = h >= 1.0f ? 0.0f : h;
+            }
+        }
+        memcpy(counts + start, count, sizeof(float) * m);
+    }
+}
+
+/* The gradient of x [T][M] from that of the counts, grad [M]. */
+void lif_count_backward(const float *grad, const float *x, float *grad_x, int64_t M, int T) {
+    const float pi = 3.14159265358979f;
+    THREADED
+    for (int64_t start = 0; start < M; start += BLOCK) {
+        int m = (int)(M - start < BLOCK ? M - start : BLOCK);
+        float v[BLOCK], g[BLOCK], h[T][BLOCK];
+        for (int i = 0; i < BLOCK; i++) v[i] = g[i] = 0.0f;
+        for (int t = 0; t < T; t++) {
+            const float *row = x + t * M + start;
+            SIMD
+            for (int i = 0; i < m; i++) {
+                h[t][i] = v[i] + (row[i] - v[i]) * 0.5f;
+                v[i] = h[t][i] >= 1.0f ? 0.0f : h[t][i];
+            }
+        }
+        for (int t = T - 1; t >= 0; t--) {
+            float *row = grad_x + t * M + start;
+            SIMD
+            for (int i = 0; i < m; i++) {
+                float u = pi * (h[t][i] - 1.0f);
+                float gh = grad[start + i] / (1.0f + u * u) + (h[t][i] >= 1.0f ? 0.0f : g[i]);
+                row[i] = g[i] = 0.5f * gh; /* half to the input, half to the potential before */
+            }
+        }
+    }
+}
+
+/* Picks images [.][height][width] (uint8) by index [N] (int64), moves each by its matrix [N][6] (int32, 16.16
+ * fixed-point inverse map, as training.data.RandomAffine.inverse gives it; fill 0), and looks its pixels up in
+ * table [256]; out [N][height][width]. */
+void affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *matrices, const float *table, float *out,
+                   int N, int height, int width) {
+    THREADED
+    for (int n = 0; n < N; n++) {
+        const uint8_t *image = images + index[n] * height * width;
+        const int32_t *m = matrices + n * 6;
+        float *to = out + (size_t)n * height * width;
+        for (int y = 0; y < height; y++) {
+            SIMD
+            for (int x = 0; x < width; x++) {
+                int32_t column = (m[0] * x + m[1] * y + m[2]) >> 16;
+                int32_t row = (m[3] * x + m[4] * y + m[5]) >> 16;
+                int inside = (column >= 0) & (column < width) & (row >= 0) & (row < height);
+                int32_t at = inside ? row * width + column : 0;
+                to[y * width + x] = table[inside ? image[at] : 0];
+            }
+        }
+    }
+}
+
+/* One step of Grad Rewiring on n weights: see gradrewire.GradRewiring, whose symbols these are. max_v is null
+ * without amsgrad; prior is alpha * eta, or 0 where the prior is off; correction is sqrt(1 - beta2^t). */
+void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign,
+                        float *theta, int64_t n, float beta1, float one_minus_beta1, float beta2,
+                        float one_minus_beta2, float correction, float eps, float eta, float weight_decay,
+                        float direction, float prior, float mu) {
+    enum { CHUNK = 1024 };
+    THREADED
+    for (int64_t start = 0; start < n; start += CHUNK) {
+        int size = (int)(n - start < CHUNK ? n - start : CHUNK);
+        float *W = w + start, *M = m + start, *V = v + start, *X = max_v ? max_v + start : V, *Theta = theta + start;
+        const float *G = grad + start;
+        const int8_t *S = sign + start;
+        float decay[CHUNK], weights[CHUNK] __attribute__((aligned(64)));
+        if (weight_decay != 0.0f) {
+            SIMD
+            for (int i = 0; i < size; i++) decay[i] = weight_decay * W[i];
+        } else
+            memset(decay, 0, sizeof(float) * size);
+        SIMD
+        for (int i = 0; i < size; i++) {
+            float g = direction * G[i] + decay[i];
+            M[i] = M[i] * beta1 + g * one_minus_beta1;
+            V[i] = V[i] * beta2 + g * g * one_minus_beta2;
+            X[i] = X[i] > V[i] ? X[i] : V[i];
+            float change = M[i] * eta / (sqrtf(X[i]) / correction + eps);
+            float s = (float)S[i];
+            float above = Theta[i] - mu;
+            float push = above > 0.0f ? prior : above < 0.0f ? -prior : 0.0f;
+            float h = Theta[i] * s - change - push * s;
+            float t = h * s;
+            Theta[i] = t;
+            weights[i] = (t < 0.0f ? 0.0f : t) * s; /* NaN stays NaN */
+        }
+#ifdef __AVX512F__
+        /* w is written, not read: past the cache, it costs half the memory traffic */
+        if (n >= (1 << 22) && size == CHUNK && ((uintptr_t)W & 63) == 0) {
+            for (int i = 0; i < CHUNK; i += 16) _mm512_stream_ps(W + i, _mm512_load_ps(weights + i));
+            continue;
+        }
+#endif
+        memcpy(W, weights, sizeof(float) * size);
+    }
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
