@@ -7,12 +7,34 @@ import torch
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import Tensor, nn
 
-__all__ = ["SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
+__all__ = ["LIFNode", "SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
 
 
-def lif() -> neuron.LIFNode:
+class LIFNode(neuron.LIFNode):
+    """SpikingJelly's LIF neuron, whose membrane potential stays float32 when its input is of lower precision."""
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        if x_seq.dtype not in (torch.bfloat16, torch.float16):
+            return super().multi_step_forward(x_seq)
+        v = self.v
+        if not isinstance(v, Tensor):
+            v = torch.full(x_seq.shape[1:], float(v), dtype=torch.float32, device=x_seq.device)
+        spikes, self.v, _ = functional.lif_multi_step(
+            x_seq,
+            v,
+            self.tau,
+            self.decay_input,
+            self.v_threshold,
+            self.v_reset,
+            self.surrogate_function,
+            self.detach_reset,
+        )
+        return spikes
+
+
+def lif() -> LIFNode:
     """The paper's leaky integrate-and-fire neuron: tau 2, threshold 1, hard reset to 0, ATan surrogate."""
-    return neuron.LIFNode(
+    return LIFNode(
         tau=2.0,
         decay_input=True,
         v_threshold=1.0,
@@ -94,7 +116,7 @@ class SpikingNetwork(nn.Module):
             spikes = self.spiking(current.expand(self.T, *current.shape))
         else:
             spikes = torch.stack([self.spiking(current) for _ in range(self.T)])
-        return self.readout(spikes.sum(0))
+        return self.readout(spikes.sum(0, dtype=torch.promote_types(spikes.dtype, torch.float32)))
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.

@@ -37,7 +37,7 @@ class MnistNet(SpikingNetwork):
         hidden = None
         if self.spike_counts is not None:
             hidden = self.spike_counts.setdefault("fc.0", torch.zeros(800, dtype=torch.int64))
-        currents = spiking_kernels.constant_lif_linear(self.static(images), self.fc[1].weight, self.T, hidden)
+        currents = spiking_kernels.constant_lif_linear(self.static(images).float(), self.fc[1].weight, self.T, hidden)
         counts = spiking_kernels.lif_count(currents)  # [T, N, 10] -> [N, 10]
         if self.spike_counts is not None:
             output = self.spike_counts.setdefault("fc.2", torch.zeros(10, dtype=torch.int64))

@@ -90,7 +90,7 @@ def test_neurons_are_the_papers():
     neurons = [m for network in networks for m in network.modules() if isinstance(m, neuron.BaseNode)]
     assert len(neurons) == 2 + 8
     for node in neurons:
-        assert type(node) is neuron.LIFNode
+        assert isinstance(node, neuron.LIFNode)
         assert (node.tau, node.v_threshold, node.v_reset) == (2.0, 1.0, 0.0)
         assert node.decay_input
         assert node.detach_reset

@@ -23,6 +23,7 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     common = dict(mode="no_prune", sparsity=None, penalty=None, soft=False, temperature=None, learning_rate=1e-4)
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
+    common |= dict(precision=None, precision_used="fp32")
     common |= dict(compile=spiking_kernels.available() is None)
     common |= dict(dataset_dir=tmp_path / "data", dump_dir=tmp_path / "runs", device=torch.device("cpu"))
     for recipe, own in (
@@ -53,6 +54,8 @@ def test_both_spellings(run_options):
         ("-m deep -soft -s 0.5 -lr 5e-4", "soft-lr-5e-4-b-128-T-8-penalty-1e-3-s-0.5-deep"),
         ("-m deep -s 0.9 -temperature 1e-3", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep-temperature-1e-3"),
         ("-m deep -s 0.9 -temperature 0", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep"),
+        ("--precision bf16 --seed 3", "lr-1e-4-b-128-T-8-no_prune-seed-3-bf16"),
+        ("--precision fp32", "lr-1e-4-b-128-T-8-no_prune"),
         ("--seed 7 --dataset digits", "lr-1e-4-b-128-T-8-no_prune-seed-7-digits"),
         ("--seed 2020 --dataset mnist -N 3 -i1 4 -i2 5", "lr-1e-4-b-128-T-8-no_prune"),
     ],
@@ -110,6 +113,8 @@ BAD = [
     ("--seed 9223372036854775808", "--seed", "to 9223372036854775807"),
     ("-gpu -1", "-gpu", ">= 0"),
     ("-gpu 99", "-gpu", "no GPU 99"),
+    ("--precision fp16", "--precision", "bf16"),
+    ("--precision tf32", "--precision", "needs a GPU"),
     ("--dataset cifar", "--dataset", "digits"),
     ("--sparse 0.9", "unrecognized arguments", "--sparse"),  # no abbreviations
     ("--epochs 3", "unrecognized arguments", "--epochs"),
@@ -170,11 +175,12 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-gpu",
             "--dataset-dir",
             "--compile",
+            "--precision",
             "--dump-dir",
             "-test",
         ]:
             assert f" {option}" in text
-        assert text.count("(default: ") == (18 if recipe is MNIST else 17)
+        assert text.count("(default: ") == (19 if recipe is MNIST else 18)
         assert str(recipe.epochs) in text
 
 

@@ -234,6 +234,7 @@ def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
         ("", "-lr 2e-2"),
         ("", "-T 3"),
         ("", "-b 5"),
+        ("", "--precision bf16"),
         ("-m grad -s 0.95", "-m grad -s 0.5 -penalty 100"),
         ("-m grad -s 0.95", "-m grad -s 0.95 -penalty 1e-1"),
         ("-m deep -s 0", "-m deep -s 0 -soft"),

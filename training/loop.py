@@ -13,6 +13,7 @@ from spiking import SpikingNetwork
 from training import checkpoint, measure, record
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.options import Recipe, Refusal, arguments
+from training.step import TrainingStep, autocast, set_precision
 
 
 class Run:
@@ -53,7 +54,9 @@ class Run:
             fused=options.compile,
         )
         self.test_set = TestBatches(dataset.test.to(device), recipe.test_batch_size, normalisation)
+        set_precision(options.precision_used, device)
         network.fused = options.compile
+        self.training_step = TrainingStep(network, optimizers, options.precision_used, device, graph=options.compile)
         self.weights = measure.prunable(network)
         self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
@@ -118,7 +121,8 @@ class Run:
         print(f"Logs are in {folder}, the model in {checkpoint.path_of(self.options).parent}.")
 
     def _train_epoch(self, recorder: record.Recorder) -> None:
-        T, bar_seconds = self.options.T, 0.5
+        bar_seconds = 0.5
+        recorded = []  # on the device until the end of the epoch
         self.network.train()
         bar = tqdm(
             self.training,
@@ -128,33 +132,27 @@ class Run:
         )
         shown = time.perf_counter()
         for images, labels in bar:
-            counts = self.network(images)
-            loss = measure.loss_function(counts, labels, T)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            loss.backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
-            recording = self.step % self.options.interval_train == 0
-            # the only places where the host waits for the device
-            if recording or (not bar.disable and time.perf_counter() - shown > bar_seconds):
-                accuracy, value = float(measure.correct(counts, labels)) / len(labels), float(loss.detach())
-                if recording:
-                    recorder.training(self.step, value, accuracy)
-                bar.set_postfix(loss=f"{value:.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
+            loss, right = self.training_step(images, labels)
+            if self.step % self.options.interval_train == 0:
+                recorded.append((self.step, loss.clone(), right.clone()))
+            if not bar.disable and time.perf_counter() - shown > bar_seconds:  # here the host waits for the device
+                accuracy = int(right) / len(labels)
+                bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
                 shown = time.perf_counter()
             self.step += 1
+        for step, loss, right in recorded:
+            recorder.training(step, float(loss), int(right) / self.options.batch_size)
 
     def _test_and_record(self, recorder: record.Recorder) -> float:
         """Tests after an epoch and records; in full after the first epoch and every -i1 epochs."""
         full = self.epoch == 1 or self.epoch % self.options.interval_test == 0
         if full:
             with measure.SpikeCounter(self.network) as spikes:
-                accuracy = measure.accuracy(self.network, self.test_set)
+                accuracy = self._accuracy()
             recorder.neurons(self.epoch, spikes.rates())
             recorder.weights(self.epoch, self.network, self.optimizers, self.recipe.histograms)
         else:
-            accuracy = measure.accuracy(self.network, self.test_set)
+            accuracy = self._accuracy()
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, self._masks()
         recorder.accuracy(self.epoch, accuracy)
@@ -162,10 +160,14 @@ class Run:
         recorder.flush()
         return accuracy
 
+    def _accuracy(self) -> float:
+        with autocast(self.options.precision_used, self.options.device):
+            return measure.accuracy(self.network, self.test_set)
+
     def test(self) -> None:
         """Evaluates the network as it is; prints the results and stores them in the log folder."""
         with measure.SpikeCounter(self.network) as spikes:
-            accuracy = measure.accuracy(self.network, self.test_set)
+            accuracy = self._accuracy()
         record.report_test(
             record.folder_of(self.options), self.epoch, accuracy, measure.count(self.masks), spikes.rates()
         )

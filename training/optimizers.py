@@ -12,11 +12,14 @@ from training.measure import prunable
 
 def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
     """Builds the optimizers of ``options.mode``: its own for the weights that can be pruned, Adam for the rest."""
-    lr, fused, weights = options.learning_rate, options.compile, list(prunable(network).values())
+    lr, weights = options.learning_rate, list(prunable(network).values())
+    on_gpu = options.device.type == "cuda"
+    # a CUDA graph captures the step; torch.compile on the CPU would cost Deep R more than it saves
+    fast = {"fused": options.compile, "capturable": options.compile and on_gpu}
     if options.mode == "no_prune":
-        return [Adam(network.parameters(), lr=lr, fused=fused)]
+        return [Adam(network.parameters(), lr=lr, **fast)]
     if options.mode == "grad":
-        pruning = GradRewiring(weights, lr=lr, alpha=options.penalty, s=options.sparsity, fused=fused)
+        pruning = GradRewiring(weights, lr=lr, alpha=options.penalty, s=options.sparsity, **fast)
     else:
         pruning = DeepRewiring(
             weights,
@@ -25,8 +28,8 @@ def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
             max_s=options.sparsity,
             T=options.temperature,
             soft=options.soft,
-            fused=fused and options.device.type == "cuda",  # on the CPU torch.compile costs more than it saves
+            **{**fast, "fused": options.compile and on_gpu},
         )
     pruned = {id(weight) for weight in weights}
     others = [parameter for parameter in network.parameters() if id(parameter) not in pruned]
-    return [pruning, Adam(others, lr=lr, fused=fused)] if others else [pruning]
+    return [pruning, Adam(others, lr=lr, **fast)] if others else [pruning]

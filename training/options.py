@@ -20,7 +20,7 @@ import spiking_kernels
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Options that say where a run happens or what to do with it, and do not change what it computes.
-PLACE_OPTIONS = {"compile", "gpu", "device", "dataset_dir", "dump_dir", "test", "name"}
+PLACE_OPTIONS = {"compile", "gpu", "device", "precision_used", "dataset_dir", "dump_dir", "test", "name"}
 
 # How messages spell the options that a checkpoint must agree on.
 OPTION_NAMES = {
@@ -35,6 +35,7 @@ OPTION_NAMES = {
     "epoch": "-N/--epoch",
     "seed": "--seed",
     "dataset": "--dataset",
+    "precision": "--precision",
     "interval_test": "-i1/--interval-test",
     "interval_train": "-i2/--interval-train",
 }
@@ -236,6 +237,11 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         default=True,
         help="run fused kernels where there are any: the same results within rounding, faster (default: --compile)",
     )
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        help="of matrix products and convolutions; all state stays fp32 (default: tf32 on a GPU, fp32 on the CPU)",
+    )
     add("-test", action="store_true", help="only evaluate the saved model (default: off)")
     add(
         "-i1",
@@ -268,8 +274,9 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     options = _parser(recipe).parse_args(argv)
     options.experiment = recipe.name
     _check_mode(options)
-    options.name = run_name(options, recipe)
     options.device = _device(options.gpu)
+    _choose_precision(options)
+    options.name = run_name(options, recipe)
     options.compile = options.compile and _can_compile(options.device)
     _check_writable(options.dump_dir)
     return options
@@ -309,6 +316,16 @@ def _device(gpu: int | None) -> torch.device:
     return torch.device("cuda", gpu or 0)
 
 
+def _choose_precision(options: argparse.Namespace) -> None:
+    """Sets ``precision_used``; ``precision`` stays None for the device's default, for a run to change devices."""
+    default = "tf32" if options.device.type == "cuda" else "fp32"
+    if options.precision == "tf32" and options.device.type != "cuda":
+        raise Refusal("argument --precision: tf32 needs a GPU; the CPU takes fp32 or bf16")
+    options.precision_used = options.precision or default
+    if options.precision == default:
+        options.precision = None
+
+
 def _can_compile(device: torch.device) -> bool:
     missing = spiking_kernels.available() if device.type == "cpu" else None
     if missing:
@@ -346,6 +363,8 @@ def run_name(options: argparse.Namespace, recipe: Recipe) -> str:
         parts += ["seed", str(options.seed)]
     if options.temperature:
         parts += ["temperature", format_number(options.temperature)]
+    if options.precision:
+        parts += [options.precision]
     if options.dataset != recipe.datasets[0]:
         parts += [options.dataset]
     return "-".join(parts)

@@ -1,0 +1,88 @@
+"""One training step as a unit: forward, loss, backward, optimizers; in a CUDA graph where there is a GPU."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from spiking import SpikingNetwork
+from training import measure
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Lets matrix products and convolutions on a GPU use TensorFloat-32, or not (bf16 is :func:`autocast`'s)."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context of a forward pass: under bf16, products take bfloat16, all state stays float32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+class TrainingStep:
+    """Takes one step on a batch; returns its loss and how many predictions were right, on the device.
+
+    With ``graph``, on a GPU, the first :attr:`WARMUP` steps run as they are; then the step is captured as
+    a CUDA graph and replayed on copies of the batches, so that the host no longer launches each kernel.
+    Dropout and noise draw fresh numbers at each replay: the graph advances the default generator.
+    The optimizers must be capturable then, and a new learning rate has no effect after the capture.
+
+    The returned tensors are overwritten by the next step: whoever keeps them copies them.
+    """
+
+    WARMUP = 3
+
+    def __init__(
+        self, network: SpikingNetwork, optimizers: list[Optimizer], precision: str, device: torch.device, graph: bool
+    ):
+        self.network, self.optimizers, self.precision, self.device = network, optimizers, precision, device
+        self.use_graph = graph and device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls = 0
+
+    def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        with autocast(self.precision, self.device):
+            counts = self.network(images)
+        loss = measure.loss_function(counts, labels, self.network.T)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach(), measure.correct(counts.detach(), labels)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.use_graph:
+            return self._eager(images, labels)
+        if self.graph is None:
+            if self.calls < self.WARMUP:
+                self.calls += 1
+                return self._warm_up(images, labels)
+            self._capture(images, labels)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.outputs
+
+    def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A step as it is, on a side stream, as capturing asks for: kernels are built, optimizers get their state."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            outputs = self._eager(images, labels)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return outputs
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images.clone(), labels.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.outputs = self._eager(self.images, self.labels)
+        self.graph = graph
