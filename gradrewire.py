@@ -99,9 +99,9 @@ class GradRewiring(RewiringOptimizer):
         param.copy_(theta.clamp(min=0).mul_(sign))
 
     def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
-        tensors = (param, param.grad, *(value for key, value in state.items() if key != "step"))
-        on_cpu = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-        if not on_cpu or param.dtype != torch.float32 or spiking_kernels is None or spiking_kernels.available():
+        grad = param.grad
+        accepted = param.is_cpu and param.dtype == torch.float32 and param.is_contiguous() and grad.is_contiguous()
+        if not accepted or spiking_kernels is None or spiking_kernels.available():
             super()._fused_tensor(param, state, group, draws)
             return
         (beta1, beta2), alpha = group["betas"], group["alpha"]
@@ -110,7 +110,7 @@ class GradRewiring(RewiringOptimizer):
         eta = float(group["lr"]) / (1 - beta1**t)
         prior = alpha > group["eps"]
         spiking_kernels.grad_rewiring_step(
-            *(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
+            *(param, grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
             *(state["sign"], state["theta"]),
             betas=group["betas"],
             correction=math.sqrt(1 - beta2**t),

@@ -118,11 +118,19 @@ class SpikingNetwork(nn.Module):
             spikes = torch.stack([self.spiking(current) for _ in range(self.T)])
         return self.readout(spikes.sum(0, dtype=torch.promote_types(spikes.dtype, torch.float32)))
 
+    def simulate_fused(self, images: Tensor) -> Tensor | None:
+        """:meth:`forward` by fused kernels; None where there are none for this network, these images, this machine."""
+        return None
+
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.
 
         Membrane potentials and the dropout mask are reset before, and released after.
         """
+        if self.fused:
+            counts = self.simulate_fused(images)
+            if counts is not None:
+                return counts
         functional.reset_net(self)
         counts = self.simulate(images)
         functional.reset_net(self)  # their graph would hold the activations until the next batch

@@ -23,22 +23,15 @@ class MnistNet(SpikingNetwork):
     def spiking(self, current: Tensor) -> Tensor:
         return self.fc(current)
 
-    def simulate(self, images: Tensor) -> Tensor:
-        if self.fused and self.step_mode == "m" and self._kernels_accept(images):
-            return self._simulate_fused(images)
-        return super().simulate(images)
-
-    def _kernels_accept(self, images: Tensor) -> bool:
-        tensors = (images, *self.parameters())
-        accepted = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-        return accepted and self.T <= spiking_kernels.MAX_T and spiking_kernels.available() is None
-
-    def _simulate_fused(self, images: Tensor) -> Tensor:
+    def simulate_fused(self, images: Tensor) -> Tensor | None:
+        weight, tensors = self.fc[1].weight, (images, self.static_fc[1].weight, self.fc[1].weight)
+        plain = any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors)
+        if plain or self.step_mode != "m" or self.T > spiking_kernels.MAX_T or spiking_kernels.available():
+            return None
         hidden = None
         if self.spike_counts is not None:
             hidden = self.spike_counts.setdefault("fc.0", torch.zeros(800, dtype=torch.int64))
-        currents = spiking_kernels.constant_lif_linear(self.static(images).float(), self.fc[1].weight, self.T, hidden)
-        counts = spiking_kernels.lif_count(currents)  # [T, N, 10] -> [N, 10]
+        counts = spiking_kernels.lif_linear_lif(self.static(images).float(), weight, self.T, hidden)  # [N, 10]
         if self.spike_counts is not None:
             output = self.spike_counts.setdefault("fc.2", torch.zeros(10, dtype=torch.int64))
             output += counts.detach().sum(0).long()

@@ -80,11 +80,11 @@ def _library() -> ctypes.CDLL:
         "constant_lif_linear_backward": [pointer] * 8 + [integer] * 5,
         "lif_count_forward": [pointer] * 2 + [wide, integer],
         "lif_count_backward": [pointer] * 3 + [wide, integer],
-        "affine_lookup": [pointer] * 5 + [integer] * 3,
+        "affine_lookup": [pointer] * 5 + [wide] + [integer] * 3,
         "grad_rewiring_step": [pointer] * 7 + [wide] + [real] * 11,
     }.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, integer if name == "affine_lookup" else None
     return library
 
 
@@ -102,7 +102,7 @@ def _padded(outputs: int) -> int:
     return -(-outputs // LANES) * LANES
 
 
-class _ConstantLifLinear(torch.autograd.Function):
+class _LifLinearLif(torch.autograd.Function):
     @staticmethod
     def forward(ctx, current: Tensor, weight: Tensor, T: int, spikes: Tensor | None) -> Tensor:
         current, weight = current.contiguous(), weight.contiguous()
@@ -110,31 +110,35 @@ class _ConstantLifLinear(torch.autograd.Function):
         p = _padded(o)
         period = torch.empty(n, h, dtype=torch.uint8)
         scratch, sums = torch.empty(h, p), torch.empty(n, T + 2, p)
-        out = torch.empty(T, n, o)
-        _library().constant_lif_linear_forward(
+        inputs, counts = torch.empty(T, n, o), torch.empty(n, o)
+        library = _library()
+        library.constant_lif_linear_forward(
             current.data_ptr(),
             weight.data_ptr(),
             scratch.data_ptr(),
             sums.data_ptr(),
             period.data_ptr(),
-            out.data_ptr(),
+            inputs.data_ptr(),
             None if spikes is None else spikes.data_ptr(),
             *(n, h, o, p, T),
         )
-        ctx.save_for_backward(current, weight, period)
-        ctx.T = T
-        return out
+        library.lif_count_forward(inputs.data_ptr(), counts.data_ptr(), n * o, T)
+        ctx.save_for_backward(current, weight, period, inputs)
+        return counts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        current, weight, period = ctx.saved_tensors
-        (n, h), o, grad = current.shape, len(weight), grad.contiguous()
+        current, weight, period, inputs = ctx.saved_tensors
+        (n, h), (T, _, o), grad = current.shape, inputs.shape, grad.contiguous()
         p = _padded(o)
-        sums, scratch = torch.empty(n, ctx.T + 2, p), torch.empty(h, p)
+        sums, scratch = torch.empty(n, T + 2, p), torch.empty(h, p)
+        grad_inputs = torch.empty_like(inputs)
         grad_current, grad_weight = torch.empty_like(current), torch.empty_like(weight)
-        _library().constant_lif_linear_backward(
-            grad.data_ptr(),
+        library = _library()
+        library.lif_count_backward(grad.data_ptr(), inputs.data_ptr(), grad_inputs.data_ptr(), n * o, T)
+        library.constant_lif_linear_backward(
+            grad_inputs.data_ptr(),
             current.data_ptr(),
             period.data_ptr(),
             weight.data_ptr(),
@@ -142,27 +146,9 @@ class _ConstantLifLinear(torch.autograd.Function):
             scratch.data_ptr(),
             grad_current.data_ptr(),
             grad_weight.data_ptr(),
-            *(n, h, o, p, ctx.T),
+            *(n, h, o, p, T),
         )
         return grad_current, grad_weight, None, None
-
-
-class _LifCount(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        counts = torch.empty(x.shape[1:])
-        _library().lif_count_forward(x.data_ptr(), counts.data_ptr(), counts.numel(), len(x))
-        ctx.save_for_backward(x)
-        return counts
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad, grad_x = grad.contiguous(), torch.empty_like(x)
-        _library().lif_count_backward(grad.data_ptr(), x.data_ptr(), grad_x.data_ptr(), grad.numel(), len(x))
-        return grad_x
 
 
 def _check(**tensors: Tensor) -> None:
@@ -171,17 +157,17 @@ def _check(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; the kernels take float32 on the CPU")
 
 
-def constant_lif_linear(current: Tensor, weight: Tensor, T: int, spikes: Tensor | None = None) -> Tensor:
-    """A layer of LIF neurons with currents that do not change over time, then a linear layer without bias.
+def lif_linear_lif(current: Tensor, weight: Tensor, T: int, spikes: Tensor | None = None) -> Tensor:
+    """LIF neurons with currents that do not change over time, a linear layer without bias, LIF neurons.
 
     Args:
-        current: the neurons' input at every step, float32 [N, H].
+        current: the first neurons' input at every step, float32 [N, H].
         weight: of the linear layer, float32 [O, H].
         T: number of time steps, from 1 to 254.
-        spikes: int64 [H], increased by the number of spikes of each neuron in all N x T steps.
+        spikes: int64 [H], increased by the number of spikes of each of the first neurons in all N x T steps.
 
     Returns:
-        The linear layer's output at each step, [T, N, O].
+        The last neurons' spike counts, float32 [N, O].
 
     Raises:
         ValueError: a tensor or T is not accepted.
@@ -193,13 +179,7 @@ def constant_lif_linear(current: Tensor, weight: Tensor, T: int, spikes: Tensor 
         raise ValueError(f"current {list(current.shape)} and weight {list(weight.shape)} must be [N, H] and [O, H]")
     if spikes is not None and (spikes.dtype != torch.int64 or spikes.shape != current.shape[1:]):
         raise ValueError(f"spikes must be int64 {list(current.shape[1:])}")
-    return _ConstantLifLinear.apply(current, weight, T, spikes)
-
-
-def lif_count(x: Tensor) -> Tensor:
-    """The spike counts of LIF neurons: input over time, float32 [T, ...], to float32 [...]."""
-    _check(x=x)
-    return _LifCount.apply(x)
+    return _LifLinearLif.apply(current, weight, T, spikes)
 
 
 def affine_lookup(images: Tensor, index: Tensor, matrices: Tensor, table: Tensor) -> Tensor:
@@ -219,18 +199,20 @@ def affine_lookup(images: Tensor, index: Tensor, matrices: Tensor, table: Tensor
     accepted = images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] == 1 and images.is_contiguous()
     if not accepted or table.shape != (256,) or index.dtype != torch.int64 or matrices.dtype != torch.int32:
         raise ValueError("affine_lookup takes uint8 [D, 1, H, W], int64 [N], int32 [N, 6] and float32 [256]")
-    if matrices.shape != (len(index), 6) or (len(index) and not 0 <= index.min() <= index.max() < len(images)):
-        raise ValueError("affine_lookup needs one matrix for each index, and indices of images that are there")
+    if matrices.shape != (len(index), 6):
+        raise ValueError("affine_lookup needs one matrix for each index")
     height, width = images.shape[2:]
     out = torch.empty(len(index), 1, height, width)
-    _library().affine_lookup(
+    foreign = _library().affine_lookup(
         images.data_ptr(),
         index.data_ptr(),
         matrices.data_ptr(),
         table.data_ptr(),
         out.data_ptr(),
-        *(len(index), height, width),
+        *(len(images), len(index), height, width),
     )
+    if foreign:
+        raise ValueError("affine_lookup needs indices of images that are there")
     return out
 
 

@@ -19,6 +19,7 @@
 
 #define BLOCK 64 /* neurons at a time: their state stays in the first-level cache */
 #define LANES 16 /* outputs are padded to a multiple of it */
+#define STEPS 8  /* time steps at a time */
 #define THREADED _Pragma("omp parallel for schedule(static)")
 #define SIMD _Pragma("omp simd")
 
@@ -100,12 +101,42 @@ void constant_lif_linear_forward(const float *current, const float *w, float *wt
     }
 }
 
+/* Adds to total what some steps contribute to the gradients of m currents x; v and trace, dh/dx, go on with the
+ * steps. grad has the outputs' gradients, a row per step. With constant m and steps all of it stays in registers. */
+static inline __attribute__((always_inline)) void constant_lif_gradient(const float *grad, const float *w,
+                                                                        const float *x, float *v, float *trace,
+                                                                        float *total, int m, int steps, size_t row,
+                                                                        int H, int O) {
+    const float pi = 3.14159265358979f;
+    float g[STEPS][LANES] = {{0}}; /* the gradients of the spikes */
+    for (int o = 0; o < O; o++) {
+        const float *weights = w + (size_t)o * H;
+        _Pragma("GCC unroll 8")
+        for (int t = 0; t < steps; t++) {
+            float factor = grad[t * row + o];
+            SIMD
+            for (int i = 0; i < m; i++) g[t][i] += factor * weights[i];
+        }
+    }
+    _Pragma("GCC unroll 8")
+    for (int t = 0; t < steps; t++) {
+        SIMD
+        for (int i = 0; i < m; i++) {
+            float h = v[i] + (x[i] - v[i]) * 0.5f;
+            float slope = 0.5f + 0.5f * trace[i];
+            float u = pi * (h - 1.0f);
+            total[i] += g[t][i] * slope / (1.0f + u * u);
+            v[i] = h >= 1.0f ? 0.0f : h;
+            trace[i] = h >= 1.0f ? 0.0f : slope;
+        }
+    }
+}
+
 /* The gradients of current [N][H] and w [O][H] from that of out, grad [T][N][O].
  * sums [N][T + 2][P] and gwt [H][P] are scratch. */
 void constant_lif_linear_backward(const float *grad, const float *current, const uint8_t *period, const float *w,
                                   float *sums, float *gwt, float *grad_current, float *grad_w, int N, int H, int O,
                                   int P, int T) {
-    const float pi = 3.14159265358979f;
     THREADED
     for (int n = 0; n < N; n++) {
         /* what each neuron of period j passes to its weights: the gradients at its spikes' steps */
@@ -114,29 +145,17 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
         for (int j = 1; j <= T; j++)
             for (int t = j; t <= T; t += j)
                 for (int o = 0; o < O; o++) sum[j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
-        for (int start = 0; start < H; start += BLOCK) {
-            int m = smaller(BLOCK, H - start);
-            const float *x = current + (size_t)n * H + start;
-            float v[BLOCK], trace[BLOCK], total[BLOCK], g[BLOCK]; /* trace: dh/dx, forwards in time */
-            for (int i = 0; i < BLOCK; i++) v[i] = trace[i] = total[i] = 0.0f;
-            for (int t = 0; t < T; t++) {
-                const float *row = grad + ((size_t)t * N + n) * O;
-                for (int i = 0; i < BLOCK; i++) g[i] = 0.0f;
-                for (int o = 0; o < O; o++) {
-                    const float *weights = w + (size_t)o * H + start;
-                    float factor = row[o];
-                    SIMD
-                    for (int i = 0; i < m; i++) g[i] += factor * weights[i];
-                }
-                SIMD
-                for (int i = 0; i < m; i++) {
-                    float h = v[i] + (x[i] - v[i]) * 0.5f;
-                    float slope = 0.5f + 0.5f * trace[i];
-                    float u = pi * (h - 1.0f);
-                    total[i] += g[i] * slope / (1.0f + u * u);
-                    v[i] = h >= 1.0f ? 0.0f : h;
-                    trace[i] = h >= 1.0f ? 0.0f : slope;
-                }
+        for (int start = 0; start < H; start += LANES) {
+            int m = smaller(LANES, H - start);
+            float x[LANES] = {0}, v[LANES] = {0}, trace[LANES] = {0}, total[LANES] = {0};
+            memcpy(x, current + (size_t)n * H + start, sizeof(float) * m);
+            for (int first = 0; first < T; first += STEPS) {
+                const float *rows = grad + ((size_t)first * N + n) * O;
+                if (m == LANES && T - first >= STEPS)
+                    constant_lif_gradient(rows, w + start, x, v, trace, total, LANES, STEPS, (size_t)N * O, H, O);
+                else
+                    constant_lif_gradient(rows, w + start, x, v, trace, total, m, smaller(STEPS, T - first),
+                                          (size_t)N * O, H, O);
             }
             memcpy(grad_current + (size_t)n * H + start, total, sizeof(float) * m);
         }
@@ -215,11 +234,13 @@ void lif_count_backward(const float *grad, const float *x, float *grad_x, int64_
     }
 }
 
-/* Picks images [.][height][width] (uint8) by index [N] (int64), moves each by its matrix [N][6] (int32, 16.16
+/* Picks of images [D][height][width] (uint8) those of index [N] (int64), moves each by its matrix [N][6] (int32, 16.16
  * fixed-point inverse map, as training.data.RandomAffine.inverse gives it; fill 0), and looks its pixels up in
- * table [256]; out [N][height][width]. */
-void affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *matrices, const float *table, float *out,
-                   int N, int height, int width) {
+ * table [256]; out [N][height][width]. Returns 1, having done nothing, if an index is not one of an image, else 0. */
+int affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *matrices, const float *table, float *out,
+                  int64_t D, int N, int height, int width) {
+    for (int n = 0; n < N; n++)
+        if (index[n] < 0 || index[n] >= D) return 1;
     THREADED
     for (int n = 0; n < N; n++) {
         const uint8_t *image = images + index[n] * height * width;
@@ -236,6 +257,7 @@ void affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *m
             }
         }
     }
+    return 0;
 }
 
 /* One step of Grad Rewiring on n weights: see gradrewire.GradRewiring, whose symbols these are. max_v is null
@@ -245,6 +267,7 @@ void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *
                         float one_minus_beta2, float correction, float eps, float eta, float weight_decay,
                         float direction, float prior, float mu) {
     enum { CHUNK = 1024 };
+    const float scale = 1.0f / correction; /* a division less for each weight */
     THREADED
     for (int64_t start = 0; start < n; start += CHUNK) {
         int size = (int)(n - start < CHUNK ? n - start : CHUNK);
@@ -263,7 +286,7 @@ void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *
             M[i] = M[i] * beta1 + g * one_minus_beta1;
             V[i] = V[i] * beta2 + g * g * one_minus_beta2;
             X[i] = X[i] > V[i] ? X[i] : V[i];
-            float change = M[i] * eta / (sqrtf(X[i]) / correction + eps);
+            float change = M[i] * eta / (sqrtf(X[i]) * scale + eps);
             float s = (float)S[i];
             float above = Theta[i] - mu;
             float push = above > 0.0f ? prior : above < 0.0f ? -prior : 0.0f;

@@ -311,6 +311,7 @@ class TrainingBatches:
         self.augmentation, self.normalisation = augmentation, normalisation
         on_cpu, channels = split.images.device.type == "cpu", split.images.shape[1]
         self.fused = fused and on_cpu and channels == 1 and isinstance(augmentation, RandomAffine)
+        self.table = normalisation.table() if self.fused else None
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size
@@ -318,7 +319,7 @@ class TrainingBatches:
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
         """The images of one batch, as the network takes them."""
         if self.fused:
-            return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.normalisation.table())
+            return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.table)
         return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -326,9 +327,10 @@ class TrainingBatches:
         device = self.split.images.device
         order = torch.randperm(len(self.split), generator=self.generator).to(device)
         transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
+        labels = self.split.labels[order]
         for step in range(len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield self._inputs(order[batch], transforms[batch]), self.split.labels[order[batch]]
+            yield self._inputs(order[batch], transforms[batch]), labels[batch]
 
 
 class TestBatches:

@@ -74,7 +74,8 @@ def rewired(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, tu
 
 def loss_function(counts: Tensor, labels: Tensor, T: int) -> Tensor:
     """Mean squared error between firing rates, counts / T with counts [N, 10], and the one-hot labels."""
-    return F.mse_loss(counts / T, F.one_hot(labels, counts.shape[1]).to(counts.dtype))
+    one_hot = torch.zeros_like(counts).scatter_(1, labels.unsqueeze(1), 1.0)
+    return F.mse_loss(counts / T, one_hot)
 
 
 def correct(counts: Tensor, labels: Tensor) -> Tensor:

@@ -43,13 +43,14 @@ class TrainingStep:
         self, network: SpikingNetwork, optimizers: list[Optimizer], precision: str, device: torch.device, graph: bool
     ):
         self.network, self.optimizers, self.precision, self.device = network, optimizers, precision, device
+        self.parameters = list(network.parameters())
         self.use_graph = graph and device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
     def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         with autocast(self.precision, self.device):
             counts = self.network(images)
         loss = measure.loss_function(counts, labels, self.network.T)
