@@ -1,12 +1,12 @@
-# make demo: train a small spiking network with Grad Rewiring; make test: run the tests.
-# Both set up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
+# make demo: train a small spiking network with Grad Rewiring; make test: run the tests; make bench: measure speed.
+# Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -15,6 +15,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# what belongs to a run: make bench BENCH="--dataset-dir data --json results.json"
+bench: .venv/ready
+	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.bench $(BENCH)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
