@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
@@ -208,6 +209,46 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
     return [*tables, table(f"MNIST evaluation ({rounds} rounds, medians)", head, rows)]
 
 
+def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
+    """Where the time of a fused MNIST training step goes: its parts, one after the other."""
+    execution = Execution(MnistNet(8), MNIST, dataset, device, MNIST.batch_size, fused=True)
+    execution.train(20)
+    network, optimizer, batches = execution.network, execution.step.optimizers[0], iter(execution.batches)
+    parts: dict[str, list[float]] = {}
+
+    def timed(name: str, part: Callable[[], object]) -> object:
+        synchronize(device)
+        start = time.perf_counter()
+        result = part()
+        synchronize(device)
+        parts.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    for _ in range(min(200, len(execution.batches))):
+        optimizer.zero_grad()
+        images, labels = timed("batch: pick, augment, normalise", lambda: next(batches))
+        current = timed("first layer (product)", lambda x=images: network.static(x))
+        leaf = current.detach().requires_grad_()
+        if network.simulate_fused(images) is None:
+            counts = timed("LIF, linear, LIF", lambda x=leaf: network.spiking(x.expand(8, *x.shape)).sum(0))
+            functional.reset_net(network)
+        else:
+            weight = network.fc[1].weight
+            counts = timed(
+                "LIF, linear, LIF (kernel)", lambda x=leaf, w=weight: spiking_kernels.lif_linear_lif(x, w, 8)
+            )
+        loss = timed("loss", lambda c=counts, y=labels: measure.loss_function(c, y, 8))
+        timed("backward: loss, LIF, linear, LIF", loss.backward)
+        timed("backward: first layer (product)", lambda c=current, g=leaf: c.backward(g.grad))
+        timed("Grad R update", optimizer.step)
+    total = sum(median(seconds) for seconds in parts.values())
+    rows = [
+        (name, f"{median(seconds) * 1e3:.3f}", f"{100 * median(seconds) / total:.0f} %")
+        for name, seconds in parts.items()
+    ]
+    return [table("Where a fused MNIST training step goes (medians)", ("part", "ms", "share"), rows)]
+
+
 def bench_scaling(dataset: data.Dataset, device: torch.device, rounds: int) -> list[dict]:
     """Seconds per training step of the fused execution, over T and over the batch size."""
     tables = []
@@ -378,6 +419,7 @@ def main() -> None:
     tables = ceiling(device)
     if "mnist" in arguments.only:
         tables += bench_mnist(dataset, device, arguments.rounds)
+        tables += bench_profile(dataset, device)
     if "scaling" in arguments.only:
         tables += bench_scaling(dataset, device, arguments.rounds)
     if "optimizers" in arguments.only:

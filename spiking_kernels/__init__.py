@@ -27,12 +27,12 @@ class Unavailable(RuntimeError):
 
 
 def _cache_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradrewire"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradrewire"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # no home folder, or one that cannot be written to
         return Path(tempfile.mkdtemp(prefix="gradrewire-"))
 
 

@@ -13,9 +13,9 @@ from training import data
 CPU = torch.device("cpu")
 
 
-def tiny():
-    images = torch.randint(0, 256, (30, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    split = data.Split(images, torch.arange(30) % 10)
+def tiny(n=30):
+    images = torch.randint(0, 256, (n, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = data.Split(images, torch.arange(n) % 10)
     return data.Dataset(split, split)
 
 
@@ -35,6 +35,14 @@ def test_an_execution_trains_the_steps_it_is_asked_for(fused):
     assert state == 5
     assert not torch.equal(execution.network.fc[1].weight, before)
     assert 0 <= execution.test() <= 1
+
+
+def test_the_profile_names_every_part():
+    (made,) = bench.bench_profile(tiny(n=260), CPU)
+    assert made["rows"][0][0].startswith("batch")
+    assert len(made["rows"]) == 7
+    shares = [float(row[2].split()[0]) for row in made["rows"]]
+    assert sum(shares) == pytest.approx(100, abs=4)
 
 
 def test_the_plain_way_gives_batches_of_the_same_form():

@@ -306,6 +306,30 @@ def test_a_run_stopped_inside_an_epoch_goes_on_after_the_last_finished_one(run, 
     assert scalars(tmp_path / "one") == scalars(tmp_path / "killed")
 
 
+def test_a_run_goes_on_in_another_execution(run, tmp_path, monkeypatch):
+    """How a step is executed is not part of the checkpoint: it stays what the machine and --compile say."""
+    run(*GRAD, "-N", "1")
+    saved = load(tmp_path)["optimizers"][0]["param_groups"][0]
+    seen = []
+    step = GradRewiring.step
+    monkeypatch.setattr(
+        GradRewiring,
+        "step",
+        lambda self, closure=None: seen.append(self.param_groups[0]["fused"]) or step(self, closure),
+    )
+    assert "Going on after epoch 1" in run(*GRAD, "-N", "2", "--no-compile").out
+    assert set(seen) == {False}
+    seen.clear()
+    run(*GRAD, "-N", "3")
+    assert set(seen) == {saved["fused"]}
+    # a checkpoint of a GPU, too
+    state = load(tmp_path)
+    state["optimizers"][0]["param_groups"][0] |= {"fused": True, "capturable": True}
+    torch.save(state, the_checkpoint(tmp_path))
+    assert run(*GRAD, "-N", "4", "--no-compile").status == 0
+    assert not load(tmp_path)["optimizers"][0]["param_groups"][0]["capturable"]
+
+
 def test_a_finished_run_says_so_and_does_nothing(run, tmp_path):
     run(*GRAD, "-N", "2")
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}

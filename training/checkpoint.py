@@ -72,6 +72,16 @@ def _check_arguments(path: Path, saved: dict[str, Any], options: Namespace) -> N
             )
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads an optimizer's state, but for the settings that say how it is executed: those stay this machine's."""
+    execution = ("foreach", "fused", "capturable", "differentiable")
+    groups = [
+        {**saved, **{key: present[key] for key in execution if key in present}}
+        for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 def versions() -> dict[str, str]:
     """The versions that a run's results depend on."""
     return {name: version(name) for name in ("torch", "spikingjelly")}

@@ -88,7 +88,7 @@ class Run:
             )
         self.network.load_state_dict(saved["network"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            checkpoint.load_optimizer(optimizer, state)
         checkpoint.set_random_states(saved["random"], self.options.device, self.generator)
         self.epoch, self.step, self.best_accuracy = saved["epoch"], saved["step"], saved["best_accuracy"]
         self.masks = self._masks()  # the checkpoint is of an epoch's end
