@@ -260,51 +260,75 @@ int affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *ma
     return 0;
 }
 
-/* One step of Grad Rewiring on n weights: see gradrewire.GradRewiring, whose symbols these are. max_v is null
- * without amsgrad; prior is alpha * eta, or 0 where the prior is off; correction is sqrt(1 - beta2^t). */
-void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign,
-                        float *theta, int64_t n, float beta1, float one_minus_beta1, float beta2,
-                        float one_minus_beta2, float correction, float eps, float eta, float weight_decay,
-                        float direction, float prior, float mu) {
-    enum { CHUNK = 1024 };
-    const float scale = 1.0f / correction; /* a division less for each weight */
-    THREADED
-    for (int64_t start = 0; start < n; start += CHUNK) {
-        int size = (int)(n - start < CHUNK ? n - start : CHUNK);
-        float *W = w + start, *M = m + start, *V = v + start, *X = max_v ? max_v + start : V, *Theta = theta + start;
-        const float *G = grad + start;
-        const int8_t *S = sign + start;
-        float decay[CHUNK], weights[CHUNK] __attribute__((aligned(64)));
-        if (weight_decay != 0.0f) {
-            SIMD
-            for (int i = 0; i < size; i++) decay[i] = weight_decay * W[i];
-        } else
-            memset(decay, 0, sizeof(float) * size);
-        SIMD
-        for (int i = 0; i < size; i++) {
-            float g = direction * G[i] + decay[i];
-            M[i] = M[i] * beta1 + g * one_minus_beta1;
-            V[i] = V[i] * beta2 + g * g * one_minus_beta2;
-            X[i] = X[i] > V[i] ? X[i] : V[i];
-            float change = M[i] * eta / (sqrtf(X[i]) * scale + eps);
-            float s = (float)S[i];
-            float above = Theta[i] - mu;
-            float push = above > 0.0f ? prior : above < 0.0f ? -prior : 0.0f;
-            float h = Theta[i] * s - change - push * s;
-            float t = h * s;
-            Theta[i] = t;
-            weights[i] = (t < 0.0f ? 0.0f : t) * s; /* NaN stays NaN */
-        }
+/* What one step of Grad Rewiring needs beside its tensors; scale is 1 / sqrt(1 - beta2^t), prior is alpha * eta or 0. */
+typedef struct {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, scale, eps, eta, weight_decay, direction, prior, mu;
+} Step;
+
+/* One weight: see gradrewire.GradRewiring, whose symbols these are. x is v, or its running maximum. */
+static inline void grad_rewiring_one(float *w, float g, float *m, float *v, float *x, float s, float *theta, Step p) {
+    g = p.direction * g + (p.weight_decay != 0.0f ? p.weight_decay * *w : 0.0f);
+    *m = *m * p.beta1 + g * p.one_minus_beta1;
+    *v = *v * p.beta2 + g * g * p.one_minus_beta2;
+    *x = *x > *v ? *x : *v;
+    float above = *theta - p.mu;
+    float push = above > 0.0f ? p.prior : above < 0.0f ? -p.prior : 0.0f;
+    float t = (*theta * s - *m * p.eta / (sqrtf(*x) * p.scale + p.eps) - push * s) * s;
+    *theta = t;
+    *w = (t < 0.0f ? 0.0f : t) * s; /* NaN stays NaN */
+}
+
 #ifdef __AVX512F__
-        /* w is written, not read: past the cache, it costs half the memory traffic */
-        if (n >= (1 << 22) && size == CHUNK && ((uintptr_t)W & 63) == 0) {
-            for (int i = 0; i < CHUNK; i += 16) _mm512_stream_ps(W + i, _mm512_load_ps(weights + i));
-            continue;
-        }
+/* The same for sixteen weights, without weight decay and running maximum. w is written, not read: past the cache
+ * (stream), that costs half the memory traffic. */
+static inline void grad_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
+                                         Step p, int stream) {
+    const __m512 zero = _mm512_setzero_ps(), prior = _mm512_set1_ps(p.prior);
+    __m512 G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
+    __m512 M = _mm512_mul_ps(G, _mm512_set1_ps(p.one_minus_beta1));
+    __m512 V = _mm512_mul_ps(_mm512_mul_ps(G, G), _mm512_set1_ps(p.one_minus_beta2));
+    M = _mm512_fmadd_ps(_mm512_loadu_ps(m), _mm512_set1_ps(p.beta1), M);
+    V = _mm512_fmadd_ps(_mm512_loadu_ps(v), _mm512_set1_ps(p.beta2), V);
+    _mm512_storeu_ps(m, M);
+    _mm512_storeu_ps(v, V);
+    __m512 denominator = _mm512_fmadd_ps(_mm512_sqrt_ps(V), _mm512_set1_ps(p.scale), _mm512_set1_ps(p.eps));
+    __m512 change = _mm512_div_ps(_mm512_mul_ps(M, _mm512_set1_ps(p.eta)), denominator);
+    __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
+    __m512 T = _mm512_loadu_ps(theta);
+    __m512 above = _mm512_sub_ps(T, _mm512_set1_ps(p.mu));
+    __m512 push = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(above, zero, _CMP_GT_OQ), prior);
+    push = _mm512_mask_sub_ps(push, _mm512_cmp_ps_mask(above, zero, _CMP_LT_OQ), zero, prior);
+    __m512 h = _mm512_sub_ps(_mm512_sub_ps(_mm512_mul_ps(T, S), change), _mm512_mul_ps(push, S));
+    T = _mm512_mul_ps(h, S);
+    _mm512_storeu_ps(theta, T);
+    __m512 W = _mm512_mul_ps(_mm512_max_ps(zero, T), S); /* max returns its second operand if one is NaN */
+    if (stream)
+        _mm512_stream_ps(w, W);
+    else
+        _mm512_storeu_ps(w, W);
+}
 #endif
-        memcpy(W, weights, sizeof(float) * size);
+
+/* One step of Grad Rewiring on n weights; max_v is null without amsgrad. */
+void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign, float *theta,
+                        int64_t n, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
+                        float correction, float eps, float eta, float weight_decay, float direction, float prior,
+                        float mu) {
+    const Step p = {beta1, one_minus_beta1, beta2,     one_minus_beta2, 1.0f / correction, eps,
+                    eta,   weight_decay,    direction, prior,           mu};
+    int64_t done = 0;
+#ifdef __AVX512F__
+    if (!max_v && weight_decay == 0.0f) {
+        const int stream = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
+        done = n / 16 * 16;
+        THREADED
+        for (int64_t i = 0; i < done; i += 16)
+            grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, stream);
+        _mm_sfence();
     }
-#ifdef __AVX512F__
-    _mm_sfence();
 #endif
+    float *x = max_v ? max_v : v;
+    _Pragma("omp parallel for simd schedule(static)")
+    for (int64_t i = done; i < n; i++)
+        grad_rewiring_one(w + i, grad[i], m + i, v + i, x + i, (float)sign[i], theta + i, p);
 }

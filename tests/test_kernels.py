@@ -126,7 +126,7 @@ def test_the_fused_network_leaves_other_tensors_to_the_modules():
 
 @needs_kernels
 @pytest.mark.parametrize("settings", [{}, dict(alpha=0.0), dict(amsgrad=True, weight_decay=0.02, maximize=True)])
-@pytest.mark.parametrize("size", [1, 1000, 5000])
+@pytest.mark.parametrize("size", [1, 15, 16, 1000, 5000])
 def test_fused_grad_rewiring(settings, size, monkeypatch):
     calls, kernel = [], spiking_kernels.grad_rewiring_step
     monkeypatch.setattr(spiking_kernels, "grad_rewiring_step", lambda *a, **k: calls.append(1) or kernel(*a, **k))
@@ -146,9 +146,9 @@ def test_fused_grad_rewiring(settings, size, monkeypatch):
 
 
 @needs_kernels
-def test_fused_grad_rewiring_of_many_weights(golden):
+@pytest.mark.parametrize("n", [(1 << 22) + 1000, 1000])
+def test_fused_grad_rewiring_of_many_weights(n):
     """Beyond 4 million weights the kernel writes past the cache: another branch."""
-    n = (1 << 22) + 1000
     w = torch.linspace(-0.1, 0.1, n)
     runs = []
     for fused in (False, True):
@@ -160,6 +160,18 @@ def test_fused_grad_rewiring_of_many_weights(golden):
         runs.append((p.detach(), optimizer.state[p]["theta"]))
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_fused_grad_rewiring_hides_no_nan(size, amsgrad):
+    p = nn.Parameter(torch.ones(size))
+    optimizer = GradRewiring([p], alpha=0.1, s=0.9, fused=True, amsgrad=amsgrad)
+    p.grad = torch.ones(size)
+    p.grad[1] = torch.nan
+    optimizer.step()
+    assert p.isnan().tolist() == [i == 1 for i in range(size)]
 
 
 @needs_kernels
