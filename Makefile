@@ -1,4 +1,5 @@
-# make demo: train a small spiking network with Grad Rewiring; make test: run the tests; make bench: measure speed.
+# make demo: train a small spiking network with Grad Rewiring; make test: run the tests; make bench: measure speed;
+# make kill-test: kill a run 50 times.
 # Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ BIN := .venv/bin
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test kill-test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -19,6 +20,10 @@ test: .venv/ready
 # what belongs to a run: make bench BENCH="--dataset-dir data --json results.json"
 bench: .venv/ready
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.bench $(BENCH)
+
+# kill -9 at random moments, 50 times, and the same result
+kill-test: .venv/ready
+	KILLS=50 $(BIN)/python -m pytest -s tests/test_kill.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -111,6 +111,9 @@ class DeepRewiring(RewiringOptimizer):
                 f"eps={group['eps']!r} is not accepted: Deep R re-activates at it, and it is 0 in {param.dtype}"
             )
 
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        return {"sign", "theta"} if group["soft"] else {"sign"}
+
     def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if group["soft"]:
             state["theta"] = param.abs()

@@ -84,6 +84,9 @@ class GradRewiring(RewiringOptimizer):
             accepted = "the target sparsity, in [0.5, 1) (required when alpha > eps)"
             check_number("s", group["s"], accepted, lambda x: 0.5 <= x < 1)
 
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        return {"sign", "theta"}
+
     def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["theta"] = param.abs()
 

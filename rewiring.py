@@ -65,6 +65,10 @@ class RewiringOptimizer(Optimizer):
         """Raises ValueError for a setting of the algorithm that is not accepted."""
         raise NotImplementedError
 
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        """The names of what a parameter's state holds beside Adam's, under the settings of its group."""
+        return {"sign"}
+
     def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """Adds the algorithm's own tensors to the state of a parameter at its first gradient."""
 

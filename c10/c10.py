@@ -6,14 +6,13 @@ from pathlib import Path
 if not __package__:  # run as a file: its folder, where `c10` would be this script, gives way to the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-
 from c10.model import Cifar10Net
 from training import checkpoint
 from training.data import RandomCropFlip, load
 from training.loop import Run
 from training.optimizers import build
 from training.options import Recipe, command, parse
+from training.randomness import seed
 
 RECIPE = Recipe(
     name="c10",
@@ -32,15 +31,15 @@ RECIPE = Recipe(
 @command
 def main(argv: list[str] | None = None) -> int:
     options = parse(RECIPE, argv)
-    saved = checkpoint.load(options)
-    dataset = load(options.dataset, options.dataset_dir)
-    torch.manual_seed(options.seed)
-    network = Cifar10Net(options.T).to(options.device)  # initialised on the CPU: one start for all devices
-    run = Run(RECIPE, options, network, build(network, options), dataset, saved)
-    if options.test:
-        run.test()
-    else:
-        run.train()
+    with checkpoint.Store(options) as store:
+        dataset = load(options.dataset, options.dataset_dir)
+        seed(options.seed)
+        network = Cifar10Net(options.T).to(options.device)  # initialised on the CPU: one start for all devices
+        run = Run(RECIPE, options, network, build(network, options), dataset, store)
+        if options.test:
+            run.test()
+        else:
+            run.train()
     return 0
 
 

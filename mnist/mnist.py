@@ -6,14 +6,13 @@ from pathlib import Path
 if not __package__:  # run as a file: its folder, where `mnist` would be this script, gives way to the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-
 from mnist.model import MnistNet
 from training import checkpoint
 from training.data import RandomAffine, load
 from training.loop import Run
 from training.optimizers import build
 from training.options import Recipe, command, parse
+from training.randomness import seed
 
 RECIPE = Recipe(
     name="mnist",
@@ -31,15 +30,15 @@ RECIPE = Recipe(
 @command
 def main(argv: list[str] | None = None) -> int:
     options = parse(RECIPE, argv)
-    saved = checkpoint.load(options)
-    dataset = load(options.dataset, options.dataset_dir)
-    torch.manual_seed(options.seed)
-    network = MnistNet(options.T).to(options.device)  # initialised on the CPU: one start for all devices
-    run = Run(RECIPE, options, network, build(network, options), dataset, saved)
-    if options.test:
-        run.test()
-    else:
-        run.train()
+    with checkpoint.Store(options) as store:
+        dataset = load(options.dataset, options.dataset_dir)
+        seed(options.seed)
+        network = MnistNet(options.T).to(options.device)  # initialised on the CPU: one start for all devices
+        run = Run(RECIPE, options, network, build(network, options), dataset, store)
+        if options.test:
+            run.test()
+        else:
+            run.train()
     return 0
 
 

@@ -1,15 +1,18 @@
 import os
+import threading
 
 # Read once, when torch is loaded: threads that wait actively make small tests slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mnist import mnist
 from training.data import CIFAR10_CLASSES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -70,3 +73,19 @@ def write_class_folders(folder: Path, classes=CIFAR10_CLASSES, size: int = 32) -
             pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
             suffix = "png" if number % 2 else "jpg"
             Image.fromarray(pixels).save(folder / part / name / f"0000.{suffix}")
+
+
+@pytest.fixture
+def run(mnist_folder, tmp_path, capsys):
+    """Runs mnist.py's main on the tiny data; returns its status, and what it printed on the two channels."""
+
+    def call(*argv, dump=tmp_path, data=mnist_folder):
+        status = mnist.main([*argv, "--dataset-dir", str(data), "--dump-dir", str(dump)])
+        for (
+            thread
+        ) in threading.enumerate():  # a process that is killed takes its threads along; here they come to an end
+            if thread.name == "checkpoint writer":
+                thread.join()
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+
+    return call

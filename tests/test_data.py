@@ -299,19 +299,33 @@ def test_class_folders_that_are_not_cifar10_are_refused(tmp_path):
         data.load("cifar10", tmp_path / "empty")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "labels"])
+@pytest.mark.parametrize("damage", ["truncated", "labels", "size", "type", "empty"])
 def test_damaged_mnist_files_are_refused(mnist_folder, tmp_path, damage):
     folder = tmp_path / "data"
     shutil.copytree(mnist_folder, folder)
     if damage == "truncated":
         path = folder / "MNIST" / "raw" / "train-images-idx3-ubyte"
         path.write_bytes(path.read_bytes()[:-1])
-    else:
+    elif damage == "labels":
         path = folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
         path.write_bytes(path.read_bytes()[:-1] + b"\x0a")
+    else:
+        path = folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+        header = np.array([0xB03 if damage == "type" else 0x803, 20, 28, 14 if damage == "size" else 28], dtype=">i4")
+        path.write_bytes(header.tobytes() + bytes(20 * 28 * {"size": 14, "type": 56, "empty": 0}[damage]))
     with pytest.raises(Refusal, match="--dataset-dir") as refusal:
         data.load("mnist", folder)
-    assert damage != "labels" or "labels outside 0 to 9" in str(refusal.value)
+    said = {"labels": "labels outside 0 to 9", "size": "images 1x28x14 uint8, not 1x28x28 uint8", "type": "int16"}
+    assert said.get(damage, "MNIST is not usable") in str(refusal.value)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(cifar_folder, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(data.Path, "iterdir", forbidden)
+    with pytest.raises(Refusal, match=r"--dataset-dir: .* cannot be read: .*Permission denied"):
+        data.load("cifar10", cifar_folder)
 
 
 def test_fingerprints_tell_data_sets_apart(mnist_folder):

@@ -1,16 +1,21 @@
 """The command line: what it accepts, what it refuses, how runs are named."""
 
+import json
+import os
 import re
 import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import spiking_kernels
 from c10.c10 import RECIPE as C10
 from mnist.mnist import RECIPE as MNIST
 from mnist.mnist import main
-from training.options import Refusal, arguments, command, format_number, parse
+from training.divergence import DivergedError
+from training.options import OPTION_NAMES, Refusal, arguments, command, format_number, parse
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     common = dict(mode="no_prune", sparsity=None, penalty=None, soft=False, temperature=None, learning_rate=1e-4)
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
-    common |= dict(precision=None, precision_used="fp32")
+    common |= dict(precision=None, precision_used="fp32", deterministic=False, checkpoint_minutes=10.0)
     common |= dict(compile=spiking_kernels.available() is None)
     common |= dict(dataset_dir=tmp_path / "data", dump_dir=tmp_path / "runs", device=torch.device("cpu"))
     for recipe, own in (
@@ -103,14 +108,22 @@ BAD = [
     ("-m grad -s 0.9 -penalty -inf", "-penalty", ">= 0"),
     ("-N 0", "-N/--epoch", ">= 1"),
     ("-N -3", "-N/--epoch", ">= 1"),
-    ("-T 0", "-T", ">= 1"),
+    ("-T 0", "-T", "from 1 to 4096"),
+    ("-T 4097", "-T", "from 1 to 4096"),
     ("-T two", "-T", "whole number"),
+    ("-N 9223372036854775808", "-N/--epoch", r"below 2\^63"),
+    ("-N 1e3", "-N/--epoch", "whole number"),
+    ("--checkpoint-minutes 0", "--checkpoint-minutes", "> 0"),
+    ("--checkpoint-minutes nan", "--checkpoint-minutes", "finite"),
+    ("--checkpoint-minutes 1e400", "--checkpoint-minutes", "finite"),
+    ("--deterministic yes", "unrecognized arguments", "yes"),
     ("-lr 0", "-lr/--learning-rate", "> 0"),
     ("-lr nan", "-lr/--learning-rate", "finite"),
     ("-i1 0", "-i1/--interval-test", ">= 1"),
     ("-i2 0", "-i2/--interval-train", ">= 1"),
-    ("--seed -1", "--seed", "from 0"),
-    ("--seed 9223372036854775808", "--seed", "to 9223372036854775807"),
+    ("--seed -1", "--seed", ">= 0"),
+    ("--seed 9223372036854775808", "--seed", r"below 2\^63"),
+    ("-b 1" + "0" * 5000, "-b/--batch-size", "whole number"),
     ("-gpu -1", "-gpu", ">= 0"),
     ("-gpu 99", "-gpu", "no GPU 99"),
     ("--precision fp16", "--precision", "bf16"),
@@ -123,7 +136,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "option", "accepted"), BAD, ids=[argv or "none" for argv, _, _ in BAD])
+@pytest.mark.parametrize(("argv", "option", "accepted"), BAD, ids=[argv[:40] or "none" for argv, _, _ in BAD])
 def test_bad_options_give_one_line_and_status_2(argv, option, accepted, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mnist.py"])
     status = main(["--dump-dir", str(tmp_path), "--dataset-dir", str(tmp_path), *argv.split()])
@@ -177,10 +190,12 @@ def test_help_explains_every_option_with_its_default(capsys):
             "--compile",
             "--precision",
             "--dump-dir",
+            "--deterministic",
+            "--checkpoint-minutes",
             "-test",
         ]:
             assert f" {option}" in text
-        assert text.count("(default: ") == (19 if recipe is MNIST else 18)
+        assert text.count("(default: ") == (21 if recipe is MNIST else 20)
         assert str(recipe.epochs) in text
 
 
@@ -197,7 +212,101 @@ def test_failures_of_the_system_and_interruptions_are_one_line_too(capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 2
     assert "No space left on device" in err
-    assert "the same command continues" in err
+    assert "the same command goes on" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RuntimeError("[enforce fail at alloc] can't allocate memory: you tried"), 1, "out of memory .*-b or -T"),
+        (MemoryError(), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory .*Tried"),
+        (
+            RuntimeError("upsample_cuda does not have a deterministic implementation, but you set"),
+            2,
+            "argument --deterministic: upsample_cuda has no",
+        ),
+        (DivergedError("the loss is not finite"), 1, "the loss is not finite"),
+    ],
+)
+def test_what_can_go_wrong_is_one_line(capsys, error, status, message):
+    @command
+    def fails():
+        raise error
+
+    assert fails() == status
+    err = capsys.readouterr().err
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_the_program_is_not_hidden():
+    @command
+    def fails():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        fails()
+
+
+def test_deterministic_algorithms_are_used_when_asked_for(run_options, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    run_options()
+    assert asked == []
+    run_options("--deterministic")
+    assert asked == [True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+@pytest.mark.parametrize("name", ["Grüße 日本 with spaces", "-dash", "a'b\"c", "x" * 200])
+def test_unusual_folders(run_options, tmp_path, name):
+    folder = tmp_path / name
+    options = run_options(f"--dump-dir={folder}")
+    assert options.dump_dir == folder
+    assert folder.is_dir()
+
+
+PROPERTY = settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+SPELLINGS = [option for name in OPTION_NAMES.values() for option in name.split("/")]
+VALUES = st.one_of(
+    st.text(max_size=20),
+    st.integers().map(str),
+    st.floats().map(repr),
+    st.sampled_from(["", "nan", "-inf", "1e999", "grad", "deep", "0.95", "-1", "0", "bf16", "digits", "--", "-soft"]),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from([*SPELLINGS, "-gpu", "-test", "--compile", "--x"]), VALUES), max_size=6))
+@settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_command_line_is_taken_or_refused_in_one_line(tmp_path, capsys, words):
+    argv = ["--dump-dir", str(tmp_path), *(word for pair in words for word in pair)]
+    refused = None
+    try:
+        options = parse(MNIST, argv)
+    except Refusal as refusal:
+        refused = str(refusal)
+    if refused is not None:
+        assert re.search(r"argument|required|unrecognized", refused)
+        return
+    # what is taken is in its bounds, has a name that is a folder's, and one that is its own
+    assert options.batch_size >= 1
+    assert options.epoch >= 1
+    assert 1 <= options.T <= 4096
+    assert 0 < options.learning_rate < float("inf")
+    assert (options.sparsity is None) == (options.mode == "no_prune") == (options.penalty is None)
+    assert (options.temperature is None) == (options.mode != "deep")
+    assert "/" not in options.name
+    assert json.loads(json.dumps(arguments(options))) == arguments(options)
+    again = parse(MNIST, argv)
+    assert vars(again) == vars(options)
 
 
 def test_arguments_for_the_checkpoint_leave_out_where_a_run_happens(run_options, tmp_path):

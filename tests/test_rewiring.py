@@ -8,6 +8,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optim_helpers import SHAPES, VARIANTS, parameters, train
 
 from deeprewire import DeepRewiring
@@ -437,3 +439,45 @@ def test_the_compiled_update_on_cuda(variant):
         train(make(variant, params, fused=fused, capturable=True), params, steps=10)
     for p, q in zip(plain, compiled, strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
+
+
+# -- any argument ------------------------------------------------------------------------------------
+
+ANYTHING = st.one_of(
+    st.floats(),
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=3),
+    st.tuples(st.floats(), st.floats()),
+    st.sampled_from([1e-3, 0.95, 0.5, 0.0, 1.0, (0.9, 0.999)]),
+)
+NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "maximize", "capturable", "fused")
+OWN = {GradRewiring: ("alpha", "s"), DeepRewiring: ("T", "l1", "max_s", "soft")}
+
+
+@pytest.mark.parametrize("cls", OWN)
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_any_argument_is_taken_or_named_in_a_value_error(cls, data):
+    """Constructing never fails otherwise, and what is constructed takes a step."""
+    names = data.draw(st.lists(st.sampled_from([*NUMBERS, *OWN[cls]]), unique=True, max_size=3))
+    arguments = dict(s=0.9) if cls is GradRewiring else dict(max_s=0.9)
+    arguments |= {name: data.draw(ANYTHING, label=name) for name in names}
+    weight = torch.nn.Parameter(torch.tensor([0.5, -0.25, 0.0]))
+    refused = None
+    try:
+        optimizer = cls([weight], **arguments)
+    except ValueError as error:
+        refused = str(error)
+    if refused is not None:
+        assert any(name in refused for name in (*names, "s=", "alpha", "eps")), refused
+        assert "accepted" in refused
+        return
+    if arguments.get("fused") or arguments.get("capturable"):
+        return  # compiled, or for a GPU
+    sign = weight.detach().sign()
+    weight.grad = torch.tensor([0.1, 0.1, 0.1])
+    optimizer.step()
+    assert not bool((weight.detach() * sign < 0).any())
+    assert weight[2] == 0 or not bool(weight.isfinite().all())

@@ -65,7 +65,12 @@ def load(name: str, folder: Path) -> Dataset:
         Refusal: the data cannot be had, or are not what they should be.
     """
     dataset = {"mnist": _load_mnist, "digits": _load_digits, "cifar10": _load_cifar10}[name](folder)
+    shape = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
     for split in (dataset.train, dataset.test):
+        if split.images.shape[1:] != shape or split.images.dtype != torch.uint8:
+            found, right = ("x".join(map(str, s)) for s in (split.images.shape[1:], shape))
+            kind = str(split.images.dtype).removeprefix("torch.")
+            raise Refusal(f"argument --dataset-dir: {name} in {folder} has images {found} {kind}, not {right} uint8")
         if len(split) == 0 or len(split.images) != len(split.labels):
             raise Refusal(
                 f"argument --dataset-dir: {name} in {folder} has {len(split.images)} images and {len(split)} labels"
@@ -118,7 +123,11 @@ def load_class_folders(folder: Path) -> Split:
     """
     from PIL import Image
 
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    try:
+        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        files = {name: sorted((folder / name).iterdir()) for name in classes}
+    except OSError as error:
+        raise Refusal(f"argument --dataset-dir: {folder} cannot be read: {error}") from None
     if tuple(classes) != CIFAR10_CLASSES:
         found = ", ".join(classes[:12]) or "none"
         raise Refusal(
@@ -128,7 +137,7 @@ def load_class_folders(folder: Path) -> Split:
     paths = [
         (path, label)
         for label, name in enumerate(classes)
-        for path in sorted((folder / name).iterdir())
+        for path in files[name]
         if path.suffix.lower() in (".png", ".jpg", ".jpeg")
     ]
 
@@ -322,15 +331,23 @@ class TrainingBatches:
             return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.table)
         return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the (images, labels) of one epoch: float32 [B, C, H, W] and int64 [B]."""
+    def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the (images, labels) of one epoch from batch ``start`` on: float32 [B, C, H, W] and int64 [B]."""
         device = self.split.images.device
-        order = torch.randperm(len(self.split), generator=self.generator).to(device)
+        self.order = torch.randperm(len(self.split), generator=self.generator)
+        order = self.order.to(device)
         transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
         labels = self.split.labels[order]
-        for step in range(len(self)):
+        for step in range(start, len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             yield self._inputs(order[batch], transforms[batch]), labels[batch]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch()
+
+    def indices(self, step: int) -> Tensor:
+        """Which training images the batch ``step`` of the epoch begun has, int64 [B]."""
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
 
 class TestBatches:

@@ -3,15 +3,19 @@
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from spiking import SpikingNetwork
-from training import checkpoint, measure, record
+from training import checkpoint, measure, randomness, record
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
+from training.divergence import DivergedError
+from training.interrupt import Interrupted, Signals, StopRequested
 from training.options import Recipe, Refusal, arguments
 from training.step import TrainingStep, autocast, set_precision
 
@@ -25,10 +29,11 @@ class Run:
         network: with ``T`` time steps, on ``options.device``; maps images to spike counts [N, 10].
         optimizers: all of them take a step after every backward pass.
         dataset: the images, on any device.
-        saved: the checkpoint to go on from; None starts afresh.
+        store: the place of the run's checkpoints, and the one to go on from.
 
     Raises:
-        Refusal: a batch is larger than the training set, or the checkpoint was made with other data.
+        Refusal: a batch is larger than the training set, or the checkpoint does not fit, or was made with
+            other data.
     """
 
     def __init__(
@@ -38,9 +43,10 @@ class Run:
         network: SpikingNetwork,
         optimizers: list[Optimizer],
         dataset: Dataset,
-        saved: dict[str, Any] | None,
+        store: checkpoint.Store,
     ):
         self.recipe, self.options, self.network, self.optimizers = recipe, options, network, optimizers
+        self.store, self.folder = store, record.folder_of(options)
         self.fingerprint = dataset.fingerprint()
         device = options.device
         normalisation = Normalisation(recipe.mean, recipe.std, device)
@@ -61,10 +67,23 @@ class Run:
         self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
         self.masks = self._masks()
-        if saved is not None:
-            self._restore(saved)
+        self.lengths: dict[str, int] = {}  # of the log files, at the checkpoint
+        self._begin_epoch()
+        self.first_step = 0  # that this process takes
+        if store.saved is not None:
+            self._restore(store.saved)
 
-    def _masks(self) -> dict[str, torch.Tensor]:
+    # -- the state -----------------------------------------------------------------------------------
+
+    def _begin_epoch(self) -> None:
+        """Counters of the epoch begun, and the state from which its order is drawn."""
+        self.position = 0
+        self.order_state = self.generator.get_state()
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.options.device)
+        self.right = torch.zeros((), dtype=torch.int64, device=self.options.device)
+        self.seconds = {"train": 0.0, "test": 0.0, "checkpoint": 0.0}
+
+    def _masks(self) -> dict[str, Tensor]:
         return {name: measure.connected(weight) for name, weight in self.weights.items()}
 
     def _state(self) -> dict[str, Any]:
@@ -75,99 +94,209 @@ class Run:
             "data": self.fingerprint,
             "epoch": self.epoch,
             "step": self.step,
+            "position": self.position,
             "best_accuracy": self.best_accuracy,
+            "epoch_loss": float(self.loss),
+            "epoch_right": int(self.right),
+            "seconds": self.seconds,
+            "masks": {name: checkpoint.pack(mask) for name, mask in self.masks.items()},
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "random": checkpoint.random_states(self.options.device, self.generator),
+            "random": randomness.states(self.options.device, self.order_state),
+            "files": self.lengths,
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
+        path = self.store.path
         if saved["data"] != self.fingerprint and not self.options.test:
             raise Refusal(
                 f"argument --dataset-dir: the run was made with other data ({saved['data']}), not {self.fingerprint}"
             )
+        checkpoint.check_fit(path, saved, self.network, self.optimizers, len(self.training))
+        randomness.set_states(path, saved["random"], self.options.device, self.generator)
         self.network.load_state_dict(saved["network"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             checkpoint.load_optimizer(optimizer, state)
-        checkpoint.set_random_states(saved["random"], self.options.device, self.generator)
         self.epoch, self.step, self.best_accuracy = saved["epoch"], saved["step"], saved["best_accuracy"]
-        self.masks = self._masks()  # the checkpoint is of an epoch's end
+        self.masks = {name: checkpoint.unpack(saved["masks"][name], weight) for name, weight in self.weights.items()}
+        self.lengths = saved["files"]
+        self._begin_epoch()
+        self.position, self.first_step = saved["position"], self.step
+        self.loss += saved["epoch_loss"]
+        self.right += saved["epoch_right"]
+        self.seconds = saved["seconds"]
+
+    def _save(self) -> None:
+        """Has the state written; training goes on meanwhile. What is not finite is not saved."""
+        start = time.perf_counter()
+        self._check_finite()
+        self.lengths = self.recorder.lengths()
+        self.store.save(self._state(), [self.folder / name for name in self.lengths])
+        self.saved_at = time.monotonic()
+        self.seconds["checkpoint"] += time.perf_counter() - start
+
+    def _check_finite(self) -> None:
+        """Raises DivergedError if something was not finite, and keeps the indices of the batch at fault."""
+        found = self.training_step.finite.found()
+        if found is None:
+            return
+        step = self.first_step + found.step
+        epoch, position = divmod(step, len(self.training))
+        where = self.folder / f"diverged-epoch-{epoch + 1}-step-{step}.json"
+        indices = self.training.indices(position).tolist()
+        record.write_json(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
+        raise DivergedError(
+            f"{found.what} is not finite since epoch {epoch + 1}, step {step}; the indices of that batch's images are "
+            f"in {where}, the checkpoint is of before"
+        )
+
+    # -- training ------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains until ``-N`` epochs are done, with a checkpoint after each."""
-        epochs, folder = self.options.epoch, record.folder_of(self.options)
+        """Trains until ``-N`` epochs are done, with a checkpoint after each and every --checkpoint-minutes.
+
+        Raises:
+            Interrupted: a signal has stopped the run; it is saved.
+            DivergedError: something is not finite; the checkpoint is of before.
+            OSError: logs or a checkpoint cannot be written; the last one that could is there.
+        """
+        epochs = self.options.epoch
         if self.epoch >= epochs:
             print(f"The run has finished its {epochs} epochs; a greater -N prolongs it, -test evaluates it.")
             return
-        if self.epoch:
-            print(f"Going on after epoch {self.epoch} of {epochs}.")
-        recorder = record.Recorder(folder, self.step)
-        while self.epoch < epochs:
-            start = time.perf_counter()
-            self._train_epoch(recorder)
-            self.epoch += 1
-            accuracy = self._test_and_record(recorder)
-            line = record.epoch_line(
-                self.epoch,
-                epochs,
-                accuracy,
-                self.best_accuracy,
-                measure.total(measure.count(self.masks)),
-                time.perf_counter() - start,
+        if self.step:
+            print(f"Going on {self._place()}, of {epochs} epochs.")
+        with Signals() as self.signals, record.Recorder(self.folder, self.lengths) as self.recorder:
+            record.write_json(
+                self.folder / "run.json", record.describe(self.options, self.network, checkpoint.versions())
             )
-            checkpoint.save(checkpoint.path_of(self.options), self._state())
-            print(line, flush=True)
-        recorder.close()
-        print(f"Logs are in {folder}, the model in {checkpoint.path_of(self.options).parent}.")
+            self.saved_at = time.monotonic()
+            if self.store.saved is None:
+                self._save()
+                self.store.wait()  # there are no results without a checkpoint to go on from
+            try:
+                while self.epoch < epochs:
+                    self._train_epoch()
+                    self._end_epoch()
+                self.store.wait()
+            except StopRequested:
+                self._save()
+                self.store.wait()
+                raise Interrupted(self.signals.stop, self._place()) from None
+        print(f"Logs are in {self.folder}, the model in {self.store.folder}.")
 
-    def _train_epoch(self, recorder: record.Recorder) -> None:
-        bar_seconds = 0.5
-        recorded = []  # on the device until the end of the epoch
+    def _place(self) -> str:
+        """Where the run is, in words."""
+        if self.position:
+            return f"in epoch {self.epoch + 1}, after step {self.position} of {len(self.training)}"
+        return f"after epoch {self.epoch}"
+
+    def _train_epoch(self) -> None:
+        """Trains from the present position to the epoch's end."""
+        bar_seconds, start = 0.5, time.perf_counter()
+        spent = self.seconds["train"]
+        saving = self.seconds["checkpoint"]
         self.network.train()
         bar = tqdm(
-            self.training,
+            self.training.epoch(self.position),
             desc=f"epoch {self.epoch + 1}/{self.options.epoch}",
+            total=len(self.training),
+            initial=self.position,
             leave=False,
             disable=not sys.stderr.isatty(),
         )
-        shown = time.perf_counter()
-        for images, labels in bar:
-            loss, right = self.training_step(images, labels)
-            if self.step % self.options.interval_train == 0:
-                recorded.append((self.step, loss.clone(), right.clone()))
-            if not bar.disable and time.perf_counter() - shown > bar_seconds:  # here the host waits for the device
-                accuracy = int(right) / len(labels)
-                bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
-                shown = time.perf_counter()
-            self.step += 1
-        for step, loss, right in recorded:
-            recorder.training(step, float(loss), int(right) / self.options.batch_size)
+        shown = start
+        with bar:
+            for images, labels in bar:
+                loss, right = self.training_step(images, labels)
+                self.loss += loss
+                self.right += right
+                if self.step % self.options.interval_train == 0:  # here the host waits for the device
+                    self._check_finite()
+                    self.recorder.training(self.step, float(loss), int(right) / len(labels))
+                if not bar.disable and time.perf_counter() - shown > bar_seconds:  # and here
+                    accuracy = int(right) / len(labels)
+                    bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
+                    shown = time.perf_counter()
+                self.step += 1
+                self.position += 1
+                saved = self.seconds["checkpoint"] - saving
+                self.seconds["train"] = spent + time.perf_counter() - start - saved
+                self._heed()
+        self._check_finite()
 
-    def _test_and_record(self, recorder: record.Recorder) -> float:
-        """Tests after an epoch and records; in full after the first epoch and every -i1 epochs."""
-        full = self.epoch == 1 or self.epoch % self.options.interval_test == 0
+    def _heed(self) -> None:
+        """Between two steps: stops or saves, if a signal or the time asks for it."""
+        self.signals.check()
+        due = time.monotonic() - self.saved_at >= 60 * self.options.checkpoint_minutes
+        if due or self.signals.save:
+            asked, self.signals.save = self.signals.save, False
+            self._save()
+            if asked:
+                self.store.wait()
+                print(f"Saved {self._place()}, as SIGUSR1 asked; going on.", flush=True)
+
+    def _end_epoch(self) -> None:
+        """Tests and records what the epoch has given, and saves; in full after the first and every -i1 epochs."""
+        start = time.perf_counter()
+        epoch = self.epoch + 1
+        full, extra = epoch == 1 or epoch % self.options.interval_test == 0, {}
         if full:
             with measure.SpikeCounter(self.network) as spikes:
-                accuracy = self._accuracy()
-            recorder.neurons(self.epoch, spikes.rates())
-            recorder.weights(self.epoch, self.network, self.optimizers, self.recipe.histograms)
+                accuracy = self._accuracy(self._stoppable(self.test_set))
+            rates = spikes.rates()
+            names = self.recipe.histograms
+            self.recorder.neurons(epoch, rates)
+            self.recorder.weights(epoch, self.network, self.optimizers, names)
+            extra = {
+                "neurons": record.neuron_results(rates),
+                "distributions": record.distributions(self.network, self.optimizers, names),
+            }
         else:
-            accuracy = self._accuracy()
+            accuracy = self._accuracy(self._stoppable(self.test_set))
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, self._masks()
-        recorder.accuracy(self.epoch, accuracy)
-        recorder.connections(self.epoch, measure.count(self.masks), measure.rewired(before, self.masks), self.others)
-        recorder.flush()
-        return accuracy
+        layers, rewired = measure.count(self.masks), measure.rewired(before, self.masks)
+        self.recorder.accuracy(epoch, accuracy)
+        self.recorder.connections(epoch, layers, rewired, self.others)
+        self.seconds["test"] += time.perf_counter() - start
+        batches = len(self.training)
+        results = record.epoch_results(
+            epoch=epoch,
+            step=self.step,
+            train_loss=float(self.loss) / batches,
+            train_accuracy=int(self.right) / (batches * self.options.batch_size),
+            test_accuracy=accuracy,
+            best_accuracy=self.best_accuracy,
+            learning_rate=float(self.optimizers[0].param_groups[0]["lr"]),
+            layers=layers,
+            rewired=rewired,
+            others=self.others,
+            seconds=self.seconds,
+        )
+        self.recorder.results({**results, **extra})
+        line = record.epoch_line(
+            epoch, self.options.epoch, accuracy, self.best_accuracy, measure.total(layers), sum(self.seconds.values())
+        )
+        self.epoch = epoch
+        self._begin_epoch()
+        self._save()
+        print(line, flush=True)
 
-    def _accuracy(self) -> float:
+    # -- testing -------------------------------------------------------------------------------------
+
+    def _stoppable(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches, until a signal asks to stop: the epoch is then tested when the run goes on."""
+        for batch in batches:
+            self.signals.check()
+            yield batch
+
+    def _accuracy(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         with autocast(self.options.precision_used, self.options.device):
-            return measure.accuracy(self.network, self.test_set)
+            return measure.accuracy(self.network, batches)
 
     def test(self) -> None:
         """Evaluates the network as it is; prints the results and stores them in the log folder."""
         with measure.SpikeCounter(self.network) as spikes:
-            accuracy = self._accuracy()
-        record.report_test(
-            record.folder_of(self.options), self.epoch, accuracy, measure.count(self.masks), spikes.rates()
-        )
+            accuracy = self._accuracy(self.test_set)
+        record.report_test(self.folder, self.epoch, accuracy, measure.count(self._masks()), spikes.rates())

@@ -5,6 +5,8 @@ import functools
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,11 +18,17 @@ from typing import Any, NoReturn
 import torch
 
 import spiking_kernels
+from training.divergence import DivergedError
+from training.interrupt import Interrupted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
 
 # Options that say where a run happens or what to do with it, and do not change what it computes.
-PLACE_OPTIONS = {"compile", "gpu", "device", "precision_used", "dataset_dir", "dump_dir", "test", "name"}
+PLACE_OPTIONS = {
+    *("compile", "deterministic", "checkpoint_minutes", "test", "name"),
+    *("gpu", "device", "precision_used", "dataset_dir", "dump_dir"),
+}
 
 # How messages spell the options that a checkpoint must agree on.
 OPTION_NAMES = {
@@ -70,7 +78,8 @@ class Recipe:
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a script's main: a failure becomes one line, with status 2 when it is the user's to mend.
 
-    A :class:`Refusal` gives status 2, an error of the operating system 1, an interruption 130.
+    A :class:`Refusal` gives status 2; a run that diverges, too little memory or an error of the operating
+    system 1; a signal that stops a run 128 and its number.
     """
 
     @functools.wraps(main)
@@ -79,12 +88,33 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return main(*args)
         except Refusal as refusal:
             return _fail(str(refusal), 2)
-        except OSError as error:
+        except DivergedError as error:
             return _fail(str(error), 1)
+        except OSError as error:
+            return _fail(f"{error}; what was saved before is as it was, and the same command goes on from there", 1)
+        except Interrupted as stop:
+            name = signal.Signals(stop.number).name
+            print(f"Stopped by {name} {stop}, and saved. To go on: {shlex.join(['python', *sys.argv])}", flush=True)
+            return 128 + stop.number
         except KeyboardInterrupt:
-            return _fail("interrupted; the same command continues after the last finished epoch", 130)
+            return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        except (MemoryError, RuntimeError) as error:
+            line = _explained(error)
+            if line is None:
+                raise
+            return _fail(line, 2 if "--deterministic" in line else 1)
 
     return wrapped
+
+
+def _explained(error: Exception) -> str | None:
+    """The line for an error of torch that is not a fault of the program; None for all others."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return f"out of memory ({text.splitlines()[0] if text else 'no more is known'}); a smaller -b or -T takes less"
+    if operation := re.match(r"(\S+) does not have a deterministic implementation", text):
+        return f"argument --deterministic: {operation[1]} has no deterministic implementation on this device"
+    return None
 
 
 def _fail(message: str, status: int) -> int:
@@ -102,18 +132,23 @@ class _Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (see --help)")
 
 
-def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+def _whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        accepted = f">= {least}" if most == math.inf else f"from {least} to {most}"
         try:
             value = int(text)
-        except ValueError:
+        except ValueError:  # this, or it has thousands of digits
             value = None
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number {accepted}, not {text!r}")
+            from_least = f">= {least}" if value is None or value < least else "below 2^63"
+            accepted = from_least if most == LARGEST else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {accepted}, not {_shown(text)}")
         return value
 
     return parse
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
 def _number(accepted: str, condition: Callable[[float], bool]) -> Callable[[str], float]:
@@ -123,7 +158,7 @@ def _number(accepted: str, condition: Callable[[float], bool]) -> Callable[[str]
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not condition(value):
-            raise argparse.ArgumentTypeError(f"must be a finite number {accepted}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a finite number {accepted}, not {_shown(text)}")
         return value
 
     return parse
@@ -138,7 +173,7 @@ def _folder(text: str) -> Path:
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser = _Parser(
         description=f"Trains, prunes and tests the {recipe.name} network of spiking neurons.",
-        epilog="The same command continues an interrupted run after its last finished epoch.",
+        epilog="The same command continues an interrupted run from its last checkpoint.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -187,7 +222,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="LR",
         help="learning rate of all optimizers (default: 1e-4)",
     )
-    add("-T", type=least_one, default=8, help="number of time steps (default: %(default)s)")
+    add("-T", type=_whole(1, 4096), default=8, help="number of time steps (default: %(default)s)")
     add(
         "-N",
         "--epoch",
@@ -198,7 +233,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     )
     add(
         "--seed",
-        type=_whole(0, 2**63 - 1),
+        type=_whole(0),
         default=2020,
         help="seed of the initial weights, the data order, the augmentation and all noise (default: %(default)s)",
     )
@@ -242,6 +277,18 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         choices=("fp32", "tf32", "bf16"),
         help="of matrix products and convolutions; all state stays fp32 (default: tf32 on a GPU, fp32 on the CPU)",
     )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="use deterministic algorithms only, on a GPU too, for runs that are the same bit for bit (default: off)",
+    )
+    add(
+        "--checkpoint-minutes",
+        type=_number("> 0", lambda x: x > 0),
+        default=10.0,
+        metavar="M",
+        help="minutes between checkpoints inside an epoch; there is one after each epoch, too (default: 10)",
+    )
     add("-test", action="store_true", help="only evaluate the saved model (default: off)")
     add(
         "-i1",
@@ -276,6 +323,8 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     _check_mode(options)
     options.device = _device(options.gpu)
     _choose_precision(options)
+    if options.deterministic:
+        _be_deterministic()
     options.name = run_name(options, recipe)
     options.compile = options.compile and _can_compile(options.device)
     _check_writable(options.dump_dir)
@@ -324,6 +373,13 @@ def _choose_precision(options: argparse.Namespace) -> None:
     options.precision_used = options.precision or default
     if options.precision == default:
         options.precision = None
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and nothing here reads such
+    torch.backends.cudnn.benchmark = False
 
 
 def _can_compile(device: torch.device) -> bool:

@@ -5,15 +5,27 @@ epochs, at the time of measuring: train/loss at step 0 is the loss before the fi
 """
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
+from training import storage
 from training.measure import Connections, prunable, total
+from training.options import REPOSITORY, arguments
+
+RESULTS = "results.jsonl"
+BINS = 64  # of the distributions in the results
 
 
 def folder_of(options: Namespace) -> Path:
@@ -21,16 +33,49 @@ def folder_of(options: Namespace) -> Path:
     return options.dump_dir / "logs" / options.name
 
 
+def log_files(folder: Path) -> list[Path]:
+    """The files of a log folder that grow while a run goes on: the results and TensorBoard's events."""
+    return sorted(path for path in folder.glob("*") if path.name == RESULTS or "tfevents" in path.name)
+
+
+def _rewind(folder: Path, lengths: dict[str, int]) -> None:
+    """Takes back what was logged after a checkpoint that knows these lengths."""
+    for path in log_files(folder):
+        if path.name not in lengths:
+            path.unlink()
+        elif path.stat().st_size > lengths[path.name]:
+            os.truncate(path, lengths[path.name])
+    for name, length in lengths.items():
+        path = folder / name
+        there = path.stat().st_size if path.exists() else 0
+        if there < length:
+            print(f"{path} has lost its end ({there} bytes of {length}); going on behind it.", flush=True)
+
+
 class Recorder:
-    """Writes a run's TensorBoard log.
+    """Writes a run's TensorBoard log, and its results: a line of JSON for each epoch.
 
     Args:
         folder: the log folder.
-        step: the step from which the run goes on; what an interrupted run logged later is hidden.
+        lengths: of the log files at the checkpoint from which the run goes on, as :meth:`lengths` gave
+            them; what an interrupted run logged after it is taken back, to be logged again.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.writer = SummaryWriter(str(folder), purge_step=step)
+    def __init__(self, folder: Path, lengths: dict[str, int]):
+        self.folder = folder
+        _rewind(folder, lengths)
+        self.writer = SummaryWriter(str(folder))
+
+    def lengths(self) -> dict[str, int]:
+        """Flushes all that was logged, and gives the length of every log file."""
+        self.writer.flush()
+        return {path.name: path.stat().st_size for path in log_files(self.folder)}
+
+    def results(self, line: dict[str, Any]) -> None:
+        """Appends the results of an epoch, in one write: who reads meanwhile sees whole lines, but perhaps the last."""
+        text = json.dumps(line, allow_nan=False) + "\n"
+        with open(self.folder / RESULTS, "ab", buffering=0) as file:
+            file.write(text.encode())
 
     def training(self, step: int, loss: float, accuracy: float) -> None:
         self.writer.add_scalar("train/loss", loss, step)
@@ -62,28 +107,170 @@ class Recorder:
 
     def neurons(self, epoch: int, rates: dict[str, Tensor]) -> None:
         """Records, per LIF layer, the mean firing rate and the share of neurons silent on the whole test set."""
-        for name, rate in rates.items():
-            self.writer.add_scalar(f"avg_firing_rate/{name}", float(rate.mean()), epoch)
-            self.writer.add_scalar(f"nonfire_prop/{name}", float((rate == 0).float().mean()), epoch)
+        for name, layer in neuron_results(rates).items():
+            self.writer.add_scalar(f"avg_firing_rate/{name}", layer["firing_rate"], epoch)
+            self.writer.add_scalar(f"nonfire_prop/{name}", layer["silent"], epoch)
 
     def weights(
         self, epoch: int, network: nn.Module, optimizers: list[Optimizer], names: tuple[str, ...] | None
     ) -> None:
         """Records the distributions of weights and, where the algorithm has it, of theta; all layers, or ``names``."""
-        for name, weight in prunable(network).items():
-            if names is not None and name not in names:
-                continue
-            self.writer.add_histogram(f"{name}-w", weight.detach(), epoch)
-            for optimizer in optimizers:
-                state = optimizer.state.get(weight, {})
-                if "theta" in state:
-                    self.writer.add_histogram(f"{name}-theta", state["theta"], epoch)
-
-    def flush(self) -> None:
-        self.writer.flush()
+        for name, tensors in weights_and_theta(network, optimizers, names):
+            for kind, values in tensors.items():
+                self.writer.add_histogram(f"{name}-{kind}", values, epoch)
 
     def close(self) -> None:
         self.writer.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise  # else the first failure is the one to tell
+
+
+def epoch_results(
+    *,
+    epoch: int,
+    step: int,
+    train_loss: float,
+    train_accuracy: float,
+    test_accuracy: float,
+    best_accuracy: float,
+    learning_rate: float,
+    layers: dict[str, Connections],
+    rewired: dict[str, tuple[int, int]],
+    others: int,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """What a line of the results says of an epoch; accuracies, sparsities and connectivities are fractions.
+
+    Args:
+        epoch: finished epochs.
+        step: updates in all.
+        train_loss: mean over the epoch's batches.
+        train_accuracy: share of the epoch's images that were right, each when its batch was trained on.
+        test_accuracy: after the epoch.
+        best_accuracy: the highest test accuracy so far.
+        learning_rate: of the epoch's last step.
+        layers: connections by the weights' names.
+        rewired: connections pruned and regrown since the epoch before, by the weights' names.
+        others: the number of parameters that are never pruned.
+        seconds: spent on train, test and checkpoint since the line before.
+    """
+    everything, with_bn = total(layers), total(layers, others)
+    return {
+        "epoch": epoch,
+        "step": step,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "test_accuracy": test_accuracy,
+        "best_accuracy": best_accuracy,
+        "sparsity": everything.sparsity,
+        "connectivity": everything.connectivity,
+        "sparsity_with_bn": with_bn.sparsity,
+        "connectivity_with_bn": with_bn.connectivity,
+        "pruned": sum(pruned for pruned, _ in rewired.values()),
+        "regrown": sum(regrown for _, regrown in rewired.values()),
+        "layers": {
+            name: {
+                "connected": layer.connected,
+                "weights": layer.weights,
+                "sparsity": layer.sparsity,
+                "connectivity": layer.connectivity,
+                "pruned": rewired[name][0],
+                "regrown": rewired[name][1],
+            }
+            for name, layer in layers.items()
+        },
+        "learning_rate": learning_rate,
+        **{f"{what}_seconds": seconds[what] for what in ("train", "test", "checkpoint")},
+    }
+
+
+def neuron_results(rates: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Mean firing rate and share of silent neurons of each LIF layer, from the rates of its neurons."""
+    return {
+        name: {"firing_rate": float(rate.mean()), "silent": float((rate == 0).float().mean())}
+        for name, rate in rates.items()
+    }
+
+
+def distribution(values: Tensor) -> dict[str, list]:
+    """A histogram from the least to the greatest value: ``edges`` (one more than bins) and ``counts``."""
+    values = values.detach().flatten()
+    low, high = (float(end) for end in values.aminmax())
+    if low == high:
+        return {"edges": [low, high], "counts": [values.numel()]}
+    bins = ((values - low) * (BINS / (high - low))).long().clamp_(0, BINS - 1)
+    edges = [low + (high - low) * i / BINS for i in range(BINS)]
+    return {"edges": [*edges, high], "counts": torch.bincount(bins, minlength=BINS).tolist()}
+
+
+def distributions(
+    network: nn.Module, optimizers: list[Optimizer], names: tuple[str, ...] | None
+) -> dict[str, dict[str, Any]]:
+    """The distributions of weights and, where the algorithm has it, of theta; of all layers, or of ``names``."""
+    return {
+        name: {kind: distribution(values) for kind, values in tensors.items()}
+        for name, tensors in weights_and_theta(network, optimizers, names)
+    }
+
+
+def weights_and_theta(
+    network: nn.Module, optimizers: list[Optimizer], names: tuple[str, ...] | None
+) -> Iterable[tuple[str, dict[str, Tensor]]]:
+    """Yields, for all layers or those of ``names``, the weights as w and, where the algorithm has it, theta."""
+    for name, weight in prunable(network).items():
+        if names is not None and name not in names:
+            continue
+        tensors = {"w": weight.detach()}
+        for optimizer in optimizers:
+            if "theta" in optimizer.state.get(weight, {}):
+                tensors["theta"] = optimizer.state[weight]["theta"]
+        yield name, tensors
+
+
+def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -> dict[str, Any]:
+    """What ``run.json`` says of a run: its arguments, versions, device, commit and parameters."""
+    weights = prunable(network)
+    prunable_weights = sum(weight.numel() for weight in weights.values())
+    on_gpu = options.device.type == "cuda"
+    return {
+        "format": 1,
+        "experiment": options.experiment,
+        "name": options.name,
+        "command": shlex.join(["python", *sys.argv]),
+        "arguments": arguments(options),
+        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
+        "device": torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "git_commit": _git_commit(),
+        "parameters": {
+            "prunable": prunable_weights,
+            "others": sum(parameter.numel() for parameter in network.parameters()) - prunable_weights,
+            "layers": {name: list(weight.shape) for name, weight in weights.items()},
+        },
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit that runs, with "+" behind it if files differ from it; None where that cannot be told."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=True, timeout=10)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def write_json(path: Path, content: Any) -> None:
+    storage.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def percent(fraction: float) -> str:
@@ -121,5 +308,5 @@ def report_test(
         "sparsity": everything.sparsity,
         "layer_sparsity": {name: layer.sparsity for name, layer in layers.items()},
     }
-    (folder / "test.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(folder / "test.json", result)
     print(f"firing rates of every neuron and test.json are in {folder}")

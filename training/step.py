@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from spiking import SpikingNetwork
 from training import measure
+from training.divergence import FiniteCheck
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -35,6 +36,9 @@ class TrainingStep:
     The optimizers must be capturable then, and a new learning rate has no effect after the capture.
 
     The returned tensors are overwritten by the next step: whoever keeps them copies them.
+
+    Attributes:
+        finite: knows of the first loss, gradient or weight that was not finite.
     """
 
     WARMUP = 3
@@ -44,6 +48,7 @@ class TrainingStep:
     ):
         self.network, self.optimizers, self.precision, self.device = network, optimizers, precision, device
         self.parameters = list(network.parameters())
+        self.finite = FiniteCheck(network, device)
         self.use_graph = graph and device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
@@ -57,6 +62,7 @@ class TrainingStep:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
+        self.finite.update(loss)
         return loss.detach(), measure.correct(counts.detach(), labels)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,490 @@
+"""Stop and go on: a run in parts is the run in one, and what cannot be gone on from is refused, and kept."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from run_helpers import assert_same_run, load, results, same, scalars, store, the_checkpoint
+
+from c10.model import Cifar10Net
+from gradrewire import GradRewiring
+from mnist import mnist
+from mnist.model import MnistNet
+from training import checkpoint, randomness, storage
+from training.options import Refusal
+from training.storage import previous_of
+
+GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
+MODES = {
+    "no_prune": [],
+    "grad": ["-m", "grad", "-s", "0.95"],
+    "deep": ["-m", "deep", "-s", "0.5", "-temperature", "1e-3"],
+    "soft deep": ["-m", "deep", "-soft", "-s", "0.5", "-temperature", "1e-3"],
+}
+EVERY_STEP = ["--checkpoint-minutes", "1e-9"]
+
+
+def die_at(monkeypatch, *steps):
+    """The process seems to be killed at these forward passes of training, counted over all runs."""
+    calls, forward = [0], MnistNet.forward
+
+    def forward_or_die(self, images):
+        if self.training:
+            calls[0] += 1
+            if calls[0] in steps:
+                raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.setattr(MnistNet, "forward", forward_or_die)
+    return calls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_in_parts_is_the_run_in_one(run, tmp_path, mode):
+    argv = [*MODES[mode], "-lr", "1e-2", "-b", "8", "-i1", "2", "-i2", "2"]
+    run(*argv, "-N", "4", dump=tmp_path / "one")
+    for epochs in ("1", "3", "4"):
+        result = run(*argv, "-N", epochs, dump=tmp_path / "parts")
+    assert "Going on after epoch 3, of 4 epochs." in result.out
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_killed_inside_epochs_is_the_run_in_one(run, tmp_path, monkeypatch, mode):
+    argv = [*MODES[mode], "-lr", "1e-2", "-b", "8", "-i1", "2", "-i2", "1", "-N", "3", *EVERY_STEP]
+    run(*argv, dump=tmp_path / "one")
+    steps = die_at(monkeypatch, 3, 8, 9)
+    parts = [run(*argv, dump=tmp_path / "parts") for _ in range(4)]
+    assert [part.status for part in parts] == [130, 130, 130, 0]
+    assert "Going on" not in parts[0].out
+    places = ["in epoch 1, after step 2 of 5", "in epoch 2, after step 1 of 5", "in epoch 2, after step 1 of 5"]
+    for part, place in zip(parts[1:], places, strict=True):
+        assert f"Going on {place}, of 3 epochs." in part.out
+    assert steps[0] == 15 + 3  # the steps that were killed, and no other, are taken twice
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+    assert [line["epoch"] for line in results(tmp_path / "parts")] == [1, 2, 3]
+
+
+def test_without_checkpoints_inside_it_an_epoch_is_taken_anew(run, tmp_path, monkeypatch):
+    run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "one")
+    die_at(monkeypatch, 8)
+    assert run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").status == 130
+    the_one = storage.newest(the_checkpoint(tmp_path / "killed"))[0]
+    assert (the_one["epoch"], the_one["position"]) == (1, 0)
+    result = run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed")
+    assert "Going on after epoch 1, of 3 epochs." in result.out
+    assert [line.split()[1] for line in result.out.splitlines() if line.startswith("epoch")] == ["2/3", "3/3"]
+    assert_same_run(tmp_path / "one", tmp_path / "killed")
+
+
+def test_a_run_killed_before_its_first_epochs_end_goes_on(run, tmp_path, monkeypatch):
+    run(*GRAD, "-N", "1", dump=tmp_path / "one")
+    die_at(monkeypatch, 2)
+    assert run(*GRAD, "-N", "1", dump=tmp_path / "killed").status == 130
+    assert run(*GRAD, "-N", "1", dump=tmp_path / "killed").status == 0
+    assert_same_run(tmp_path / "one", tmp_path / "killed")
+
+
+def test_a_run_killed_between_its_results_and_its_checkpoint_logs_nothing_twice(run, tmp_path, monkeypatch):
+    run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "one")
+    save, saves = checkpoint.Store.save, []
+
+    def save_or_die(self, state, files):
+        self.wait()
+        saves.append(state["epoch"])
+        if saves.count(2) == 1 and state["epoch"] == 2:  # the results of the second epoch are written by now
+            raise KeyboardInterrupt
+        save(self, state, files)
+
+    monkeypatch.setattr(checkpoint.Store, "save", save_or_die)
+    assert run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").status == 130
+    assert [line["epoch"] for line in results(tmp_path / "killed")] == [1, 2]
+    assert "Going on after epoch 1," in run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").out
+    assert_same_run(tmp_path / "one", tmp_path / "killed")
+
+
+def test_everything_that_draws_random_numbers_goes_on(run, tmp_path):
+    import random
+
+    import numpy as np
+
+    run(*GRAD, "-N", "1")
+    state = load(tmp_path)
+    expected = [random.random(), np.random.rand(), torch.rand(1), torch.empty(0)]  # noqa: NPY002
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    generator = torch.Generator()
+    randomness.set_states(tmp_path, state["random"], torch.device("cpu"), generator)
+    assert [random.random(), np.random.rand(), torch.rand(1)] == expected[:3]  # noqa: NPY002
+    assert torch.equal(generator.get_state(), state["random"]["data"])
+    with pytest.raises(Refusal, match="random numbers is not accepted"):
+        randomness.set_states(tmp_path, {**state["random"], "python": (1, 2)}, torch.device("cpu"), generator)
+
+
+def test_a_run_goes_on_in_another_execution(run, tmp_path, monkeypatch):
+    """How a step is executed is not part of the checkpoint: it stays what the machine and --compile say."""
+    run(*GRAD, "-N", "1")
+    saved = load(tmp_path)["optimizers"][0]["param_groups"][0]
+    seen = []
+    step = GradRewiring.step
+    monkeypatch.setattr(
+        GradRewiring,
+        "step",
+        lambda self, closure=None: seen.append(self.param_groups[0]["fused"]) or step(self, closure),
+    )
+    assert "Going on after epoch 1" in run(*GRAD, "-N", "2", "--no-compile").out
+    assert set(seen) == {False}
+    seen.clear()
+    run(*GRAD, "-N", "3")
+    assert set(seen) == {saved["fused"]}
+    # a checkpoint of a GPU, too
+    state = load(tmp_path)
+    state["optimizers"][0]["param_groups"][0] |= {"fused": True, "capturable": True}
+    state["random"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    store(tmp_path, state)
+    assert run(*GRAD, "-N", "4", "--no-compile").status == 0
+    assert not load(tmp_path)["optimizers"][0]["param_groups"][0]["capturable"]
+
+
+@pytest.mark.gpu
+def test_a_run_changes_between_gpu_and_cpu(run, tmp_path, monkeypatch):
+    argv = [*GRAD, "--precision", "fp32"]
+    for epochs, there in (("1", True), ("2", False), ("3", True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert run(*argv, "-N", epochs).status == 0
+    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_killed_on_a_gpu_is_the_run_in_one(run, tmp_path, monkeypatch, mode):
+    argv = [*MODES[mode], "-lr", "1e-2", "-b", "8", "-i2", "1", "-N", "3", "--deterministic", *EVERY_STEP]
+    assert run(*argv, dump=tmp_path / "one").status == 0
+    die_at(monkeypatch, 3)
+    assert run(*argv, dump=tmp_path / "parts").status == 130
+    assert run(*argv, dump=tmp_path / "parts").status == 0
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+
+
+def test_a_finished_run_says_so_and_does_nothing(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()}
+    result = run(*GRAD, "-N", "2")
+    assert result.status == 0
+    assert "finished its 2 epochs" in result.out
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_fewer_epochs_than_done_are_refused(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    result = run(*GRAD, "-N", "1")
+    assert result.status == 2
+    assert "-N/--epoch" in result.err
+    assert "has done 2 epochs" in result.err
+
+
+def test_what_a_killed_process_left_is_cleaned_up(run, tmp_path):
+    run(*GRAD, "-N", "1")
+    temporary = storage.temporary_of(the_checkpoint(tmp_path))
+    temporary.write_bytes(b"half of a checkpoint")
+    assert run(*GRAD, "-N", "2").status == 0
+    assert not temporary.exists()
+
+
+def test_a_second_process_is_refused_and_a_test_is_not(run, tmp_path):
+    run(*GRAD, "-N", "1")
+    lock = storage.Lock(the_checkpoint(tmp_path).parent)
+    assert lock.acquire()
+    result = run(*GRAD, "-N", "2")
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert "--dump-dir: another process is training in " in result.err
+    assert run(*GRAD, "-test").status == 0
+    lock.release()
+    assert run(*GRAD, "-N", "2").status == 0
+
+
+def test_no_run_starts_over_results_without_a_checkpoint(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    for path in (the_checkpoint(tmp_path), previous_of(the_checkpoint(tmp_path))):
+        path.unlink()
+    before = results(tmp_path)
+    result = run(*GRAD, "-N", "2")
+    assert result.status == 2
+    assert "holds results, but" in result.err
+    assert results(tmp_path) == before
+
+
+def test_lost_results_are_said_and_the_run_goes_on(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    (path,) = tmp_path.glob("logs/*/results.jsonl")
+    path.unlink()
+    result = run(*GRAD, "-N", "3")
+    assert result.status == 0
+    assert "results.jsonl has lost its end" in result.out
+    assert [line["epoch"] for line in results(tmp_path)] == [3]
+
+
+# -- what cannot be gone on from --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("interval_test", 5, "-i1/--interval-test: .* made with 5, not 32"),
+        ("seed", 3, "--seed: .* made with 3, not 2020"),
+        ("learning_rate", 1.0, "-lr/--learning-rate: .* made with 1.0, not 0.01"),
+        ("T", 4, "-T: .* made with 4, not 8"),
+        ("experiment", "c10", "experiment: .* made with c10, not mnist"),
+    ],
+)
+def test_a_checkpoint_made_with_other_arguments_is_refused(run, tmp_path, key, value, message):
+    run(*GRAD, "-N", "1")
+    state = load(tmp_path)
+    state["arguments"][key] = value
+    assert_refused_and_kept(run, tmp_path, state, message)
+
+
+def assert_refused_and_kept(run, folder, state, message, commands=(["-N", "2"], ["-test"])):
+    import re
+
+    path = store(folder, state)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for argv in commands:
+        result = run(*GRAD, *argv)
+        assert result.status == 2
+        assert result.err.count("\n") == 1
+        assert re.search(message, result.err), result.err
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, path
+
+
+def test_a_checkpoint_of_other_data_is_refused(run, tmp_path, mnist_folder):
+    run(*GRAD, "-N", "1")
+    other = tmp_path / "other data"
+    shutil.copytree(mnist_folder, other)
+    images = other / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1] + b"\x07")
+    result = run(*GRAD, "-N", "2", data=other)
+    assert result.status == 2
+    assert "--dataset-dir: the run was made with other data" in result.err
+
+
+def changed(state, *keys, to):
+    """The state with one item replaced (``to`` a value or a function of the old one), or taken away (None)."""
+    *outer, last = keys
+    container = state
+    for key in outer:
+        container = container[key]
+    if to is None:
+        del container[last]
+    else:
+        container[last] = to(container[last]) if callable(to) else to
+    return state
+
+
+ONE = ("network", "fc.1.weight")
+SIGN = ("optimizers", 0, "state", 0, "sign")
+MISFITS = [
+    (("format",), 1, "is of format 1, not 2"),
+    (("seconds",), None, "checkpoint has missing seconds"),
+    (("surplus",), 1, "checkpoint has unknown surplus"),
+    (("epoch",), 1.0, "epoch is float, not int"),
+    (ONE, None, r"the network has missing fc\.1\.weight"),
+    (("network", "fc.9.weight"), torch.ones(1), r"the network has unknown fc\.9\.weight"),
+    (ONE, lambda w: w[:, :400], r"fc\.1\.weight is \(10, 400\) float32, not \(10, 800\) float32"),
+    (ONE, lambda w: w.double(), r"fc\.1\.weight is \(10, 800\) float64, not \(10, 800\) float32"),
+    (ONE, "weight", r"fc\.1\.weight is not a tensor"),
+    (("optimizers",), lambda o: o * 2, "it has 2 optimizers, not 1"),
+    (("optimizers", 0, "surplus"), 1, "GradRewiring has unknown surplus"),
+    (("optimizers", 0, "param_groups", 0, "alpha"), 7.0, "GradRewiring's alpha is 7.0, not 0.001"),
+    (("optimizers", 0, "param_groups", 0, "params"), [0], r"GradRewiring's params is \[0\], not \[0, 1\]"),
+    (("optimizers", 0, "param_groups"), [], "GradRewiring has 0 parameter groups"),
+    (("optimizers", 0, "state", 1), None, "GradRewiring's state has missing 1"),
+    (SIGN, None, "GradRewiring's state 0 has missing sign"),
+    (SIGN, lambda s: s.float(), r"GradRewiring's sign 0 is \(800, 784\) float32, not \(800, 784\) int8"),
+    (("optimizers", 0, "state", 0, "theta"), lambda t: t[:1], r"theta 0 is \(1, 784\)"),
+    (("optimizers", 0, "state", 0, "step"), 5.0, "step 0 is not a tensor"),
+    (("step",), 7, "7 steps after 1 epochs of 5"),
+    (("position",), 6, "position is 6"),
+    (("epoch",), -1, "epoch is -1"),
+    (("masks", "fc.1.weight"), lambda m: m[:-1], r"the mask of fc\.1\.weight is \(999,\)"),
+    (("random", "torch"), None, "random has missing torch"),
+    (("random", "torch"), "state", "random numbers torch is not a tensor"),
+    (("random", "torch"), lambda s: s[:-1], "random numbers is not accepted"),
+]
+
+
+@pytest.mark.parametrize(("keys", "to", "message"), MISFITS, ids=[message for *_, message in MISFITS])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run, tmp_path, keys, to, message):
+    run(*GRAD, "-N", "1")
+    assert_refused_and_kept(run, tmp_path, changed(load(tmp_path), *keys, to=to), message)
+
+
+def test_nothing_is_applied_of_a_checkpoint_that_does_not_fit(run, tmp_path):
+    run(*GRAD, "-N", "1")
+    state = changed(load(tmp_path), *SIGN, to=None)
+    network = MnistNet()
+    optimizers = [GradRewiring(network.parameters(), lr=1e-2, alpha=1e-3, s=0.95)]
+    before = [parameter.clone() for parameter in network.parameters()]
+    with pytest.raises(Refusal):
+        checkpoint.check_fit(tmp_path, state, network, optimizers, 5)
+    assert all(map(torch.equal, before, network.parameters()))
+    assert len(optimizers[0].state) == 0
+
+
+def test_a_checkpoint_of_another_network_is_refused(run, tmp_path):
+    """Of the other experiment, were its arguments the same."""
+    run(*GRAD, "-N", "1")
+    state = load(tmp_path)
+    state["network"] = {name: torch.zeros(1) for name in Cifar10Net(1).state_dict()}
+    assert_refused_and_kept(run, tmp_path, state, r"the network has unknown .*conv\.1\.weight.* and missing ")
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "text", "list"])
+def test_a_run_goes_back_behind_a_damaged_checkpoint(run, tmp_path, damage):
+    run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "one")
+    folder = tmp_path / "damaged"
+    run(*GRAD, "-N", "2", "-i2", "1", dump=folder)
+    path = the_checkpoint(folder)
+    good = path.read_bytes()
+    path.write_bytes({"empty": b"", "truncated": good[:-100], "text": b"hello", "list": good[:4] + good[5:]}[damage])
+    tested = run(*GRAD, "-i2", "1", "-test", dump=folder)
+    assert "after 1 epochs" in tested.out
+    result = run(*GRAD, "-N", "3", "-i2", "1", dump=folder)
+    lines = result.out.splitlines()
+    assert [line for line in lines if str(path) in line and "damaged" in line and "going back" in line]
+    assert "Going on after epoch 1, of 3 epochs." in lines
+    assert_same_run(tmp_path / "one", folder)
+
+
+def test_a_run_without_a_good_checkpoint_stops_and_keeps_all(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    path = the_checkpoint(tmp_path)
+    for file in (path, previous_of(path)):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for argv in (["-N", "3"], ["-test"]):
+        result = run(*GRAD, *argv)
+        assert result.status == 2
+        assert result.err.count("\n") == 1
+        assert str(path) in result.err
+        assert "no good checkpoint" in result.err
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "results"])
+def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(run, tmp_path, monkeypatch, where):
+    run(*GRAD, "-N", "3", dump=tmp_path / "one")
+    folder = tmp_path / "full"
+    run(*GRAD, "-N", "1", dump=folder)
+    before = load(folder)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def no_space(*args):
+        raise full
+
+    if where == "checkpoint":
+        monkeypatch.setattr(storage._HashingFile, "write", no_space)
+    else:
+        monkeypatch.setattr("training.record.Recorder.results", no_space)
+    result = run(*GRAD, "-N", "3", dump=folder)
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert "No space left on device" in result.err
+    assert same(load(folder), before)
+    monkeypatch.undo()
+    assert run(*GRAD, "-N", "3", dump=folder).status == 0
+    assert_same_run(tmp_path / "one", folder)
+
+
+# -- what is in the results --------------------------------------------------------------------------
+
+
+def test_results_agree_with_tensorboard_and_the_checkpoint(run, tmp_path):
+    run(*GRAD, "-N", "3", "-i1", "2", "-i2", "1")
+    lines, (events, histograms), state = results(tmp_path), scalars(tmp_path), load(tmp_path)
+    for tag, key in (("test_acc", "test_accuracy"), ("sparsity", "sparsity")):
+        assert [value for _, value in events[tag]] == pytest.approx([line[key] for line in lines], rel=1e-6)
+    for kind in ("loss", "acc"):  # the means of the epoch's batches
+        values = torch.tensor([value for _, value in events[f"train/{kind}"]], dtype=torch.float64).view(3, 5)
+        key = {"loss": "train_loss", "acc": "train_accuracy"}[kind]
+        assert values.mean(1).tolist() == pytest.approx([line[key] for line in lines], rel=1e-6)
+    for name in ("static_fc.1.weight", "fc.1.weight"):
+        layers = [line["layers"][name] for line in lines]
+        for tag, key in (("layer sparsity", "sparsity"), ("prune_cnt", "pruned"), ("regrow_cnt", "regrown")):
+            assert [value for _, value in events[f"{tag}/{name}"]] == pytest.approx([layer[key] for layer in layers])
+        assert layers[-1]["connected"] == int((state["network"][name] != 0).sum())
+        assert layers[-1]["weights"] == state["network"][name].numel()
+        assert layers[-1]["connectivity"] == pytest.approx(1 - layers[-1]["sparsity"])
+    for line in lines:
+        assert line["pruned"] == sum(layer["pruned"] for layer in line["layers"].values()) > 0
+        assert line["regrown"] == sum(layer["regrown"] for layer in line["layers"].values())
+        assert line["sparsity_with_bn"] == line["sparsity"] == pytest.approx(1 - line["connectivity"])
+        assert line["learning_rate"] == 1e-2
+    assert sum(line["regrown"] for line in lines) > 0
+    assert [line["step"] for line in lines] == [5, 10, 15]
+    assert lines[-1]["best_accuracy"] == state["best_accuracy"] == max(line["test_accuracy"] for line in lines)
+    full = [line for line in lines if "neurons" in line]
+    assert [line["epoch"] for line in full] == [1, 2]
+    for line in full:
+        index = [step for step, _ in events["avg_firing_rate/fc.0"]].index(line["epoch"])
+        for lif, neurons in line["neurons"].items():
+            assert neurons["firing_rate"] == pytest.approx(events[f"avg_firing_rate/{lif}"][index][1])
+            assert neurons["silent"] == pytest.approx(events[f"nonfire_prop/{lif}"][index][1])
+        for name, kinds in line["distributions"].items():
+            assert set(kinds) == {"w", "theta"}
+            for kind, histogram in kinds.items():
+                assert len(histogram["edges"]) == len(histogram["counts"]) + 1
+                assert sum(histogram["counts"]) == line["layers"][name]["weights"]
+                assert line["epoch"] in histograms[f"{name}-{kind}"]
+
+
+def test_the_clock_is_in_the_results(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    (path,) = tmp_path.glob("logs/*/results.jsonl")
+    for line in map(json.loads, path.read_text().splitlines()):
+        assert all(0 < line[f"{what}_seconds"] < 60 for what in ("train", "test", "checkpoint"))
+
+
+def test_batch_norm_counts_in_one_of_two_sparsities_of_the_results():
+    from training.measure import Connections
+    from training.record import epoch_results
+
+    line = epoch_results(
+        **dict(epoch=1, step=1, train_loss=0.0, train_accuracy=0.0, test_accuracy=0.0, best_accuracy=0.0),
+        **dict(learning_rate=1.0, layers={"a": Connections(4, 6)}, rewired={"a": (3, 1)}, others=4),
+        seconds={"train": 1.0, "test": 2.0, "checkpoint": 3.0},
+    )
+    assert line["sparsity"] == pytest.approx(2 / 6)
+    assert line["sparsity_with_bn"] == pytest.approx(2 / 10)
+    assert line["connectivity_with_bn"] == pytest.approx(8 / 10)
+    assert (line["pruned"], line["regrown"]) == (3, 1)
+    assert (line["train_seconds"], line["test_seconds"], line["checkpoint_seconds"]) == (1.0, 2.0, 3.0)
+
+
+def test_a_distribution_by_hand():
+    from training.record import BINS, distribution
+
+    histogram = distribution(torch.tensor([-1.0, 0.0, 0.0, 0.999, 1.0]))
+    assert histogram["edges"] == pytest.approx([-1 + 2 * i / BINS for i in range(BINS + 1)])
+    counts = {i: n for i, n in enumerate(histogram["counts"]) if n}
+    assert counts == {0: 1, BINS // 2: 2, BINS - 1: 2}
+    assert distribution(torch.zeros(3)) == {"edges": [0.0, 0.0], "counts": [3]}
+
+
+def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mnist.py", "-m", "grad", "with space"])
+    run(*GRAD, "-N", "1")
+    (path,) = tmp_path.glob("logs/*/run.json")
+    said = json.loads(path.read_text())
+    assert said["command"] == "python mnist.py -m grad 'with space'"
+    assert said["arguments"] == load(tmp_path)["arguments"]
+    assert said["name"] == path.parent.name
+    assert said["parameters"]["prunable"] == 635200
+    assert said["parameters"]["layers"] == {"static_fc.1.weight": [800, 784], "fc.1.weight": [10, 800]}
+    assert said["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert mnist.RECIPE.name == said["experiment"]

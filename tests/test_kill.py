@@ -1,0 +1,82 @@
+"""kill -9 at random moments, inside checkpoint writes too, until the run is complete, and as if never killed.
+
+A few kills by default; KILLS says how many (make kill-test: 50).
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from run_helpers import assert_same_run, load, the_checkpoint
+
+from training.storage import temporary_of
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get("KILLS", "3"))
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(folder, epochs):
+    # noise from the default generator, and a checkpoint after every step
+    settings = "--dataset digits -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 128 -i1 3 -i2 5 --checkpoint-minutes 1e-9"
+    folder = ["--dump-dir", str(folder)]
+    return [sys.executable, str(ROOT / "mnist" / "mnist.py"), *settings.split(), *folder, "-N", str(epochs)]
+
+
+def begin(folder, epochs):
+    process = subprocess.Popen(
+        command(folder, epochs), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "No GPU found" in process.stdout.readline(), process.communicate()
+    return process
+
+
+def is_training(folder, since):
+    """Whether the process has got as far as to log what it does."""
+    return any(path.stat().st_mtime >= since for path in folder.glob("logs/*/run.json"))
+
+
+def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path):
+    draw = random.Random(KILLS)
+    one, killed = tmp_path / "one", tmp_path / "killed"
+    epochs = 2 + KILLS // 2
+    subprocess.run(command(one, epochs), env=ENVIRONMENT, check=True, capture_output=True)
+    kills = in_writes = processes = 0
+    while True:
+        processes += 1
+        assert processes < 10 * KILLS + 10
+        since = time.time()
+        process = begin(killed, epochs)
+        if kills < KILLS:
+            while process.poll() is None and not is_training(killed, since):
+                time.sleep(0.002)
+            deadline = time.monotonic() + draw.uniform(0.0, 0.6)
+            into_a_write = draw.random() < 0.5
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            temporary = None
+            if into_a_write:  # wait for the next one to begin, and a moment of it
+                while process.poll() is None and not (temporary and temporary.exists()):
+                    temporary = next((temporary_of(p) for p in killed.glob("models/*/checkpoint.pt")), None)
+                    time.sleep(0.0005)
+                time.sleep(draw.uniform(0.0, 0.01))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                kills += 1
+                in_writes += any(path.name.endswith(".tmp") for path in killed.glob("models/*/*"))
+                continue
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert not re.search("damaged|lost its end", out)
+        break
+    assert kills == KILLS
+    assert load(killed)["epoch"] == epochs
+    assert_same_run(one, killed)
+    assert not temporary_of(the_checkpoint(killed)).exists()
+    print(f"{kills} kills, {in_writes} of them inside a checkpoint write, {processes} processes: 0 differences")

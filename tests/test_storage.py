@@ -1,0 +1,322 @@
+"""Files that survive: faults at every system call, damage of every kind, the lock, and writing in the background."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from training import storage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def state(n):
+    return {"n": n, "weights": torch.full((300,), float(n)), "sign": torch.ones(50, dtype=torch.int8)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint.pt"
+
+
+def test_what_is_written_is_read(path):
+    storage.write(path, state(1))
+    for read in (storage.read(path), storage.newest(path)[0], torch.load(path, weights_only=True)):
+        assert read["n"] == 1
+        assert torch.equal(read["weights"], state(1)["weights"])
+        assert read["sign"].dtype == torch.int8
+    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
+    storage.write(path, state(2))
+    assert storage.read(path)["n"] == 2
+    assert storage.read(storage.previous_of(path))["n"] == 1
+    assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoint-previous.pt", "checkpoint.pt"]
+
+
+def test_nothing_stored_is_nothing_read(path):
+    assert storage.newest(path) == (None, [])
+
+
+# -- faults ------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends here: nothing of it runs any more."""
+
+
+class FaultyOS:
+    """The module os, in which the system call number ``at`` fails, before or after it has its effect."""
+
+    CALLS = ("open", "write", "fsync", "close", "replace")
+
+    def __init__(self, at=None, when="before", error=None):
+        self.at, self.when, self.error, self.log = at, when, error, []
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if name not in self.CALLS:
+            return real
+
+        def call(*args, **settings):
+            self.log.append((name, *args))
+            here = len(self.log) == self.at
+            if isinstance(self.error, Killed) and self.at is not None and len(self.log) > self.at:
+                raise self.error  # a dead process makes no more calls
+            if here and self.when == "before":
+                raise self.error
+            result = real(*args, **settings)
+            if here:
+                raise self.error
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
+def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monkeypatch, error):
+    counting = FaultyOS()
+    storage.write(path, state(0))
+    monkeypatch.setattr(storage, "os", counting)
+    storage.write(path, state(1))
+    names = [name for name, *_ in counting.log]
+    assert set(names) == set(FaultyOS.CALLS)
+    published = max(i for i, call in enumerate(counting.log, 1) if call[0] == "replace")  # tmp gets its name
+    faults = 0
+    for at in range(1, len(names) + 1):
+        for when in ("before", "after"):
+            monkeypatch.setattr(storage, "os", os)
+            for file in path.parent.iterdir():
+                file.unlink()
+            storage.write(path, state(1))
+            storage.write(path, state(2))
+            monkeypatch.setattr(storage, "os", FaultyOS(at, when, error))
+            with pytest.raises(type(error)):
+                storage.write(path, state(3))
+            faults += 1
+            monkeypatch.setattr(storage, "os", os)
+            read, complaints = storage.newest(path)
+            complete = at > published or (at == published and when == "after")
+            assert read["n"] == (3 if complete else 2), (at, when, names[at - 1])
+            assert torch.equal(read["weights"], state(read["n"])["weights"])
+            assert complaints == []
+            if isinstance(error, OSError):  # who lives cleans up
+                assert not storage.temporary_of(path).exists()
+            storage.write(path, state(4))  # and the next one is as ever
+            assert storage.newest(path)[0]["n"] == 4
+    print(f"{faults} faults at {len(names)} system calls: the newest complete state was found each time")
+
+
+def test_a_failure_names_the_file_and_its_reason(path, monkeypatch):
+    storage.write(path, state(1))
+    monkeypatch.setattr(storage, "os", FaultyOS(3, "before", OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint.pt'") as failure:
+        storage.write(path, state(2))
+    assert failure.value.errno == errno.ENOSPC
+
+
+def test_the_bytes_are_on_the_disk_before_they_get_their_name(path, monkeypatch):
+    log = FaultyOS()
+    monkeypatch.setattr(storage, "os", log)
+    storage.write(path, state(1))
+    names = [name for name, *_ in log.log]
+    assert "write" not in names[names.index("fsync") :]
+    assert names.index("fsync") < names.index("replace")
+    assert names[names.index("replace") + 1 :] == ["open", "fsync", "close"]  # the folder
+    assert log.log[-3][1] == path.parent
+
+
+# -- damage ------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_and_bit_flip_is_detected(path):
+    storage.write(path, state(1))
+    good = path.read_bytes()
+    draw = random.Random(0)
+    cases = [("truncated", draw.randrange(len(good))) for _ in range(100)]
+    cases += [("flipped", draw.randrange(8 * len(good))) for _ in range(100)]
+    cases += [("truncated", len(good) - n) for n in (1, storage.FOOTER_LENGTH, storage.FOOTER_LENGTH + 1)]
+    cases += [("flipped", 8 * len(good) - n) for n in range(1, 8 * storage.FOOTER_LENGTH, 13)]
+    for kind, place in cases:
+        damaged = bytearray(good[:place] if kind == "truncated" else good)
+        if kind == "flipped":
+            damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(storage.DamagedError):
+            storage.read(path)
+        with pytest.raises(storage.DamagedError, match=str(path)):
+            storage.newest(path)
+    print(f"{len(cases)} damaged files: all detected, none loaded")
+    path.write_bytes(good)
+    assert storage.read(path)["n"] == 1
+
+
+def test_longer_and_foreign_files_are_detected(path):
+    storage.write(path, state(1))
+    good = path.read_bytes()
+    torch.save(state(1), path)
+    without_footer = path.read_bytes()
+    footer = good[-storage.FOOTER_LENGTH :]
+    for content in (b"", b"hello", good + b"x", b"x" + good, good + footer, without_footer, footer):
+        path.write_bytes(content)
+        with pytest.raises(storage.DamagedError):
+            storage.read(path)
+
+
+def test_the_state_before_is_found_behind_a_damaged_file(path):
+    storage.write(path, state(1))
+    storage.write(path, state(2))
+    path.write_bytes(path.read_bytes()[:-200])
+    read, (complaint,) = storage.newest(path)
+    assert read["n"] == 1
+    assert str(path) in complaint
+    storage.previous_of(path).write_bytes(b"")
+    with pytest.raises(storage.DamagedError, match=r"checkpoint\.pt .*; .*checkpoint-previous\.pt"):
+        storage.newest(path)
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+def test_code_in_a_file_does_not_run(path, tmp_path):
+    marker = tmp_path / "executed"
+    storage.write(path, {"n": 1, "payload": Payload(marker)})  # with a digest that fits
+    with pytest.raises(storage.DamagedError, match="not accepted"):
+        storage.read(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert marker.exists()
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    storage.write_text(path, "one")
+    monkeypatch.setattr(storage, "os", FaultyOS(1, "before", OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        storage.write_text(path, "two")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+# -- the lock ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_locked_once(tmp_path):
+    one, other = storage.Lock(tmp_path / "new"), storage.Lock(tmp_path / "new")
+    assert one.acquire()
+    assert not other.acquire()
+    one.release()
+    assert other.acquire()
+    assert not one.acquire()
+    other.release()
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    code = (
+        "import sys, time, pathlib; from training.storage import Lock; "
+        "print(Lock(pathlib.Path(sys.argv[1])).acquire() or 'no', flush=True); time.sleep(100)"
+    )
+    # the Lock object is gone at once, the lock is not
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "True\n"
+        assert not storage.Lock(tmp_path).acquire()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    lock = storage.Lock(tmp_path)
+    assert lock.acquire()
+    lock.release()
+
+
+# -- in the background -------------------------------------------------------------------------------
+
+
+def test_the_writer_stores_the_state_as_it_was(path, monkeypatch):
+    free, threads = threading.Event(), []
+    write = storage.write
+
+    def slow(*args):
+        threads.append(threading.current_thread())
+        free.wait()
+        write(*args)
+
+    monkeypatch.setattr(storage, "write", slow)
+    writer = storage.Writer(path)
+    for n in (1, 2):  # the second copies into the first one's place
+        live = {**state(n), "nested": [{"step": torch.tensor(float(n))}, (n, "text")]}
+        free.clear()
+        writer.submit(live)
+        live["weights"].fill_(-1)
+        live["nested"][0]["step"].fill_(-1)
+        assert not path.exists() or storage.read(path)["n"] == n - 1  # the caller goes on meanwhile
+        free.set()
+        writer.wait()
+        read = storage.read(path)
+        assert read["n"] == n
+        assert torch.equal(read["weights"], state(n)["weights"])
+        assert read["nested"] == [{"step": torch.tensor(float(n))}, (n, "text")]
+    assert threading.main_thread() not in threads
+
+
+def test_the_writer_follows_a_state_that_changes_its_shape(path):
+    writer = storage.Writer(path)
+    for live in ({"a": torch.ones(2), "b": [1]}, {"a": torch.ones(3)}, {"a": torch.ones(3, dtype=torch.int8), "c": ()}):
+        writer.submit(live)
+        writer.wait()
+        read = storage.read(path)
+        assert read.keys() == live.keys()
+        assert torch.equal(read["a"], live["a"])
+        assert read["a"].dtype == live["a"].dtype
+
+
+def test_the_writer_tells_of_a_failure_once(path, monkeypatch):
+    writer = storage.Writer(path)
+    writer.submit(state(1))
+    writer.wait()
+    monkeypatch.setattr(storage, "os", FaultyOS(2, "before", OSError(errno.ENOSPC, "full")))
+    writer.submit(state(2))
+    with pytest.raises(OSError, match="full"):
+        writer.submit(state(3))
+    monkeypatch.setattr(storage, "os", os)
+    writer.wait()
+    assert storage.newest(path)[0]["n"] == 1
+    writer.submit(state(4))
+    writer.wait()
+    assert storage.newest(path)[0]["n"] == 4
+
+
+def test_the_files_that_a_state_counts_on_are_on_the_disk_before_it(path, tmp_path, monkeypatch):
+    log = FaultyOS()
+    monkeypatch.setattr(storage, "os", log)
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}\n")
+    writer = storage.Writer(path)
+    writer.submit(state(1), [results])
+    writer.wait()
+    assert [call[0] for call in log.log[:3]] == ["open", "fsync", "close"]
+    assert log.log[0][1] == results
+
+
+@pytest.mark.gpu
+def test_the_writer_copies_from_a_gpu(path):
+    live = {"weights": torch.arange(1000.0, device="cuda")}
+    writer = storage.Writer(path)
+    for n in range(3):
+        live["weights"] += 1
+        expected = live["weights"].cpu()
+        writer.submit(live)
+        live["weights"] += 0.0
+        writer.wait()
+        assert torch.equal(storage.read(path)["weights"], expected), n

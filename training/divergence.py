@@ -1,0 +1,54 @@
+"""Runs that diverge: which loss, gradient or weight was the first that was not finite, found on the device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+NEVER = 2**62
+
+
+class DivergedError(Exception):
+    """A run has come upon numbers that are not finite; its text is the one line to print."""
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """What was not finite first: the loss, a gradient or a weight; and in which of the steps watched, from 0."""
+
+    what: str
+    step: int
+
+
+class FiniteCheck:
+    """Watches the loss, all gradients and all weights, each step, without waiting for the device.
+
+    A tensor is finite when its sum is: one pass over it, which takes a sum that overflows for not finite.
+
+    Args:
+        network: its parameters are watched.
+        device: where they are.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        names, parameters = zip(*network.named_parameters(), strict=True)
+        self.parameters = parameters
+        self.names = ["the loss", *(f"the gradient of {n}" for n in names), *(f"the weights {n}" for n in names)]
+        self.first = torch.full((len(self.names),), NEVER, device=device)  # the steps, int64
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, loss: Tensor) -> None:
+        """Looks at the loss and the gradients of a step, and at the weights after it."""
+        gradients = (parameter.grad for parameter in self.parameters)
+        zero = torch.zeros_like(loss)
+        sums = [zero if gradient is None else gradient.sum() for gradient in gradients]
+        values = torch.stack([loss.detach(), *sums, *(parameter.sum() for parameter in self.parameters)])
+        torch.minimum(self.first, torch.where(values.isfinite(), NEVER, self.steps), out=self.first)
+        self.steps += 1
+
+    def found(self) -> NonFinite | None:
+        """What was not finite first, since the beginning; waits for the device."""
+        first = self.first.tolist()
+        step = min(first)
+        return None if step == NEVER else NonFinite(self.names[first.index(step)], step)

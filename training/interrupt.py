@@ -1,0 +1,55 @@
+"""Signals: what asks a run to stop or to save is heeded between two steps, never inside one."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):
+    """A signal has ended the run, with everything saved; its text is what to print."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+class StopRequested(Exception):
+    """Unwinds to where the run is saved; raised by :meth:`Signals.check`."""
+
+
+class Signals:
+    """Collects signals while it is open (a context manager); the run asks for them where it can act.
+
+    SIGTERM and SIGINT ask it to stop (a second SIGINT stops at once, by KeyboardInterrupt), SIGUSR1, the
+    usual warning of batch systems, to save and go on.
+
+    Attributes:
+        stop: the number of the signal that asks to stop, or None.
+        save: whether a SIGUSR1 waits to be heeded.
+    """
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self.save = False
+
+    def __enter__(self) -> "Signals":
+        handlers = {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop, signal.SIGUSR1: self._on_save}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = number
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self.save = True
+
+    def check(self) -> None:
+        """Raises StopRequested if a signal asks to stop."""
+        if self.stop is not None:
+            raise StopRequested

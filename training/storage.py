@@ -1,0 +1,264 @@
+"""Files that survive: complete or not there, verified when they are read, one writing process per folder.
+
+A stored file is a torch.save archive with a footer of fixed length behind it: the format, the number of
+bytes before the footer, and their SHA-256. ``torch.load`` reads such a file as if the footer were not there.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOOTER = re.compile(rb"\ngradrewire 2 bytes (\d{20}) sha256 ([0-9a-f]{64})\n")
+FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
+
+
+class DamagedError(Exception):
+    """A file is not what was written to it, or was never written here; its text says how one knows."""
+
+
+class _HashingFile:
+    """What torch.save writes to: a file descriptor, with the count and the digest of the bytes written."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.bytes, self.digest = descriptor, 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        rest = view
+        while rest:
+            rest = rest[os.write(self.descriptor, rest) :]
+        self.bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        pass
+
+
+def previous_of(path: Path) -> Path:
+    """Where :func:`write` keeps what a file held before."""
+    return path.with_name(f"{path.stem}-previous{path.suffix}")
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a loss of power, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: Path, state: Any) -> None:
+    """Stores ``state`` in ``path`` and keeps what was there in :func:`previous_of`.
+
+    Whatever fails, and whenever the process is killed, :func:`newest` finds the last state that was
+    written completely: the new file takes its name only once all of it is on the disk.
+
+    Raises:
+        OSError: the file cannot be written; what was stored before is as it was.
+    """
+    temporary = temporary_of(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            file = _HashingFile(descriptor)
+            torch.save(state, file)
+            footer = f"\ngradrewire 2 bytes {file.bytes:020d} sha256 {file.digest.hexdigest()}\n"
+            file.write(footer.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if path.exists():
+            os.replace(path, previous_of(path))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system behind an error of torch.save, if there is one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def read(path: Path) -> Any:
+    """Reads what :func:`write` stored, on the CPU, once its digest is verified.
+
+    Only tensors, numbers, texts and containers of them are read (weights_only): no code in it can run.
+
+    Raises:
+        DamagedError: the file is torn, changed, or was not written by :func:`write`.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - FOOTER_LENGTH, 0))
+        footer = FOOTER.fullmatch(file.read())
+        if footer is None:
+            raise DamagedError("its end is missing or foreign")
+        if int(footer[1]) != size - FOOTER_LENGTH:
+            raise DamagedError(f"it has {size - FOOTER_LENGTH} bytes of {int(footer[1])}")
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - FOOTER_LENGTH
+        while left and (chunk := file.read(min(left, 1 << 22))):
+            digest.update(chunk)
+            left -= len(chunk)
+        if digest.hexdigest().encode() != footer[2]:
+            raise DamagedError("its content does not match its digest")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what is not an archive of plain data is refused by zipfile, pickle or torch
+            raise DamagedError(f"its content is not accepted ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+def newest(path: Path) -> tuple[Any, list[str]]:
+    """Reads the newest good one of what :func:`write` stored last in ``path`` and before that.
+
+    Returns:
+        The state, None if nothing was ever stored, and what is wrong with files that were passed over.
+
+    Raises:
+        DamagedError: something was stored, but nothing good is left; the text names each file.
+    """
+    complaints = []
+    for candidate in (path, previous_of(path)):
+        try:
+            return read(candidate), complaints
+        except FileNotFoundError:
+            continue
+        except DamagedError as error:
+            complaints.append(f"{candidate} is damaged or not a checkpoint of this program: {error}")
+    if complaints:
+        raise DamagedError("; ".join(complaints))
+    return None, []
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file, complete or not at all."""
+    temporary = temporary_of(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Lock:
+    """Keeps a folder to one process, from :meth:`acquire` to :meth:`release` or the process's end, however it ends."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "lock"
+        self.descriptor: int | None = None
+
+    def acquire(self) -> bool:
+        """Takes the lock; False if another process, or another Lock of this one, has it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self.descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _copy(value: Any, into: Any) -> Any:
+    """Copies a state of nested containers to the CPU; tensors into those of ``into`` where they fit."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype:
+            return into.copy_(value, non_blocking=True)
+        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return copy.copy_(value, non_blocking=True)
+    if isinstance(value, dict):
+        into = into if isinstance(into, dict) else {}
+        return {key: _copy(item, into.get(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        into = into if isinstance(into, list | tuple) and len(into) == len(value) else [None] * len(value)
+        return type(value)(_copy(item, old) for item, old in zip(value, into, strict=True))
+    return value
+
+
+class Writer:
+    """Stores states in the background: the caller stands still only while a state is copied.
+
+    One state is written at a time. A failure is raised by the next call, once.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._copied: Any = None
+
+    def submit(self, state: Any, files: Iterable[Path] = ()) -> None:
+        """Copies ``state`` and has it written, after ``files``, which it counts on, are on the disk.
+
+        Raises:
+            OSError: the state before could not be written.
+        """
+        self.wait()
+        self._copied = _copy(state, self._copied)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to pinned memory do not wait
+        # a daemon: a process that is told to stop at once does not wait for it
+        self._thread = threading.Thread(
+            target=self._write, args=(self._copied, list(files)), name="checkpoint writer", daemon=True
+        )
+        self._thread.start()
+
+    def _write(self, state: Any, files: list[Path]) -> None:
+        try:
+            for path in files:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            write(self.path, state)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Waits until the last state is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
