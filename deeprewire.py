@@ -4,13 +4,22 @@ Bellec, Kappel, Maass, Legenstein, "Deep Rewiring: Training very sparse deep net
 here derived from Adam as in Chen et al., IJCAI 2021, doi 10.24963/ijcai.2021/236.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewiring import RewiringOptimizer, _check_bool, check_number, moments, moments_foreach
+from rewiring import (
+    RewiringOptimizer,
+    _check_bool,
+    check_number,
+    has_kernel,
+    moments,
+    moments_foreach,
+    spiking_kernels,
+)
 
 __all__ = ["DeepRewiring"]
 
@@ -54,10 +63,12 @@ class DeepRewiring(RewiringOptimizer):
         foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
         maximize: maximize the objective instead of minimizing it.
         capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
-        fused: update in one pass over memory, compiled by torch.compile.
+        fused: update in one pass over memory: with a kernel on the CPU (contiguous float32, where
+            spiking_kernels and a C compiler are there), else compiled by torch.compile.
 
     State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``.
-    Noise and re-activation draw from the default generator of the parameter's device.
+    Noise and re-activation draw from the default generator of the parameter's device; the kernel draws
+    one seed from it for each step and parameter, and makes its numbers from that: other ones, as good.
 
     Raises:
         ValueError: an argument, or a setting of a group, is not accepted; the message names it.
@@ -151,6 +162,31 @@ class DeepRewiring(RewiringOptimizer):
             if uniform is not None:
                 h = torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign * group["eps"], h)
             param.copy_(h)
+
+    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        if not has_kernel(param, state):
+            super()._fused_tensor(param, state, group)
+            return
+        (beta1, beta2), soft = group["betas"], group["soft"]
+        state["step"].add_(1)
+        t = float(state["step"])
+        eta = float(group["lr"]) / (1 - beta1**t)
+        draws = group["T"] > 0 or (not soft and group["max_s"] < 1)
+        spiking_kernels.deep_rewiring_step(
+            *(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
+            *(state["sign"], state["theta"] if soft else None),
+            seed=int(torch.empty((), dtype=torch.int64).random_()) if draws else 0,
+            max_s=group["max_s"],
+            betas=group["betas"],
+            correction=math.sqrt(1 - beta2**t),
+            eps=group["eps"],
+            eta=eta,
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            penalty=group["l1"] * eta,
+            temperature=group["T"] * math.sqrt(eta),
+            theta_min=_theta_min(group) if soft else None,
+        )
 
     @staticmethod
     def _multi_tensor(

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewiring import RewiringOptimizer, check_number, moments, moments_foreach
-
-try:
-    import spiking_kernels
-except ImportError:  # this file was taken into another project without them
-    spiking_kernels = None
+from rewiring import RewiringOptimizer, check_number, has_kernel, moments, moments_foreach, spiking_kernels
 
 __all__ = ["GradRewiring"]
 
@@ -101,11 +96,9 @@ class GradRewiring(RewiringOptimizer):
         torch.mul(h, sign, out=theta)
         param.copy_(theta.clamp(min=0).mul_(sign))
 
-    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
-        grad = param.grad
-        accepted = param.is_cpu and param.dtype == torch.float32 and param.is_contiguous() and grad.is_contiguous()
-        if not accepted or spiking_kernels is None or spiking_kernels.available():
-            super()._fused_tensor(param, state, group, draws)
+    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        if not has_kernel(param, state):
+            super()._fused_tensor(param, state, group)
             return
         (beta1, beta2), alpha = group["betas"], group["alpha"]
         state["step"].add_(1)
@@ -113,7 +106,7 @@ class GradRewiring(RewiringOptimizer):
         eta = float(group["lr"]) / (1 - beta1**t)
         prior = alpha > group["eps"]
         spiking_kernels.grad_rewiring_step(
-            *(param, grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
+            *(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
             *(state["sign"], state["theta"]),
             betas=group["betas"],
             correction=math.sqrt(1 - beta2**t),

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
-__all__ = ["RewiringOptimizer", "check_number", "moments", "moments_foreach"]
+try:
+    import spiking_kernels
+except ImportError:  # this file was taken into another project without them
+    spiking_kernels = None
+
+__all__ = ["RewiringOptimizer", "check_number", "has_kernel", "moments", "moments_foreach"]
 
 
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
@@ -94,13 +99,11 @@ class RewiringOptimizer(Optimizer):
         """Updates parameters of one device and dtype in place, with ``torch._foreach_*``."""
         raise NotImplementedError
 
-    def _fused_tensor(
-        self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple[Tensor | None, ...]
-    ) -> None:
-        """Updates one parameter in place, in one pass over memory."""
+    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Updates one parameter in place, in one pass over memory, with random numbers of its own."""
         # as a tensor, so that a scheduler's new learning rate is not compiled anew
         lr = torch.as_tensor(group["lr"], dtype=torch.float64)
-        _compiled(self._single_tensor)(param, state, {**group, "lr": lr}, draws)
+        _compiled(self._single_tensor)(param, state, {**group, "lr": lr}, self._draw(param, group))
 
     # -- the optimizer --------------------------------------------------------------------------
 
@@ -208,9 +211,11 @@ class RewiringOptimizer(Optimizer):
             if foreach is None and not group["fused"]:
                 _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
             if not foreach:
-                update = self._fused_tensor if group["fused"] else self._single_tensor
                 for param in params:
-                    update(param, self.state[param], group, self._draw(param, group))
+                    if group["fused"]:
+                        self._fused_tensor(param, self.state[param], group)
+                    else:
+                        self._single_tensor(param, self.state[param], group, self._draw(param, group))
                 continue
             alike = defaultdict(list)
             for param in params:
@@ -229,6 +234,13 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
 def _check_not_capturing() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("to capture step() in a CUDA graph, construct the optimizer with capturable=True")
+
+
+def has_kernel(param: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether spiking_kernels can update a parameter: contiguous float32 on the CPU, where there is a C compiler."""
+    tensors = (param, param.grad, *state.values())
+    accepted = param.is_cpu and param.dtype == torch.float32 and all(t.is_contiguous() for t in tensors)
+    return accepted and spiking_kernels is not None and spiking_kernels.available() is None
 
 
 def moments(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:

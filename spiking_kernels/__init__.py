@@ -1,4 +1,4 @@
-"""Fused CPU kernels for the MNIST network and for Grad Rewiring: compiled at first use, called through ctypes.
+"""Fused CPU kernels for the MNIST network and the rewiring optimizers: compiled at first use, called through ctypes.
 
 They compute what the modules of SpikingJelly and torch compute, within rounding, in a fraction of the
 time (benchmarks/RESULTS.md); where there is no C compiler, :func:`available` says so and the modules run.
@@ -8,6 +8,7 @@ time (benchmarks/RESULTS.md); where there is no C compiler, :func:`available` sa
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +21,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("cpu.c")
 MAX_T = 254  # periods are kept in a byte
 LANES = 16
+NOISE_GROUP = 512  # weights that share a sequence of normal numbers
 
 
 class Unavailable(RuntimeError):
@@ -45,20 +47,22 @@ def _processor() -> str:
         return platform.processor()
 
 
-def build(compiler: str = "cc") -> Path:
-    """Compiles ``cpu.c`` for this processor, once; returns the library's path.
+def build(compiler: str = "cc", *options: str) -> Path:
+    """Compiles ``cpu.c`` for this processor, once, with options of the compiler; returns the library's path.
 
     Raises:
         Unavailable: there is no compiler, or it cannot compile the source.
     """
-    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", *options]
     key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()
     library = _cache_folder() / f"cpu-{key[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / "cpu.so"  # renamed when complete: several processes may build at once
             try:
-                subprocess.run([compiler, *flags, "-o", built, SOURCE], check=True, capture_output=True, text=True)
+                subprocess.run(
+                    [compiler, *flags, "-o", built, SOURCE, "-lm"], check=True, capture_output=True, text=True
+                )
             except FileNotFoundError:
                 raise Unavailable(f"there is no C compiler ({compiler})") from None
             except subprocess.CalledProcessError as error:
@@ -70,11 +74,21 @@ def build(compiler: str = "cc") -> Path:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    return load(build(os.environ.get("CC", "cc")))
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The functions of a compiled ``cpu.c``, with the types of their arguments.
+
+    Raises:
+        Unavailable: the library does not load.
+    """
     try:
-        library = ctypes.CDLL(str(build(os.environ.get("CC", "cc"))))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise Unavailable(f"the compiled kernels do not load ({error})") from None
-    pointer, integer, wide, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    pointer, integer, wide, seed = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint64
+    real, double = ctypes.c_float, ctypes.c_double
     for name, arguments in {
         "constant_lif_linear_forward": [pointer] * 7 + [integer] * 5,
         "constant_lif_linear_backward": [pointer] * 8 + [integer] * 5,
@@ -82,6 +96,8 @@ def _library() -> ctypes.CDLL:
         "lif_count_backward": [pointer] * 3 + [wide, integer],
         "affine_lookup": [pointer] * 5 + [wide] + [integer] * 3,
         "grad_rewiring_step": [pointer] * 7 + [wide] + [real] * 11,
+        "deep_rewiring_draws": [pointer] * 2 + [wide, seed, double],
+        "deep_rewiring_step": [pointer] * 7 + [wide, seed, double] + [real] * 12,
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, integer if name == "affine_lookup" else None
@@ -255,4 +271,67 @@ def grad_rewiring_step(
         param.numel(),
         *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
         *(-1.0 if maximize else 1.0, prior, mu),
+    )
+
+
+def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, Tensor]:
+    """The random numbers that :func:`deep_rewiring_step` uses for n weights and a seed, in [0, 2^64).
+
+    Returns:
+        normal: float32 [n], standard normal. Soft Deep R gives a weight the number at its place; Deep R gives,
+            in each group of NOISE_GROUP weights, the j-th active connection the j-th number of the group.
+        chosen: bool [n], each True with the probability, in (0, 1]: of the connections to re-activate.
+    """
+    normal, chosen = torch.empty(n), torch.empty(n, dtype=torch.bool)
+    _library().deep_rewiring_draws(normal.data_ptr(), chosen.data_ptr(), n, seed, probability)
+    return normal, chosen
+
+
+def deep_rewiring_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    sign: Tensor,
+    theta: Tensor | None,
+    *,
+    seed: int,
+    max_s: float,
+    betas: tuple[float, float],
+    correction: float,
+    eps: float,
+    eta: float,
+    weight_decay: float,
+    maximize: bool,
+    penalty: float,
+    temperature: float,
+    theta_min: float | None,
+) -> None:
+    """One step of Deep R, soft where theta is given, in place, on contiguous float32 tensors of one shape (sign: int8).
+
+    With the numbers of :func:`deep_rewiring_draws`, every operation is rounded as in the plain update on a CPU
+    with fused multiply-add, but for torch's square root, which is not always the nearest float.
+
+    Args:
+        seed: of the step's random numbers, in [0, 2^64).
+        correction: sqrt(1 - beta2^t).
+        eta: the step size, lr / (1 - beta1^t).
+        penalty: l1 * eta.
+        temperature: of the noise, T * sqrt(eta); with 0, none is drawn.
+        theta_min: lower bound of theta, or None.
+
+    The other arguments are those of deeprewire.DeepRewiring.
+    """
+    _library().deep_rewiring_step(
+        param.data_ptr(),
+        grad.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        None if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
+        sign.data_ptr(),
+        None if theta is None else theta.data_ptr(),
+        *(param.numel(), seed, max_s),
+        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
+        *(-1.0 if maximize else 1.0, penalty, temperature, -math.inf if theta_min is None else theta_min),
     )

@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
+import spiking_kernels
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 
@@ -18,6 +20,16 @@ VARIANTS = {
     "soft deep": (DeepRewiring, dict(l1=0.01, max_s=0.6, T=0.02, soft=True)),
     "soft deep without penalty": (DeepRewiring, dict(l1=0.0, max_s=0.6, T=0.02, soft=True)),
 }
+# the ways to update, as settings; the fused one on the CPU by a kernel
+PATHS = [
+    pytest.param(dict(foreach=False), id="one tensor at a time"),
+    pytest.param(dict(foreach=True), id="foreach"),
+    pytest.param(
+        dict(fused=True),
+        id="fused",
+        marks=pytest.mark.skipif(spiking_kernels.available() is not None, reason="no fused kernels"),
+    ),
+]
 SHAPES = [(30, 20), (6, 3, 3, 3), (1,), (7,)]
 
 
@@ -39,14 +51,14 @@ def train(optimizer, params, steps=30, seed=1):
         optimizer.step()
 
 
-def golden_errors(file, foreach):
+def golden_errors(file, **path):
     """Replays a golden trajectory; returns the worst relative error and the number of differing zeros."""
     facts = dict(file)
     settings = json.loads(str(facts["hyper"]))
     optimizer_class = {"GradRewiring": GradRewiring, "DeepRewiring": DeepRewiring}[settings.pop("cls")]
     settings["betas"] = tuple(settings.get("betas", (0.9, 0.999)))
     params = [torch.nn.Parameter(torch.tensor(facts[f"p{i}_init"])) for i in range(2)]
-    optimizer = optimizer_class(params, foreach=foreach, **settings)
+    optimizer = optimizer_class(params, **path, **settings)
     pairs = []
     for t in range(len(facts["g0"])):
         for i, p in enumerate(params):

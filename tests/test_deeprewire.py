@@ -2,27 +2,28 @@
 
 import pytest
 import torch
-from optim_helpers import golden_errors, parameters, train
+from optim_helpers import PATHS, golden_errors, parameters, train
 
 from deeprewire import DeepRewiring
 
 BOUND = 2e-6
 EPS = 1e-8
-paths = pytest.mark.parametrize("foreach", [False, True])
+paths = pytest.mark.parametrize("path", PATHS)
 
 
 @pytest.mark.parametrize("name", ["deep_norewire", "softdeep_l1", "softdeep_ams"])
 @paths
-def test_golden_trajectory(golden, name, foreach):
-    error, differing_zeros = golden_errors(golden(f"optim_{name}.npz"), foreach)
-    assert error <= BOUND
+def test_golden_trajectory(golden, name, path):
+    error, differing_zeros = golden_errors(golden(f"optim_{name}.npz"), **path)
+    # the kernel's square root is the nearest float, torch's is not always: weights near 0 show the difference
+    assert error <= (1e-4 if path.get("fused") else BOUND)
     assert differing_zeros == 0
 
 
-def by_hand(foreach, **settings):
+def by_hand(path, **settings):
     """Eight weights and an optimizer whose Adam part is lr * sign(g), with lr = 0.25."""
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0, -1.0, -1.0, 0.125, -0.125, 0.0, -0.75]))
-    optimizer = DeepRewiring([w], lr=0.25, betas=(0.0, 0.0), foreach=foreach, **settings)
+    optimizer = DeepRewiring([w], lr=0.25, betas=(0.0, 0.0), **path, **settings)
 
     def step(*gradient):
         w.grad = torch.tensor(gradient)
@@ -33,8 +34,8 @@ def by_hand(foreach, **settings):
 
 
 @paths
-def test_deep_by_hand(foreach):
-    _, step = by_hand(foreach, l1=1.0, max_s=1.0)
+def test_deep_by_hand(path):
+    _, step = by_hand(path, l1=1.0, max_s=1.0)
     close = lambda numbers: pytest.approx(numbers, abs=1e-6)  # noqa: E731
     # |w| changes by -0.25 s sign(g), and by -0.25 l1; 4 and 5 flip and become dormant
     assert step(2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, -3.0) == close([0.5, 1.0, -1.0, -0.5, 0, 0, 0, -0.25])
@@ -43,8 +44,8 @@ def test_deep_by_hand(foreach):
 
 
 @paths
-def test_soft_deep_by_hand(foreach):
-    optimizer, step = by_hand(foreach, l1=1.0, max_s=1.0, soft=True)
+def test_soft_deep_by_hand(path):
+    optimizer, step = by_hand(path, l1=1.0, max_s=1.0, soft=True)
     close = lambda numbers: pytest.approx(numbers, abs=1e-6)  # noqa: E731
     assert step(2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, -3.0) == close([0.5, 1.0, -1.0, -0.5, 0, 0, 0, -0.25])
     theta = next(iter(optimizer.state.values()))["theta"]
@@ -54,27 +55,27 @@ def test_soft_deep_by_hand(foreach):
 
 
 @paths
-def test_soft_deep_bounds_theta_from_below(foreach):
+def test_soft_deep_bounds_theta_from_below(path):
     """theta_min = -(T^2 / 2) max_s / (l1 (1 - max_s)); here -(0.04 / 2) * 0.75 / (0.5 * 0.25) = -0.12."""
     params = parameters()
-    optimizer = DeepRewiring(params, lr=1.0, T=0.2, l1=0.5, max_s=0.75, soft=True, foreach=foreach)
+    optimizer = DeepRewiring(params, lr=1.0, T=0.2, l1=0.5, max_s=0.75, soft=True, **path)
     train(optimizer, params, steps=10)
     lowest = min(float(optimizer.state[p]["theta"].min()) for p in params)
     assert lowest == pytest.approx(-0.12, rel=1e-6)
     # no bound without a penalty
-    optimizer = DeepRewiring(params, lr=1.0, T=0.2, l1=0.0, max_s=0.75, soft=True, foreach=foreach)
+    optimizer = DeepRewiring(params, lr=1.0, T=0.2, l1=0.0, max_s=0.75, soft=True, **path)
     train(optimizer, params, steps=10)
     assert min(float(optimizer.state[p]["theta"].min()) for p in params) < -0.2
 
 
 @paths
 @pytest.mark.parametrize("soft", [False, True])
-def test_noise_has_the_scale_of_the_temperature(foreach, soft):
+def test_noise_has_the_scale_of_the_temperature(path, soft):
     """Each step adds T sqrt(eta_t) N, and eta_1 = lr / (1 - beta1) = 10 lr."""
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.cat([torch.full((40_000,), 5.0), torch.full((40_000,), -5.0)]))
     start = w.detach().clone()
-    optimizer = DeepRewiring([w], lr=1e-3, T=0.5, l1=0.0, max_s=1.0, soft=soft, foreach=foreach)
+    optimizer = DeepRewiring([w], lr=1e-3, T=0.5, l1=0.0, max_s=1.0, soft=soft, **path)
     w.grad = torch.zeros_like(w)
     optimizer.step()
     noise = w.detach() - start
@@ -83,11 +84,11 @@ def test_noise_has_the_scale_of_the_temperature(foreach, soft):
 
 
 @paths
-def test_hard_noise_moves_active_and_soft_noise_all_connections(foreach):
+def test_hard_noise_moves_active_and_soft_noise_all_connections(path):
     def moved(soft):
         torch.manual_seed(0)
         w = torch.nn.Parameter(torch.tensor([1.0, -1.0] * 50))
-        optimizer = DeepRewiring([w], lr=0.01, T=0.0, l1=0.0, max_s=1.0, soft=soft, foreach=foreach)
+        optimizer = DeepRewiring([w], lr=0.01, T=0.0, l1=0.0, max_s=1.0, soft=soft, **path)
         w.grad = torch.where(torch.arange(100) < 50, w.detach(), 0)
         for _ in range(150):  # lr * sign of the gradient: the first half is pruned
             optimizer.step()
@@ -104,12 +105,12 @@ def test_hard_noise_moves_active_and_soft_noise_all_connections(foreach):
 
 
 @paths
-def test_reactivation_brings_the_dormant_fraction_to_max_s(foreach):
+def test_reactivation_brings_the_dormant_fraction_to_max_s(path):
     """In expectation: 30 000 of 40 000 dormant, max_s 0.6, so 6 000 +- 70 come back; at s * eps, active."""
     torch.manual_seed(0)
     signs = torch.where(torch.arange(40_000) % 2 == 0, 1.0, -1.0)
     w = torch.nn.Parameter(signs.clone())
-    optimizer = DeepRewiring([w], lr=1e-4, l1=0.0, max_s=0.6, foreach=foreach)
+    optimizer = DeepRewiring([w], lr=1e-4, l1=0.0, max_s=0.6, **path)
     w.grad = torch.zeros_like(w)
     optimizer.step()
     assert (w != 0).all()  # nothing is dormant: nothing happens
@@ -124,9 +125,9 @@ def test_reactivation_brings_the_dormant_fraction_to_max_s(foreach):
 
 
 @paths
-def test_below_max_s_nothing_is_reactivated(foreach):
+def test_below_max_s_nothing_is_reactivated(path):
     w = torch.nn.Parameter(torch.ones(1000))
-    optimizer = DeepRewiring([w], lr=1e-4, l1=0.0, max_s=0.6, foreach=foreach)
+    optimizer = DeepRewiring([w], lr=1e-4, l1=0.0, max_s=0.6, **path)
     for dormant in (0, 600):
         w.data[:dormant] = 0
         w.grad = torch.zeros_like(w)
@@ -135,12 +136,12 @@ def test_below_max_s_nothing_is_reactivated(foreach):
 
 
 @paths
-def test_connections_without_a_sign_do_not_spoil_the_fraction(foreach):
+def test_connections_without_a_sign_do_not_spoil_the_fraction(path):
     """A weight that is 0 at first can never be active; the others make up for it."""
     torch.manual_seed(0)
     w = torch.nn.Parameter(torch.ones(40_000))
     w.data[:10_000] = 0
-    optimizer = DeepRewiring([w], lr=1e-4, l1=0.0, max_s=0.5, foreach=foreach)
+    optimizer = DeepRewiring([w], lr=1e-4, l1=0.0, max_s=0.5, **path)
     w.grad = torch.zeros_like(w)
     optimizer.step()
     w.data[:35_000] = 0
@@ -150,11 +151,11 @@ def test_connections_without_a_sign_do_not_spoil_the_fraction(foreach):
 
 
 @paths
-def test_a_reactivated_connection_receives_gradient_and_grows(foreach):
+def test_a_reactivated_connection_receives_gradient_and_grows(path):
     torch.manual_seed(0)
     signs = torch.where(torch.arange(1000) % 2 == 0, 1.0, -1.0)
     w = torch.nn.Parameter(signs.clone())
-    optimizer = DeepRewiring([w], lr=0.01, l1=0.1, max_s=0.3, foreach=foreach)
+    optimizer = DeepRewiring([w], lr=0.01, l1=0.1, max_s=0.3, **path)
     w.grad = torch.zeros_like(w)
     optimizer.step()
     w.data.zero_()
@@ -182,7 +183,7 @@ MAX_S = 0.5
 FAULTS = ["re-activated ones are zeroed again", "re-activated at +eps whatever the sign", "no temperature"]
 
 
-def long_run(fault=None, soft=False, foreach=False):
+def long_run(fault=None, soft=False, **path):
     """600 steps towards random targets, as published or with one of the faults of the published implementation.
 
     Returns the mean dormant fraction per tensor over the last 300 steps, the share of weights at the end
@@ -194,7 +195,7 @@ def long_run(fault=None, soft=False, foreach=False):
     targets = [torch.randn(p.shape) * 0.1 for p in params]
     signs = [p.detach().sign() for p in params]
     T = 0 if fault == "no temperature" else 0.05
-    optimizer = DeepRewiring(params, lr=0.005, T=T, l1=0.3, max_s=MAX_S, soft=soft, foreach=foreach)
+    optimizer = DeepRewiring(params, lr=0.005, T=T, l1=0.3, max_s=MAX_S, soft=soft, **path)
 
     def fresh(p):
         return p.detach().abs() == torch.tensor(EPS)
@@ -231,10 +232,11 @@ def rewires(fractions, grown, wrong_signs, came_back, soft):
 
 @paths
 @pytest.mark.parametrize("soft", [False, True])
-def test_over_a_long_run_it_rewires(soft, foreach):
-    assert rewires(*long_run(soft=soft, foreach=foreach), soft)
+def test_over_a_long_run_it_rewires(soft, path):
+    assert rewires(*long_run(soft=soft, **path), soft)
 
 
+@paths
 @pytest.mark.parametrize(("fault", "soft"), list(zip(FAULTS, (False, False, True), strict=True)))
-def test_the_long_run_tells_each_fault(fault, soft):
-    assert not rewires(*long_run(fault, soft=soft), soft)
+def test_the_long_run_tells_each_fault(fault, soft, path):
+    assert not rewires(*long_run(fault, soft=soft, **path), soft)

@@ -14,7 +14,7 @@ BOUND = 2e-6
 @pytest.mark.parametrize("name", ["default", "noprior", "s_half", "strong", "wd_ams"])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_golden_trajectory(golden, name, foreach):
-    error, differing_zeros = golden_errors(golden(f"optim_grad_{name}.npz"), foreach)
+    error, differing_zeros = golden_errors(golden(f"optim_grad_{name}.npz"), foreach=foreach)
     assert error <= BOUND
     assert differing_zeros == 0
 

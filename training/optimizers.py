@@ -13,9 +13,8 @@ from training.measure import prunable
 def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
     """Builds the optimizers of ``options.mode``: its own for the weights that can be pruned, Adam for the rest."""
     lr, weights = options.learning_rate, list(prunable(network).values())
-    on_gpu = options.device.type == "cuda"
-    # a CUDA graph captures the step; torch.compile on the CPU would cost Deep R more than it saves
-    fast = {"fused": options.compile, "capturable": options.compile and on_gpu}
+    # a CUDA graph captures the step
+    fast = {"fused": options.compile, "capturable": options.compile and options.device.type == "cuda"}
     if options.mode == "no_prune":
         return [Adam(network.parameters(), lr=lr, **fast)]
     if options.mode == "grad":
@@ -28,7 +27,7 @@ def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
             max_s=options.sparsity,
             T=options.temperature,
             soft=options.soft,
-            **{**fast, "fused": options.compile and on_gpu},
+            **fast,
         )
     pruned = {id(weight) for weight in weights}
     others = [parameter for parameter in network.parameters() if id(parameter) not in pruned]
