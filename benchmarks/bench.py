@@ -273,15 +273,19 @@ def bench_optimizers(device: torch.device, rounds: int) -> list[dict]:
         ("36.7 M weights in one tensor", [(36_700_000,)]),
     ):
 
-        def made(cls, shapes=shapes, **settings):
+        def made(cls, shapes=shapes, dormant=0.0, **settings):
             params = [nn.Parameter(torch.randn(shape, device=device) * 0.03) for shape in shapes]
             for p in params:
                 p.grad = torch.randn_like(p)
             optimizer = cls(params, **settings)
             optimizer.step()
+            with torch.no_grad():
+                for p in params:
+                    p.mul_(torch.rand_like(p) >= dormant)
             return optimizer
 
         grad, deep = dict(alpha=1e-3, s=0.95), dict(l1=1e-3, max_s=0.9, T=1e-3)
+        pruned = dict(deep, dormant=0.9)
         optimizers = {
             "Adam, fused": made(Adam, fused=True),
             "Adam, foreach": made(Adam, foreach=True),
@@ -290,6 +294,11 @@ def bench_optimizers(device: torch.device, rounds: int) -> list[dict]:
             "Grad R, one tensor at a time": made(GradRewiring, foreach=False, **grad),
             "Deep R, one tensor at a time": made(DeepRewiring, foreach=False, **deep),
             "soft Deep R, one tensor at a time": made(DeepRewiring, foreach=False, soft=True, **deep),
+            "Deep R, few dormant, fused": made(DeepRewiring, fused=True, **deep),
+            "Deep R, 90 % dormant, fused": made(DeepRewiring, fused=True, **pruned),
+            "Deep R, 90 % dormant, temperature 0, fused": made(DeepRewiring, fused=True, **{**pruned, "T": 0.0}),
+            "soft Deep R, fused": made(DeepRewiring, fused=True, soft=True, **deep),
+            "soft Deep R, temperature 0, fused": made(DeepRewiring, fused=True, soft=True, **{**deep, "T": 0.0}),
         }
         repeats = 1 if "36" in what else 20
 
@@ -299,7 +308,7 @@ def bench_optimizers(device: torch.device, rounds: int) -> list[dict]:
 
         turns = {name: lambda o=o: steps(o) for name, o in optimizers.items()}
         # the fused ones by themselves: what the others allocate and free would disturb them
-        close = {name: turns.pop(name) for name in ("Adam, fused", "Grad R, fused")}
+        close = {name: turns.pop(name) for name in optimizers if name.endswith("fused")}
         seconds = in_turns(close, rounds * 6, device, 4) | in_turns(turns, rounds, device)
         base = median(seconds["Adam, fused"])
         rows = []
