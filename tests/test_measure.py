@@ -69,6 +69,64 @@ def test_accuracy_is_over_all_batches_in_eval_mode():
     assert measure.accuracy(network, batches) == 3 / 4
 
 
+def test_evaluation_is_one_pass():
+    """Rows are the true classes, columns the predicted ones; the batches can be read only once."""
+    batches = iter(
+        [
+            (torch.tensor([[1.0], [2.0], [3.0], [3.0]]), torch.tensor([1, 2, 4, 4])),
+            (torch.tensor([[5.0], [9.0]]), torch.tensor([5, 0])),
+        ]
+    )
+    result = measure.evaluate(ByFirstPixel().train(), batches)
+    expected = torch.zeros(10, 10, dtype=torch.int64)
+    expected[1, 1] = expected[2, 2] = expected[5, 5] = expected[0, 9] = 1
+    expected[4, 3] = 2
+    assert torch.equal(result.confusion, expected)
+    assert (result.right, result.images, result.accuracy) == (3, 6, 0.5)
+
+
+def test_confusion_by_hand():
+    counts = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    labels = torch.tensor([0, 1, 0, 2, 1])
+    matrix = measure.confusion(counts, labels)  # of equal counts, the first class, as in measure.correct
+    assert matrix.dtype == torch.int64
+    assert matrix.tolist() == [[2, 0, 0], [0, 0, 2], [1, 0, 0]]
+    assert matrix.trace() == measure.correct(counts, labels)
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        # z² = 3.8416; (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+        (5, 10, 0.5 - 1.96 * (0.025 + 0.009604) ** 0.5 / 1.38416, 0.5 + 1.96 * (0.025 + 0.009604) ** 0.5 / 1.38416),
+        (0, 10, 0.0, 3.8416 / 13.8416),  # z² / (n + z²)
+        (10, 10, 10 / 13.8416, 1.0),
+        (1, 1, 1 / 4.8416, 1.0),
+        (0, 1, 0.0, 3.8416 / 4.8416),
+        (81, 263, 0.2553, 0.3662),  # and below: where abs(p - q) = z sqrt(q(1-q)/n), by bisection
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval(right, n, low, high):
+    interval = measure.wilson_interval(right, n)
+    assert interval == pytest.approx((low, high), abs=5e-5)
+    assert (interval[0] == 0.0) == (right == 0)
+    assert (interval[1] == 1.0) == (right == n)
+    assert interval[0] <= right / n <= interval[1]
+
+
+def test_wilson_interval_is_wider_for_a_greater_z():
+    assert measure.wilson_interval(5, 10, z=1.0) == pytest.approx((0.5 - 0.5 / 11**0.5, 0.5 + 0.5 / 11**0.5))
+
+
+@pytest.mark.parametrize(("right", "n"), [(-1, 10), (11, 10), (0, 0)])
+def test_wilson_interval_refuses_what_is_no_share(right, n):
+    with pytest.raises(ValueError, match=f"right={right}, n={n} is not accepted: must be 0 <= right <= n"):
+        measure.wilson_interval(right, n)
+
+
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 def test_spike_counter_against_a_plain_count(step_mode):
     """Two batches of unequal size; a neuron's rate is its spikes per image and time step."""
