@@ -1,0 +1,190 @@
+"""A network evaluated in full, by one pass over the test set: the numbers, as lines to print and as JSON."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from spiking import SpikingNetwork
+from training import energy, measure, structure
+from training.measure import Connections
+from training.record import percent
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a test finds out; every number by :meth:`lines` to read and by :meth:`numbers` to go on with.
+
+    Attributes:
+        epoch: how many epochs the network was trained.
+        evaluation: predictions and labels of all images.
+        connected: connections of every layer, by its weight's name.
+        structural: those on a path from an input to an output, see :mod:`training.structure`.
+        rates: firing rate of every neuron, by the LIF layer's name: spikes per image and time step.
+        operations: operations of every layer, by its weight's name, see :mod:`training.energy`.
+    """
+
+    epoch: int
+    evaluation: measure.Evaluation
+    connected: dict[str, Connections]
+    structural: dict[str, Connections]
+    rates: dict[str, Tensor]
+    operations: dict[str, energy.Operations]
+
+    def lines(self) -> list[str]:
+        """The report for the console, at most 100 columns wide."""
+        blocks = [
+            self._accuracy_lines(),
+            self._structural_lines(),
+            self._confusion_lines(),
+            self._operation_lines(),
+        ]
+        return [line for number, block in enumerate(blocks) for line in ([""] if number else []) + block]
+
+    def _accuracy_lines(self) -> list[str]:
+        seen = self.evaluation
+        low, high = measure.wilson_interval(seen.right, seen.images)
+        lines = [
+            f"test accuracy {percent(seen.accuracy)} after {self.epoch} epochs "
+            f"(95 % interval {percent(low)} to {percent(high)}, {seen.right} of {seen.images} images)"
+        ]
+        width = max(map(len, self.connected))
+        for name, layer in _with_total(self.connected):
+            lines.append(
+                f"{name:{width}}  sparsity {percent(layer.sparsity):>8}  connectivity {percent(layer.connectivity):>8}"
+                f"  {layer.connected} of {layer.weights} connections"
+            )
+        for name, rate in self.rates.items():
+            lines.append(
+                f"{name:{width}}  firing rate {_mean(rate):.4f}  silent neurons {percent(_silent(rate)):>8}"
+                f"  {rate.numel()} neurons"
+            )
+        return lines
+
+    def _structural_lines(self) -> list[str]:
+        rows = [["on a path from input to output", "connectivity", "connections", "of the connected"]]
+        for (name, layer), (_, connected) in zip(
+            _with_total(self.structural), _with_total(self.connected), strict=True
+        ):
+            share = _share(layer.connected, connected.connected)
+            rows.append([name, percent(layer.connectivity), f"{layer.connected:,}", _percent_or_dash(share)])
+        return _table(rows)
+
+    def _confusion_lines(self) -> list[str]:
+        matrix = self.evaluation.confusion.tolist()
+        rows = [["true class / predicted", *map(str, range(len(matrix))), "right"]]
+        for label, row in enumerate(matrix):
+            cells = [str(n) if n or label == predicted else "." for predicted, n in enumerate(row)]
+            rows.append([str(label), *cells, _percent_or_dash(_share(row[label], sum(row)))])
+        return _table(rows)
+
+    def _operation_lines(self) -> list[str]:
+        rows = [["operations per image", "kind", "all connected", "pruned", "of all"]]
+        for name, layer in self.operations.items():
+            share = _share(layer.pruned, layer.dense)
+            per_image = [f"{n / layer.images:,.1f}" for n in (layer.dense, layer.pruned)]
+            rows.append([name, f"{layer.kind}s", *per_image, _percent_or_dash(share)])
+        total = energy.energy_per_image(self.operations.values())
+        share = _percent_or_dash(_share(total.pruned, total.dense))
+        unit, picojoules = ("µJ", 1e6) if total.dense >= 1e6 else ("nJ", 1e3)
+        rows.append(["energy per image", unit, *(f"{e / picojoules:,.3f}" for e in (total.dense, total.pruned)), share])
+        return [
+            *_table(rows),
+            f"{energy.PICOJOULES_PER_MAC:.1f} pJ per MAC, {energy.PICOJOULES_PER_AC:.1f} pJ per SynOp: "
+            "arithmetic alone, 32-bit float, 45 nm (Horowitz, ISSCC 2014)",
+        ]
+
+    def numbers(self) -> dict[str, Any]:
+        """The report as JSON takes it: shares as fractions, operations and picojoules per image."""
+        seen, everything = self.evaluation, measure.total(self.connected)
+        structural = measure.total(self.structural)
+        total = energy.energy_per_image(self.operations.values())
+        return {
+            "epoch": self.epoch,
+            "accuracy": seen.accuracy,
+            "accuracy_interval": list(measure.wilson_interval(seen.right, seen.images)),
+            "right": seen.right,
+            "images": seen.images,
+            "confusion": seen.confusion.tolist(),
+            "sparsity": everything.sparsity,
+            "connectivity": everything.connectivity,
+            "structural_connectivity": structural.connectivity,
+            "layer_sparsity": {name: layer.sparsity for name, layer in self.connected.items()},
+            "layers": {
+                name: {
+                    "connected": layer.connected,
+                    "structural": self.structural[name].connected,
+                    "weights": layer.weights,
+                    "sparsity": layer.sparsity,
+                    "connectivity": layer.connectivity,
+                    "structural_connectivity": self.structural[name].connectivity,
+                }
+                for name, layer in self.connected.items()
+            },
+            "neurons": {
+                name: {"firing_rate": _mean(rate), "silent": _silent(rate)} for name, rate in self.rates.items()
+            },
+            "operations": {
+                name: {
+                    "kind": layer.kind,
+                    "pruned": layer.pruned / layer.images,
+                    "dense": layer.dense / layer.images,
+                }
+                for name, layer in self.operations.items()
+            },
+            "energy": {"pruned": total.pruned, "dense": total.dense},
+        }
+
+
+def report(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Report:
+    """Tests a network, in eval mode, in one pass over all batches.
+
+    Raises:
+        ValueError: the network's operations cannot be counted, see :class:`training.energy.OperationCounter`,
+            or its layers are no chain, see :func:`training.structure.structural`.
+    """
+    with energy.OperationCounter(network) as counter:
+        evaluation = measure.evaluate(network, batches)
+    masks = _masks(network)
+    return Report(
+        epoch,
+        evaluation,
+        measure.count(masks),
+        measure.count(structure.structural(masks)),
+        counter.rates(),
+        counter.operations(),
+    )
+
+
+def _masks(network: nn.Module) -> dict[str, Tensor]:
+    return {name: measure.connected(weight) for name, weight in measure.prunable(network).items()}
+
+
+def _with_total(layers: dict[str, Connections]) -> list[tuple[str, Connections]]:
+    return [*layers.items(), ("total", measure.total(layers))]
+
+
+def _mean(rate: Tensor) -> float:
+    return float(rate.mean())
+
+
+def _silent(rate: Tensor) -> float:
+    return float((rate == 0).float().mean())
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _percent_or_dash(share: float | None) -> str:
+    return "-" if share is None else percent(share)
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Aligns columns, the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
