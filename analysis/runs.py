@@ -1,0 +1,266 @@
+"""Finding runs and reading what they left: results, arguments, weights. Safe while a run still writes.
+
+A run NAME under a dump folder D has its logs in ``D/logs/NAME`` (``results.jsonl``, one line per finished epoch, and
+``run.json``) and its checkpoint in ``D/models/NAME``. Any of them may be missing; what is damaged is left out and
+named in :attr:`Run.problems`, so that one bad line never hides the other runs.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from c10.model import Cifar10Net
+from mnist.model import MnistNet
+from training import measure
+from training.options import Refusal
+
+RESULTS, INFO, CHECKPOINT = "results.jsonl", "run.json", "checkpoint.pt"
+NETWORKS = {"mnist": MnistNet, "c10": Cifar10Net}
+
+
+@dataclass
+class Run:
+    """One run as it is on disk.
+
+    Attributes:
+        name: of its folders; with the dump folder before it where two runs share a name.
+        logs, models: its folders, which need not exist.
+        info: ``run.json``; empty when there is none.
+        epochs: the lines of ``results.jsonl``, one dictionary per finished epoch, in order.
+        problems: one line for everything that was damaged and left out.
+    """
+
+    name: str
+    logs: Path
+    models: Path
+    info: dict[str, Any] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        arguments = self.info.get("arguments")
+        return arguments if isinstance(arguments, dict) else {}
+
+    @property
+    def experiment(self) -> tuple[str, str]:
+        """Experiment and data set: only runs that share both can be compared. Unknown ones are empty texts."""
+        experiment = self.info.get("experiment") or self.arguments.get("experiment") or ""
+        return str(experiment), str(self.arguments.get("dataset") or "")
+
+    @property
+    def mode(self) -> str | None:
+        """What the run does: grad, deep, soft deep or no_prune; None when not known."""
+        mode = self.arguments.get("mode")
+        if mode is None:
+            return None
+        return f"soft {mode}" if self.arguments.get("soft") else str(mode)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last finished epoch; empty before the first."""
+        return self.epochs[-1] if self.epochs else {}
+
+    def series(self, *keys: str) -> np.ndarray:
+        """A number of every epoch, float64 [epochs]; NaN where it is absent. ``keys`` lead into nested dictionaries."""
+        return np.array([number(epoch, *keys) for epoch in self.epochs], dtype=np.float64)
+
+    def names_in(self, key: str) -> list[str]:
+        """The names (of layers, of LIF neurons) that any epoch has under ``key``, in their first order."""
+        found: dict[str, None] = {}
+        for epoch in self.epochs:
+            found.update(dict.fromkeys(nested(epoch, key) or {}))
+        return list(found)
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Median over the epochs of training, test and checkpoint together; NaN when not known."""
+        seconds = sum(self.series(f"{part}_seconds") for part in ("train", "test", "checkpoint"))
+        seconds = seconds[np.isfinite(seconds)]
+        return float(np.median(seconds)) if len(seconds) else math.nan
+
+    @property
+    def connections(self) -> measure.Connections | None:
+        """Connected weights, and all that can be pruned, after the last epoch; None when not known."""
+        layers = [
+            (number(self.last, "layers", name, "connected"), number(self.last, "layers", name, "weights"))
+            for name in nested(self.last, "layers") or {}
+        ]
+        if not layers or not np.isfinite(layers).all():
+            return None
+        return measure.Connections(*(int(sum(column)) for column in zip(*layers, strict=True)))
+
+
+def nested(entry: Any, *keys: str) -> dict[str, Any] | None:
+    """The dictionary that ``keys`` lead to, None where there is none."""
+    for key in keys:
+        entry = entry.get(key) if isinstance(entry, dict) else None
+    return entry if isinstance(entry, dict) else None
+
+
+def number(entry: Any, *keys: str) -> float:
+    """The finite number that ``keys`` lead to, NaN where there is none."""
+    *path, key = keys
+    value = (nested(entry, *path) or {}).get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2**63:
+        return math.nan
+    return float(value)
+
+
+def find(paths: Iterable[str | Path]) -> list[Run]:
+    """Finds and reads the runs of dump folders and run folders, each once, sorted by name within a dump folder.
+
+    A path is a dump folder (with ``logs`` or ``models`` in it), one of these two folders, or the folder of one run in
+    either of them.
+
+    Raises:
+        Refusal: a path does not exist, or holds no run.
+    """
+    places: dict[tuple[Path, Path], str] = {}  # (logs, models) of a run, to its name
+    for text in paths:
+        path = Path(os.path.abspath(Path(text).expanduser()))  # a "." has no name
+        if not path.is_dir():
+            raise Refusal(
+                f"{text} is not a folder; give a dump folder, which holds logs and models, or folders of runs"
+            )
+        found = _places(path)
+        if not found:
+            raise Refusal(
+                f"there is no run in {text}: looked for folders logs/<name> and models/<name> in it, "
+                f"and for {RESULTS}, {INFO} or {CHECKPOINT}"
+            )
+        places.update(found)
+    names = list(places.values())
+    runs = []
+    for (logs, models), name in places.items():
+        unique = name if names.count(name) == 1 else f"{logs.parent.parent}/{name}"
+        runs.append(read(unique, logs, models))
+    return runs
+
+
+def _places(path: Path) -> dict[tuple[Path, Path], str]:
+    dump = path.parent if path.name in ("logs", "models") else path
+    if path.parent.name in ("logs", "models") and not any((path / part).is_dir() for part in ("logs", "models")):
+        dump, names = path.parent.parent, [path.name]
+    else:
+        folders = [dump / part for part in ("logs", "models")]
+        names = sorted(
+            {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()}
+        )
+        if not names and any((path / file).is_file() for file in (RESULTS, INFO, CHECKPOINT)):
+            return {(path, path): path.name}  # a run's files, taken elsewhere
+    return {(dump / "logs" / name, dump / "models" / name): name for name in names}
+
+
+def read(name: str, logs: Path, models: Path) -> Run:
+    """Reads a run's ``run.json`` and ``results.jsonl``, whichever are there."""
+    run = Run(name, logs, models)
+    try:
+        run.info = _object((logs / INFO).read_bytes())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        run.problems.append(f"{logs / INFO}: {_reason(error)}; its arguments are not shown")
+    try:
+        content = (logs / RESULTS).read_bytes()
+    except FileNotFoundError:
+        return run
+    except OSError as error:
+        run.problems.append(f"{logs / RESULTS}: {_reason(error)}")
+        return run
+    epochs: dict[int, dict[str, Any]] = {}
+    complete = content.split(b"\n")[:-1]  # what follows the last newline is still being written
+    for line_number, line in enumerate(complete, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = _object(line)
+            epoch = entry.get("epoch")
+            if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch < 2**63:
+                raise ValueError("no epoch, a whole number >= 1")
+            if epoch in epochs:
+                raise ValueError(f"epoch {epoch} was there before")
+        except ValueError as error:
+            run.problems.append(f"{logs / RESULTS}, line {line_number}: {_reason(error)}; the line is left out")
+        else:
+            epochs[epoch] = entry
+    run.epochs = [epochs[epoch] for epoch in sorted(epochs)]
+    return run
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("damaged, not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_checkpoint(models_folder: Path) -> dict[str, Any]:
+    """Reads the checkpoint in a run's models folder, on the CPU; only tensors, numbers, texts and containers of them.
+
+    Mapped into memory: only the tensors that are used are read from the disk.
+    """
+    return torch.load(models_folder / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
+
+
+def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
+    """The checkpoint's epoch and its weights that can be pruned, by name; (0, {}) when there is none.
+
+    A damaged checkpoint is one more of :attr:`Run.problems`.
+    """
+    if not (run.models / CHECKPOINT).is_file():
+        return 0, {}
+    try:
+        state = load_checkpoint(run.models)
+        experiment = state["arguments"]["experiment"]
+        with torch.device("meta"):  # for the names alone: no memory, no random numbers
+            names = list(measure.prunable(NETWORKS[experiment]()))
+        return int(state["epoch"]), {name: state["network"][name] for name in names}
+    except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
+        run.problems.append(
+            f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({_reason(error)})"
+        )
+        return 0, {}
+
+
+def fan_in(mask: Tensor) -> np.ndarray:
+    """Connected weights of every output, of a mask of neurons [out, in] or channels [out, in, kH, kW]; int64 [out]."""
+    return np.count_nonzero(mask.flatten(1).numpy(), axis=1)  # NumPy counts ten times as fast as torch
+
+
+def fan_out(mask: Tensor) -> np.ndarray:
+    """Connected weights of every input, of a mask of neurons [out, in] or channels [out, in, kH, kW]; int64 [in]."""
+    return np.count_nonzero(mask.numpy(), axis=tuple(dim for dim in range(mask.dim()) if dim != 1))
+
+
+_PART = re.compile(r"[A-Za-z_]+-\d+(?:\.\d+)?(?:e-?\d+)?(?=-|$)|[^-]+")
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """What tells runs apart: of ``lr-1e-4-s-0.9-grad`` and ``lr-1e-4-s-0.8-grad``, ``s-0.9`` and ``s-0.8``.
+
+    A name is taken apart into options with their values, and those that all names share are left out; a name with
+    nothing of its own keeps its last part. Whole names where that does not tell them apart.
+    """
+    parts = [[part for folder in name.split("/") for part in _PART.findall(folder)] or [name] for name in names]
+    shared = set.intersection(*map(set, parts)) if parts else set()
+    short = [" ".join(part for part in of_name if part not in shared) or of_name[-1] for of_name in parts]
+    return short if len(names) > 1 and len(set(short)) == len(names) else list(names)
