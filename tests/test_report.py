@@ -1,0 +1,603 @@
+"""The report of runs: finding and reading them, the table, the pictures, the page."""
+
+import ast
+import base64
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from report_runs import result, write_checkpoint, write_run, write_runs
+
+from analysis import pictures, report, runs
+from training.options import Refusal
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_checkpoint(dump, name, epoch=1):
+    """MnistNet's two weights: hidden neuron 0 sees the first pixel, the others nothing; class 9 hears neuron 799."""
+    first, second = torch.zeros(800, 784), torch.zeros(10, 800)
+    first[0, 0], second[9, 799] = 0.5, -1e-8
+    return write_checkpoint(dump, name, {"static_fc.1.weight": first, "fc.1.weight": second}, epoch)
+
+
+# -- finding -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """A dump folder with runs a (results only), b (results and checkpoint) and c (checkpoint only)."""
+    folder = tmp_path / "dump"
+    write_run(folder, "a", [result(1)])
+    write_run(folder, "b", [result(1), result(2)])
+    small_checkpoint(folder, "b", 2)
+    small_checkpoint(folder, "c")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ([""], "abc"),
+        (["logs"], "abc"),
+        (["logs/b"], "b"),
+        (["models/b"], "b"),
+        (["models/b", "logs/b/", "logs/a"], "ba"),  # each once, in the order given
+        (["", "logs/a"], "abc"),
+    ],
+)
+def test_runs_are_found(dump, given, names):
+    found = runs.find([str(dump / path) for path in given])
+    assert [run.name for run in found] == list(names)
+    for run in found:
+        assert (run.logs, run.models) == (dump / "logs" / run.name, dump / "models" / run.name)
+        assert len(run.epochs) == "cab".index(run.name)
+
+
+def test_a_relative_path_finds_the_same(dump, monkeypatch):
+    monkeypatch.chdir(dump / "logs" / "b")
+    (run,) = runs.find(["."])
+    assert (run.name, run.models) == ("b", dump / "models" / "b")
+
+
+def test_the_files_of_a_run_taken_elsewhere_are_found(dump, tmp_path):
+    (dump / "logs" / "b").rename(tmp_path / "kept")
+    (run,) = runs.find([tmp_path / "kept"])
+    assert (run.name, len(run.epochs)) == ("kept", 2)
+
+
+def test_runs_of_one_name_are_told_apart(dump, tmp_path):
+    write_run(tmp_path / "other", "a", [result(1)])
+    names = [run.name for run in runs.find([dump, tmp_path / "other"])]
+    assert names == [f"{dump}/a", "b", "c", f"{tmp_path}/other/a"]
+
+
+def test_where_there_is_no_run(tmp_path):
+    with pytest.raises(Refusal, match=r"no run in .*: looked for folders logs/<name> and models/<name> in it"):
+        runs.find([tmp_path])
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "file").write_text("not a run's folder")
+    with pytest.raises(Refusal, match="no run in"):
+        runs.find([tmp_path])
+    with pytest.raises(Refusal, match=r"nowhere is not a folder"):
+        runs.find([tmp_path / "nowhere"])
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def read(tmp_path, content: bytes):
+    logs = write_run(tmp_path, "x")
+    (logs / "results.jsonl").write_bytes(content)
+    return runs.read("x", logs, tmp_path / "models" / "x")
+
+
+def test_a_last_line_without_newline_is_not_read(tmp_path):
+    run = read(tmp_path, b'{"epoch": 1}\n{"epoch": 2}')
+    assert ([e["epoch"] for e in run.epochs], run.problems) == ([1], [])
+    assert read(tmp_path / "2", b'{"epoch": 1}\n{"epo').epochs == [{"epoch": 1}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"epoch": 2', "damaged, not JSON"),
+        (b"\xff\xfe\x00", "damaged, not JSON"),
+        (b"[" * 100_000, "damaged, not JSON"),
+        (b"[2]", "not a JSON object"),
+        (b'{"test_accuracy": 0.5}', "no epoch, a whole number >= 1"),
+        (b'{"epoch": true}', "no epoch, a whole number >= 1"),
+        (b'{"epoch": 0}', "no epoch, a whole number >= 1"),
+        (b'{"epoch": 1}', "epoch 1 was there before"),
+    ],
+)
+def test_a_damaged_line_is_named_and_left_out(tmp_path, line, reason):
+    run = read(tmp_path, b'{"epoch": 1}\n\n' + line + b'\n{"epoch": 3}\n')
+    assert [e["epoch"] for e in run.epochs] == [1, 3]
+    assert run.problems == [f"{run.logs}/results.jsonl, line 3: {reason}; the line is left out"]
+
+
+def test_a_run_before_its_first_epoch(tmp_path):
+    run = read(tmp_path, b"")
+    assert (run.epochs, run.last, run.connections, run.problems) == ([], {}, None, [])
+    assert math.isnan(run.seconds_per_epoch)
+    (run.logs / "results.jsonl").unlink()
+    (run.logs / "run.json").unlink()
+    run = runs.read("x", run.logs, run.models)
+    assert (run.info, run.arguments, run.experiment, run.mode, run.problems) == ({}, {}, ("", ""), None, [])
+
+
+def test_a_damaged_run_json_hides_nothing_else(tmp_path):
+    logs = write_run(tmp_path, "x", [result(1)])
+    (logs / "run.json").write_text('{"format": 1,')
+    run = runs.read("x", logs, tmp_path)
+    assert (run.info, len(run.epochs)) == ({}, 1)
+    assert run.problems == [f"{logs}/run.json: damaged, not JSON; its arguments are not shown"]
+
+
+def test_numbers_are_numbers():
+    entry = {"a": {"b": 0.5, "c": "0.5", "d": True, "e": None, "f": float("inf"), "g": 10**400, "h": 3}, "i": [1]}
+    assert [runs.number(entry, "a", key) for key in "bh"] == [0.5, 3.0]
+    for keys in (
+        ("a", "c"),
+        ("a", "d"),
+        ("a", "e"),
+        ("a", "f"),
+        ("a", "g"),
+        ("a", "z"),
+        ("i", "a"),
+        ("z", "z"),
+        ("a",),
+    ):
+        assert math.isnan(runs.number(entry, *keys)), keys
+    assert math.isnan(runs.number([], "a"))
+
+
+def test_mode_and_experiment():
+    def run(**arguments):
+        return runs.Run("x", Path(), Path(), {"experiment": "mnist", "arguments": {"dataset": "digits", **arguments}})
+
+    assert run(mode="grad", soft=False).mode == "grad"
+    assert run(mode="deep", soft=True).mode == "soft deep"
+    assert run().experiment == ("mnist", "digits")
+
+
+def test_short_names():
+    shared = "lr-1e-4-b-128-T-8"
+    assert runs.short_names(
+        [f"{shared}-no_prune", f"{shared}-penalty-5e-4-s-0.95-grad", f"{shared}-penalty-1e-3-s-0.95-grad"]
+    ) == ["no_prune", "penalty-5e-4 s-0.95 grad", "penalty-1e-3 s-0.95 grad"]
+    assert runs.short_names(["lr-1e-4-s-0.9-grad", "lr-1e-4-s-0.8-grad"]) == ["s-0.9", "s-0.8"]
+    assert runs.short_names(["lr-1e-4-grad", "lr-2.5e-4-grad", "soft-lr-1e-4-grad"]) == [
+        "lr-1e-4",
+        "lr-2.5e-4",
+        "soft lr-1e-4",
+    ]
+    assert runs.short_names(["b-8-grad", "b-8-grad-seed-7"]) == ["grad", "seed-7"]
+    assert runs.short_names(["/one/b-8-grad", "/two/b-8-grad"]) == ["one", "two"]
+    for unchanged in (["b-8-grad"], [], ["a", "a-a"], ["---", "b"]):
+        assert runs.short_names(unchanged) == unchanged
+
+
+def test_fan_in_and_fan_out_by_hand():
+    weight = torch.tensor(
+        [[0.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, -0.0], [1e-8, 3.0, 1.0, 0.0]]
+    )  # [3 outputs, 4 inputs]
+    mask = runs.measure.connected(weight)
+    assert runs.fan_in(mask).tolist() == [2, 0, 3]
+    assert runs.fan_out(mask).tolist() == [1, 2, 2, 0]
+    kernels = torch.zeros(2, 3, 2, 2, dtype=torch.bool)  # [out, in, kH, kW]
+    kernels[0, 0] = True
+    kernels[1, 0, 0, 1] = kernels[1, 2, 1, 1] = True
+    assert runs.fan_in(kernels).tolist() == [4, 2]
+    assert runs.fan_out(kernels).tolist() == [5, 0, 1]
+
+
+def test_weights_of_a_checkpoint(dump):
+    a, b, _ = runs.find([dump])
+    assert runs.weights_of(a) == (0, {})
+    epoch, weights = runs.weights_of(b)
+    assert (epoch, list(weights)) == (2, ["static_fc.1.weight", "fc.1.weight"])
+    assert [int((w != 0).sum()) for w in weights.values()] == [1, 1]
+    path = b.models / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert runs.weights_of(b) == (0, {})
+    (problem,) = b.problems
+    assert problem.startswith(f"{path}: damaged or not a checkpoint of this program (")
+    assert "\n" not in problem
+
+
+def test_a_checkpoint_without_batchnorms_weights(tmp_path):
+    """Only what can be pruned, by module type: BatchNorm's weight is left out."""
+    names = ["static_conv.0", *(f"conv.{i}" for i in (1, 4, 8, 11, 14)), "fc.2", "fc.4"]
+    network = {f"{name}.weight": torch.ones(2, 2) for name in names} | {"static_conv.1.weight": torch.ones(2)}
+    write_checkpoint(tmp_path, "x", network, 3, "c10")
+    (run,) = runs.find([tmp_path])
+    assert list(runs.weights_of(run)[1]) == [f"{name}.weight" for name in names]
+
+
+# -- the table ---------------------------------------------------------------------------------------
+
+
+def test_the_row_has_the_last_lines_numbers(tmp_path):
+    lines = [result(epoch, accuracy=0.5, connectivity=0.5) for epoch in (1, 2)] + [result(7)]
+    lines[-1] |= {"test_accuracy": 0.98761, "best_accuracy": 0.99, "connectivity": 0.04321}
+    lines[-1]["layers"] = {"u": {"connected": 1200, "weights": 2000}, "v": {"connected": 34, "weights": 500}}
+    for line, seconds in zip(lines, ((9.0, 1.0, 1.0), (1.0, 0.5, 0.25), (2.0, 1.0, 0.5)), strict=True):
+        line |= dict(zip(("train_seconds", "test_seconds", "checkpoint_seconds"), seconds, strict=True))
+    write_run(tmp_path, "x", lines, arguments={"epoch": 30})
+    (run,) = runs.find([tmp_path])
+    assert report.row(run) == {
+        "run": "x",
+        "mode": "grad",
+        "epochs": "7/30",
+        "test accuracy": "98.76 %",
+        "best": "99.00 %",
+        "connectivity": "4.32 %",
+        "connections": "1,234 of 2,500",
+        "s/epoch": "3.5",  # the median of 11, 1.75 and 3.5
+        "device": "cpu: 2 cores",
+        "commit": "0123456789",
+    }
+
+
+def test_what_is_not_known_is_a_dash(tmp_path):
+    write_run(tmp_path, "new")
+    (tmp_path / "logs" / "bare").mkdir()
+    bare, new = runs.find([tmp_path])
+    assert list(report.row(bare).values()) == ["bare", "–", "0/?", "–", "–", "–", "–", "–", "–", "–"]
+    assert report.row(new)["epochs"] == "0/512"
+
+
+# -- the pictures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def style():
+    with matplotlib.rc_context(pictures.STYLE):
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch, style):
+    """What the last picture's axes held: of each its title, its labels, and the points of its lines."""
+    axes_of_last = []
+    picture = pictures._picture
+
+    def capture(title, alt, caption, figure):
+        axes_of_last[:] = [
+            (
+                axes.get_title(loc="left"),
+                axes.get_xlabel(),
+                axes.get_ylabel(),
+                [line.get_xydata() for line in axes.lines],
+            )
+            for axes in figure.axes
+        ]
+        return picture(title, alt, caption, figure)
+
+    monkeypatch.setattr(pictures, "_picture", capture)
+    return axes_of_last
+
+
+def run_of(lines, experiment="mnist", dataset="mnist"):
+    info = {"experiment": experiment, "arguments": {"dataset": dataset}}
+    return runs.Run("x", Path(), Path(), info, lines)
+
+
+def test_curves_are_the_results(drawn):
+    lines = [result(epoch, connectivity=0.5 / epoch, accuracy=0.3 * epoch, full=epoch != 2) for epoch in (1, 2, 3)]
+    run = run_of(lines)
+    compared = pictures._compare([run], ["r"], "test_accuracy", "t", "test accuracy", "c")
+    ((_, x, y, (line,)),) = drawn
+    assert (x, y) == ("epoch", "test accuracy (%)")
+    np.testing.assert_allclose(line, [[1, 30], [2, 60], [3, 90]])
+    assert "r 90.00 %" in compared.alt
+    pictures._layers(run)
+    ((_, _, y, points),) = drawn
+    assert y == "connectivity (%)"
+    for line, name in zip(points, ("static_fc.1.weight", "fc.1.weight"), strict=True):
+        np.testing.assert_allclose(line[:, 1], [100 * entry["layers"][name]["connectivity"] for entry in lines])
+    pictures._layer_rewiring(run)
+    for (title, _, _, points), what in zip(drawn, ("pruned", "regrown"), strict=True):
+        assert title == what
+        np.testing.assert_array_equal(points[1][:, 1], [entry["layers"]["fc.1.weight"][what] for entry in lines])
+    pictures._neurons(run)
+    (_, _, y_rate, rates), (_, _, y_silent, silent) = drawn
+    assert (y_rate, y_silent) == ("firing rate (spikes per time step)", "silent neurons (%)")
+    recorded = [lines[0], lines[2]]
+    np.testing.assert_allclose(rates[1], [[e["epoch"], e["neurons"]["fc.2"]["firing_rate"]] for e in recorded])
+    np.testing.assert_allclose(silent[0], [[e["epoch"], 100 * e["neurons"]["fc.0"]["silent"]] for e in recorded])
+
+
+def test_a_dense_run_has_no_picture_of_rewiring():
+    assert pictures._layer_rewiring(run_of([result(1, connectivity=1.0), result(2, connectivity=1.0)])) is None
+
+
+def test_density_by_hand():
+    edges, density = pictures._histogram({"w": {"edges": [0, 1, 3, 4], "counts": [2, 6, 0]}}, "w")
+    assert edges.tolist() == [0, 1, 3, 4]
+    np.testing.assert_array_equal(density, [0.25, 0.375, np.nan])  # 2 of 8 in a bin of width 1, 6 of 8 in one of 2
+    for broken in (
+        {"edges": [0, 1], "counts": [1, 2]},
+        {"edges": [0, 0, 1], "counts": [1, 2]},
+        {"edges": [0, 1], "counts": [0]},
+        {"edges": "ab", "counts": [1]},
+        {"counts": [1]},
+        [],
+    ):
+        assert pictures._histogram({"w": broken}, "w") is None
+
+
+def test_distributions_are_few_and_reach_from_first_to_last(drawn):
+    run = run_of([result(epoch, full=True) for epoch in range(1, 30)])
+    made = pictures._distributions(run)
+    assert [title for title, *_ in drawn] == [
+        f"{name}, {symbol}" for name in ("static_fc.1.weight", "fc.1.weight") for symbol in ("w", "θ")
+    ]
+    assert all(len(points) == 7 for *_, points in drawn)
+    assert "epoch 1, " in made.alt
+    assert made.alt.endswith("epoch 29.")
+    for epoch in run.epochs:
+        for entry in epoch["distributions"].values():
+            del entry["theta"]
+    made = pictures._distributions(run)
+    assert len(drawn) == 2
+    assert "θ" not in made.title + made.caption
+
+
+@pytest.mark.parametrize(
+    ("experiment", "dataset", "published"),
+    [
+        ("mnist", "mnist", [[(100, 98.92)]]),
+        ("mnist", "digits", []),
+        (
+            "c10",
+            "cifar10",
+            [
+                [(100, 92.84)],
+                [(0.73, 89.34)],
+                [(4.6, 92.49), (2.2, 92.49), (1.4, 91.64), (1.0, 91.06), (0.75, 90.21)],
+            ],
+        ),
+        ("", "", []),
+    ],
+)
+def test_published_points_belong_to_their_experiment(drawn, experiment, dataset, published):
+    made = pictures._plane([run_of([result(1, accuracy=0.9)], experiment, dataset)], ["mine"])
+    ((_, x, y, (mine, *others)),) = drawn
+    assert (x, y) == ("connectivity (%), logarithmic", "test accuracy (%)")
+    assert mine[0][1] == pytest.approx(90)
+    assert len(others) == len(published)
+    for points, expected in zip(others, published, strict=True):
+        np.testing.assert_allclose(points, expected)
+    assert made.svg.count("published: ") == len(published)
+    assert ("IJCAI 2021" in made.caption) == bool(published)
+
+
+def test_the_accuracy_of_the_plane_is_of_the_same_epoch_as_its_connectivity(drawn):
+    line = result(2) | {"test_accuracy": 0.5, "best_accuracy": 0.9, "connectivity": 0.25}
+    pictures._plane([run_of([result(1), line], dataset="digits")], ["mine"])
+    np.testing.assert_allclose(drawn[0][3][0], [[25, 50]])
+
+
+def test_receptive_fields_by_hand(monkeypatch, style):
+    shown = []
+    monkeypatch.setattr(pictures, "_image", lambda figure, axes, values, *_: shown.append(values))
+    weight = torch.zeros(40, 784)
+    weight[:10, 2 * 28 + 5] = 0.5  # row 2, column 5
+    weight[9, 783] = -1.0
+    made = pictures._receptive_fields("static_fc.1.weight", 3, weight)
+    share, grid = shown
+    assert share.shape == (28, 28)
+    assert (share[2, 5], share[27, 27], share.sum()) == (25.0, 2.5, 27.5)  # per cent of the 40 hidden neurons
+    assert grid.shape == (4 * 29 - 1, 8 * 29 - 1)
+    assert grid[29 + 2, 29 + 5] == 0.5  # neuron 9 is the second of the second row
+    assert grid[29 + 27, 29 + 27] == -1.0
+    assert np.isnan(grid[28]).all()
+    assert "0.00 % to 25.00 %" in made.alt
+
+
+def test_a_picture_does_not_depend_on_those_before():
+    """Figures are used again; nothing of one run may stay in the next one's."""
+    few, many = (run_of([result(e, connectivity=0.3 / e, full=True) for e in range(1, n)]) for n in (3, 60))
+    dense = run_of([result(e, connectivity=1.0, full=True) for e in range(1, 4)])
+    weights = {"fc.1.weight": torch.eye(10, 800)}
+
+    def svgs(run):
+        return [picture.svg for picture in pictures.of_run(run, 1, weights) + pictures.overall([run], ["r"])]
+
+    alone = []
+    for run in (few, many, dense):
+        pictures._blank.cache_clear()
+        alone.append(svgs(run))
+    assert [svgs(run) for run in (many, few, dense, many)] == [alone[i] for i in (1, 0, 2, 1)]
+
+
+def test_runs_of_every_number_can_be_told_apart():
+    looks = [tuple(map(str, pictures._look(i).values())) for i in range(40)]
+    assert len(set(looks)) == 40
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """The elements of a page, its text, and its pictures as (alt, parsed SVG)."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.pictures, self.attributes = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag == "img":
+            attributes = dict(attributes)
+            head, data = attributes["src"].split(",")
+            assert head == "data:image/svg+xml;base64"
+            self.pictures.append((attributes["alt"], ElementTree.fromstring(base64.b64decode(data, validate=True))))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def call(*argv):
+    return report.main([str(argument) for argument in argv])
+
+
+def test_the_page_shows_every_run_and_picture(dump, tmp_path, capsys):
+    write_run(dump, "d", [result(1, "c10", full=True), result(2, "c10")], "c10")
+    assert call(dump, "-o", tmp_path / "page.html") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    head, *rows = out.split("\n\n")[0].splitlines()
+    assert head.split() == " ".join(report.COLUMNS).split()
+    assert [row.split()[0] for row in rows] == ["a", "b", "c", "d"]
+    assert "Report of 4 runs: " in out
+    page = Page(tmp_path / "page.html")
+    text = " ".join(page.text)
+    for run in runs.find([dump]):
+        for cell in report.row(run).values():
+            assert cell in text
+    # two groups compare four ways; b and d have two and four pictures of results, b and c three of weights, a ...
+    expected = {
+        **{"Test accuracy against epoch": 2, "Connectivity against epoch": 2, "Accuracy and connectivity": 2},
+        **{"Connections pruned and regrown": 2 + 3, "Connectivity per layer": 3, "Firing rates and silent neurons": 1},
+        **{"Distributions of w and θ over time": 1, "Connectivity map": 2, "Receptive fields of the first layer": 2},
+    }
+    headings = [text.strip() for text in page.text]
+    assert {title: headings.count(title) for title in expected} == expected
+    assert len(page.pictures) == page.tags.count("figure") == sum(expected.values())
+    assert all(len(alt) > 60 for alt, _ in page.pictures)
+    svg = "{http://www.w3.org/2000/svg}"
+    assert all(picture.tag == f"{svg}svg" and list(picture.iter(f"{svg}text")) for _, picture in page.pictures)
+    for title in ("MNIST network on mnist", "CIFAR-10 network on cifar10"):
+        assert title in text
+
+
+def test_the_page_needs_nothing_else(dump, tmp_path):
+    call(dump, "-o", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in ("src", "href", "srcset", "action", "data"):
+            assert value.startswith(("data:", "#")), (name, value)
+        assert not name.startswith("on")
+    assert "url(" not in "".join(page.text)
+    assert "@import" not in "".join(page.text)
+
+
+def test_hostile_names_do_no_harm(tmp_path, capsys):
+    hostile = "_<img src=x onerror=alert(1)>$\\frac{&\"'\x01\x1b[31m\n"
+    write_run(tmp_path, hostile, [result(1, full=True)], arguments={"mode": "<script>", "epoch": "<b>"})
+    write_run(tmp_path, "{{ 7 * 7 }} 日本", [result(1)], dataset="</title><script>")
+    line = json.dumps(result(1)).replace("static_fc.1.weight", "<script>$")
+    (tmp_path / "logs" / hostile / "results.jsonl").write_text(line + "\n<script>damaged\n")
+    path = small_checkpoint(tmp_path, hostile)
+    assert call(tmp_path, "-o", tmp_path / "page.html") == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert "\x01" not in out + err
+    shown = hostile.replace("\x01", "�").replace("\x1b", "�").replace("\n", "�")
+    page = Page(tmp_path / "page.html")
+    assert not {"script", "b"} & set(page.tags)
+    assert len(page.pictures) == page.tags.count("img")
+    assert page.text.count(shown) == 2  # in the table and above its section
+    assert "{{ 7 * 7 }} 日本" in page.text
+    assert path.parent.name == hostile
+
+
+def test_damage_is_named_on_the_page_and_the_terminal(dump, tmp_path, capsys):
+    with open(dump / "logs" / "a" / "results.jsonl", "a") as file:
+        file.write("damaged\n")
+    (dump / "models" / "b" / "checkpoint.pt").write_bytes(b"damaged")
+    assert call(dump, "-o", tmp_path / "page.html") == 0
+    out, err = capsys.readouterr()
+    line, checkpoint = err.splitlines()
+    assert line == (f"report.py: warning: {dump}/logs/a/results.jsonl, line 2: damaged, not JSON; the line is left out")
+    assert checkpoint.startswith(f"report.py: warning: {dump}/models/b/checkpoint.pt: damaged or not a checkpoint")
+    text = " ".join(Page(tmp_path / "page.html").text)
+    for problem in err.splitlines():
+        assert problem.removeprefix("report.py: warning: ") in text
+    assert "Report of 3 runs" in out
+
+
+def test_the_same_runs_give_the_same_page(dump, tmp_path):
+    for name in ("one.html", "two.html"):
+        call(dump, "-o", tmp_path / name)
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_made_up_runs_have_what_real_ones_have(tmp_path):
+    """The runs to measure with have every picture."""
+    write_runs(tmp_path, 2, 3, interval=2)
+    call(tmp_path, "-o", tmp_path / "page.html")
+    assert len(Page(tmp_path / "page.html").pictures) == 4 + 6 + 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: FOLDER (see --help)"),
+        (["{dump}", "--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+        (["{dump}/nowhere"], "{dump}/nowhere is not a folder; give a dump folder"),
+        (["{dump}/.."], "there is no run in {dump}/..: looked for"),
+        (["{dump}", "-o", "{dump}"], "argument -o/--output: cannot write {dump}: it is a folder"),
+        (
+            ["{dump}", "-o", "{dump}/no/page.html"],
+            "argument -o/--output: cannot write {dump}/no/page.html: No such file",
+        ),
+    ],
+)
+def test_refusals_are_one_line_and_status_2(dump, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(dump)
+    assert call(*(argument.format(dump=dump) for argument in argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"error: {message.format(dump=dump)}" in err
+    assert sorted(path.name for path in dump.iterdir()) == ["logs", "models"]  # no page, nothing temporary
+
+
+def test_the_command(dump, tmp_path):
+    """The real command: its default output and the page's permissions."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "analysis.report"]
+    result = subprocess.run([*command, str(dump)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"Report of 3 runs: report\.html \(\d\.\d MB\)", result.stdout)
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "report.html").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_help_has_a_sentence_for_every_option(capsys):
+    with pytest.raises(SystemExit) as end:
+        call("--help")
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m analysis.report [-h] [-o FILE] FOLDER [FOLDER ...]")
+    assert "dump folder (--dump-dir)" in out
+    assert "(default: report.html)" in " ".join(out.split())
+
+
+def test_nothing_imports_analysis():
+    for path in [*ROOT.glob("*.py"), *(p for room in ("training", "mnist", "c10") for p in (ROOT / room).glob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "analysis" for name in names), path
