@@ -60,7 +60,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same runs give the same page
 }
-LEFT, WIDTH = 0.75, 8.0  # inches: where the axes begin, how far they reach; the legend is at their right
+LEFT, WIDTH = 0.9, 8.0  # inches: where the axes begin, how far they reach; the legend is at their right
 PIXELS_PER_INCH = 100  # text of 9 points is 12.5 pixels high then
 THEME = (
     "<style>svg{color:#1f2328}image{image-rendering:pixelated}"
@@ -159,7 +159,7 @@ def _panels(
 def _blank(
     rows: int, columns: int, height: float, sharey: bool, titles: bool, room: float, least_height: float
 ) -> tuple[Figure, np.ndarray]:
-    right, top, bottom, between = 0.15, 0.3 if titles else 0.12, 0.5, 0.85
+    right, top, bottom, between = 0.15, 0.3 if titles else 0.12, 0.5, 0.9
     total_width = LEFT + WIDTH + right + room
     row = top + height + bottom
     total_height = max(rows * row, least_height)
@@ -176,6 +176,9 @@ def _blank(
                 height / total_height,
             )
             grid[r, c] = figure.add_axes(box, sharey=grid[r, 0] if sharey and c else None)
+            # fixed, so that they align, and matplotlib need not measure the tick labels
+            grid[r, c].xaxis.set_label_coords(0.5, -0.25 / height)
+            grid[r, c].yaxis.set_label_coords(-0.6 / one, 0.5)
     return figure, grid
 
 
@@ -208,6 +211,8 @@ def _epoch_axis(axes: Axes, epochs: Iterable[float]) -> None:
 
 
 def _plain(value: float, _: int = 0) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g} M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
@@ -500,7 +505,7 @@ def _distributions(run: Run, most: int = 7) -> Picture | None:
                     axes.plot(np.repeat(edges, 2)[1:-1], np.repeat(density, 2), color=colour, linewidth=1)
             symbol = "θ" if what == "theta" else what
             axes.set_title(f"{_label(name)}, {symbol}")
-            axes.set_xlabel(symbol, labelpad=1)
+            axes.set_xlabel(symbol)
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(numticks=6))
@@ -526,8 +531,8 @@ def _bars(axes: Axes, counts: np.ndarray, colour: str) -> None:
     axes.stairs(np.histogram(counts, edges)[0], edges, fill=True, color=colour)
     margin = max(1.0, 0.03 * (high - low))
     axes.set_xlim(edges[0] - margin, edges[-1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.set_ylim(bottom=0)
 
 
@@ -543,7 +548,7 @@ def _connectivity_map(epoch: int, masks: dict[str, Tensor]) -> Picture:
         ):
             _bars(axes, counts, colour)
             axes.set_title(f"{label}: fan-{what}, mean {counts.mean():.1f} of {mask.numel() // len(counts):,}")
-            axes.set_xlabel(f"connected weights per {of} {kind}", labelpad=1)
+            axes.set_xlabel(f"connected weights per {of} {kind}")
             axes.set_ylabel(f"{of} {kind}s")
         said.append(f"{label} mean fan-in {into.mean():.1f}, mean fan-out {out.mean():.1f}")
     return _picture(
