@@ -217,7 +217,10 @@ def _plain(value: float, _: int = 0) -> str:
 
 
 def _percent_axis(axes: Axes, what: str, fractions: np.ndarray, log: bool = False) -> None:
-    """The y axis in per cent, which the plotted values are in already; logarithmic if they span a decade or more."""
+    """The y axis in per cent, which what is drawn of these fractions is in already.
+
+    With ``log`` it is logarithmic where the smallest is below 10 % and less than a fifth of the largest.
+    """
     axes.set_ylabel(f"{what} (%)")
     percents = fractions[np.isfinite(fractions)] * 100
     positive = percents[percents > 0]
@@ -252,8 +255,8 @@ def _count_axis(axes: Axes, largest: float) -> None:
 
 
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, look: dict[str, Any]) -> Line2D:
-    marker = "o" if np.isfinite(y).sum() <= 40 else None
-    (line,) = axes.plot(x, y, marker=marker, markersize=3, **look)  # few points, perhaps one, show as such
+    marker = "o" if np.isfinite(y).sum() <= 40 else None  # a single point has no line
+    (line,) = axes.plot(x, y, marker=marker, markersize=3, **look)
     return line
 
 
@@ -267,7 +270,7 @@ def overall(runs: Sequence[Run], labels: Sequence[str]) -> list[Picture]:
         return []
     runs, labels = zip(*pairs, strict=True)
     with matplotlib.rc_context(STYLE):
-        return [
+        made = [
             _compare(
                 runs,
                 labels,
@@ -291,6 +294,7 @@ def overall(runs: Sequence[Run], labels: Sequence[str]) -> list[Picture]:
                 "all layers of each run",
             ),
         ]
+        return [picture for picture in made if picture]
 
 
 def _compare(
@@ -407,12 +411,13 @@ def _layer_rewiring(run: Run) -> Picture | None:
         (_label(name), run.series("epoch"), *(run.series("layers", name, what) for what in ("pruned", "regrown")))
         for name in run.names_in("layers")
     ]
-    moved = sum(float(np.nansum(curve[2]) + np.nansum(curve[3])) for curve in curves)
-    return _rewiring(curves, "each layer") if moved else None
+    return _rewiring(curves, "each layer")
 
 
-def _rewiring(curves: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], of_what: str) -> Picture:
-    """Curves are (label, epochs, pruned, regrown)."""
+def _rewiring(curves: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], of_what: str) -> Picture | None:
+    """Curves are (label, epochs, pruned, regrown); None where nothing was ever pruned or regrown."""
+    if not any(np.nansum(counts) for _, _, *both in curves for counts in both):
+        return None
     labels = [label for label, *_ in curves]
     figure, ((left, right),) = _panels(1, 2, labels, sharey=True, titles=True)
     lines = []
@@ -495,7 +500,7 @@ def _distributions(run: Run, most: int = 7) -> Picture | None:
         return None
     labels = [f"epoch {epoch['epoch']}" for epoch in chosen]
     figure, grid = _panels(len(names), len(columns), labels, 1.7, titles=True)
-    colours = matplotlib.colormaps["plasma"](np.linspace(0.2, 0.88, len(chosen)))
+    colours = matplotlib.colormaps["plasma"](np.linspace(0.28, 0.88, len(chosen)))
     for row, name in zip(grid, names, strict=True):
         for axes, what in zip(row, columns, strict=True):
             for epoch, colour in zip(chosen, colours, strict=True):
@@ -569,7 +574,7 @@ def _receptive_fields(name: str, epoch: int, weight: Tensor, rows: int = 4, colu
     for i, field in enumerate(fields):
         y, x = 29 * (i // columns), 29 * (i % columns)
         grid[y : y + 28, x : x + 28] = field
-    limit = float(np.nanmax(np.abs(grid))) or 1.0
+    limit = float(np.abs(grid[np.isfinite(grid)]).max(initial=0)) or 1.0  # a run that diverged has NaN
     figure = Figure(figsize=(9.6, 3.6))
     FigureCanvasSVG(figure)
     left = figure.add_axes((0.0625, 0.14, 0.27, 0.76))

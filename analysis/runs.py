@@ -233,7 +233,11 @@ def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
         experiment = state["arguments"]["experiment"]
         with torch.device("meta"):  # for the names alone: no memory, no random numbers
             names = list(measure.prunable(NETWORKS[experiment]()))
-        return int(state["epoch"]), {name: state["network"][name] for name in names}
+        weights = {name: state["network"][name] for name in names}
+        flat = [name for name, weight in weights.items() if weight.dim() < 2]
+        if flat:
+            raise ValueError(f"{flat[0]} is not of a layer")
+        return int(state["epoch"]), weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
         run.problems.append(
             f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({_reason(error)})"

@@ -321,7 +321,25 @@ def test_curves_are_the_results(drawn):
 
 
 def test_a_dense_run_has_no_picture_of_rewiring():
-    assert pictures._layer_rewiring(run_of([result(1, connectivity=1.0), result(2, connectivity=1.0)])) is None
+    run = run_of([result(1, connectivity=1.0), result(2, connectivity=1.0)])
+    titles = [picture.title for picture in pictures.of_run(run, 0, {}) + pictures.overall([run], ["r"])]
+    assert "Connectivity per layer" in titles
+    assert "Connections pruned and regrown" not in titles
+
+
+def test_a_run_that_diverged_has_its_pictures(recwarn):
+    """NaN weights are connected (they are not 0); numbers that are not finite leave gaps."""
+    nan = math.nan
+    lines = [result(1, full=True) | {"train_loss": nan, "test_accuracy": nan}, result(2) | {"connectivity": math.inf}]
+    for entry in lines[0]["distributions"].values():
+        entry["w"]["edges"][0] = nan
+        entry["theta"]["counts"] = [0] * 64
+    weights = {"static_fc.1.weight": torch.full((800, 784), nan), "fc.1.weight": torch.zeros(10, 800)}
+    made = pictures.of_run(run_of(lines), 2, weights) + pictures.overall([run_of(lines), run_of(lines[:1])], ["r", "s"])
+    assert len(made) == 6 + 4
+    assert "mean fan-in 784.0" in made[4].alt
+    assert "unknown" in made[-2].alt
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]
 
 
 def test_density_by_hand():
