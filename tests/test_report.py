@@ -518,7 +518,7 @@ def test_the_page_needs_nothing_else(dump, tmp_path):
 
 
 def test_hostile_names_do_no_harm(tmp_path, capsys):
-    hostile = "_<img src=x onerror=alert(1)>$\\frac{&\"'\x01\x1b[31m\n"
+    hostile = "_<img src=x onerror=alert(1)>$\\frac{$&\"'\x01\x1b[31m\n"
     write_run(tmp_path, hostile, [result(1, full=True)], arguments={"mode": "<script>", "epoch": "<b>"})
     write_run(tmp_path, "{{ 7 * 7 }} 日本", [result(1)], dataset="</title><script>")
     line = json.dumps(result(1)).replace("static_fc.1.weight", "<script>$")
