@@ -1,0 +1,133 @@
+"""Writes a run's network in a form to take away, and loads it: ``python -m analysis.export --help``."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from analysis.formats import SUFFIXES, WRITERS, read
+from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
+from spiking import SpikingNetwork
+from training import data, measure
+from training.options import REPOSITORY, Refusal, _Parser, command
+
+__all__ = ["export", "load_pruned"]
+
+
+def load_pruned(path: str | Path) -> SpikingNetwork:
+    """Loads a network for evaluation: in eval mode, on the CPU, its parameters without gradients.
+
+    The network maps images [N, C, H, W] to spike counts [N, 10]; a pixel in [0, 1] enters it as
+    (pixel - mean) / std (see :mod:`analysis.formats`). Pruned weights are zeros of dense tensors:
+    analysis.sparse runs a network by its connections alone. ``network.requires_grad_()`` and
+    ``network.train()`` make it one to train. No random number is drawn, and no code in a file is run.
+
+    Args:
+        path: a run's folder (below models or below logs), its checkpoint, or an export of any format.
+
+    Raises:
+        ValueError: the file is damaged, or not of this program; its text is one line.
+        training.options.Refusal: a package that reads the format is not installed.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    return (from_checkpoint(models_folder(path) / CHECKPOINT) if path.is_dir() else read(path)).network()
+
+
+def export(snapshot: Snapshot, form: str, path: Path) -> None:
+    """Writes a network to ``path`` in one of the forms of :mod:`analysis.formats`.
+
+    The file is read back and compared with the network before it takes its name; a kill at any moment
+    leaves what was there before, or the new file, whole.
+
+    Raises:
+        Refusal: the form cannot hold this network, or a package that it needs is not installed.
+    """
+    content = WRITERS[form](snapshot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        _check_same(snapshot, read(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_same(snapshot: Snapshot, other: Snapshot) -> None:
+    weights, others = (measure.prunable(s.network()) for s in (snapshot, other))
+    different = [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
+    if different or snapshot.T != other.T:
+        raise RuntimeError(f"the export does not read back as it was written: {', '.join(different) or 'T'}")
+
+
+@torch.no_grad()
+def differing_counts(one: SpikingNetwork, other: SpikingNetwork, test_set: data.TestBatches) -> tuple[int, int]:
+    """How many spike counts (image and class) differ between two networks, of how many."""
+    differing = counted = 0
+    for images, _ in test_set:
+        counts = one(images)
+        differing += int((counts != other(images)).sum())
+        counted += counts.numel()
+    return differing, counted
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m analysis.export",
+        description="Writes the network of a run, with its pruned weights left out, for other programs.",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder: <dump-dir>/models/<name> or <dump-dir>/logs/<name>")
+    parser.add_argument("--format", required=True, choices=list(WRITERS), help="see the docstring of analysis.formats")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="the file to write (default: export.<suffix> beside the run's checkpoint)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare all spike counts on the test set with the checkpoint's"
+    )
+    parser.add_argument(
+        "--dataset-dir",
+        type=Path,
+        default=REPOSITORY / "data",
+        help="where the data are, for --check (default: data, in the repository)",
+    )
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    options = _options(argv)
+    checkpoint = models_folder(options.run) / CHECKPOINT
+    output = options.output or checkpoint.with_name(f"export{SUFFIXES[options.format]}")
+    if output.is_dir():
+        raise Refusal(f"argument -o/--output: {output} is a folder; name a file in it")
+    if output.resolve() == checkpoint.resolve():
+        raise Refusal("argument -o/--output: that is the run's checkpoint")
+    snapshot = from_checkpoint(checkpoint)
+    export(snapshot, options.format, output)
+    weights = measure.prunable(snapshot.network())
+    total = measure.total(measure.count({name: measure.connected(weight) for name, weight in weights.items()}))
+    dense = sum(tensor.nbytes for tensor in snapshot.state.values())
+    size = output.stat().st_size
+    print(f"{total.connected} of {total.weights} connections, sparsity {100 * total.sparsity:.2f} %, T {snapshot.T}")
+    print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
+    print(f"its network  {dense:>11,} bytes  dense")
+    print(f"the export   {size:>11,} bytes  {100 * size / dense:.1f} % of the network: {output}")
+    if options.check:
+        dataset = data.load(snapshot.dataset, options.dataset_dir)
+        recipe = snapshot.recipe
+        normalisation = data.Normalisation(recipe.mean, recipe.std, torch.device("cpu"))
+        test_set = data.TestBatches(dataset.test, recipe.test_batch_size, normalisation)
+        differing, counted = differing_counts(snapshot.network(), load_pruned(output), test_set)
+        print(f"{differing} of {counted} spike counts differ on the {len(dataset.test)} test images")
+        return 1 if differing else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
