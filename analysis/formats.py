@@ -296,8 +296,8 @@ def write_nir(snapshot: Snapshot) -> bytes:
             "argument --format: nir cannot hold the c10 network, which has max pooling, for which NIR has no node; "
             "safetensors and csr can"
         )
-    nir = _imported("nir", "nir")
-    _imported("nirtorch", "nirtorch")
+    nir = _imported("nir", "nir nirtorch")
+    _imported("nirtorch", "nir nirtorch")
     from spikingjelly.activation_based.nir_exchange import export_to_nir
 
     graph = export_to_nir(one_step(snapshot), torch.zeros(1, 1, 28, 28), dt=DT)
@@ -309,7 +309,7 @@ def write_nir(snapshot: Snapshot) -> bytes:
 
 def read_nir(path: Path) -> Snapshot:
     """Reads the graph that :func:`write_nir` makes, and no other, as data: a general importer makes code of it."""
-    nir = _imported("nir", "nir")
+    nir = _imported("nir", "nir nirtorch")
     graph = nir.read(path)
     snapshot, _ = _described(str(graph.metadata["network"]))
     names = list(graph.nodes)
@@ -339,11 +339,12 @@ def read_nir(path: Path) -> Snapshot:
 # -- all -------------------------------------------------------------------------------------------
 
 
-def _imported(module: str, package: str) -> Any:
+def _imported(module: str, packages: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise Refusal(f"this format needs the package {package} (pip install {package})") from None
+        missing = module.partition(".")[0]
+        raise Refusal(f"this format needs {missing}, which is not installed (pip install {packages})") from None
 
 
 WRITERS: dict[str, Callable[[Snapshot], bytes]] = {

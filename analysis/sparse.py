@@ -1,0 +1,102 @@
+"""Evaluates a pruned network by its connections and its spikes alone, on the CPU.
+
+What is 0 costs nothing: pruned weights are not stored, hidden neurons that lead to no output are not
+computed, a neuron whose current stays below the threshold is not simulated, one that does not spike adds
+nothing to the next layer. benchmarks/RESULTS.md says from which sparsity on this pays.
+"""
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix  # on a par with torch.sparse's CSR (benchmarks.sparse), which is in beta state
+from torch import Tensor
+
+import spiking_kernels
+from mnist.model import MnistNet
+from spiking import SpikingNetwork
+from training.measure import connected
+
+__all__ = ["EventDrivenMnist", "event_driven"]
+
+BLOCK = 256  # images at a time, whose currents the caches hold
+
+
+def event_driven(network: SpikingNetwork) -> "EventDrivenMnist":
+    """A function from images to spike counts that computes what ``network`` does in eval mode.
+
+    Raises:
+        ValueError: there is none for this network. For Cifar10Net it would pay little: a convolution as a
+            sparse product has to gather its input for every position of the kernel at every time step; this
+            was not even twice as fast as the dense convolution at 95 % sparsity (benchmarks.sparse).
+    """
+    if not isinstance(network, MnistNet):
+        raise ValueError(
+            f"{type(network).__name__} has no event-driven evaluation, only MnistNet has one: "
+            "sparse convolutions gain too little on a CPU (benchmarks/RESULTS.md)"
+        )
+    return EventDrivenMnist(network)
+
+
+class EventDrivenMnist:
+    """Maps images [N, 1, 28, 28] to spike counts [N, 10] as a MnistNet in eval mode does.
+
+    The image does not change over time, and neither does a hidden neuron's current: reset to 0 at every
+    spike, it fires with a period, which the current gives. The spikes are the dense network's but for
+    rounding: a potential within rounding of the threshold may fall on the other side.
+
+    Args:
+        network: its weights are copied.
+
+    Attributes:
+        fused: let the fused kernel for two layers of neurons do what follows the first product, where there
+            is one for this network and machine; otherwise the events are a sparse product too.
+
+    Raises:
+        ValueError: a weight is not finite, or the neurons are not reset to 0, or decay without their input.
+    """
+
+    def __init__(self, network: MnistNet):
+        self.hidden, linear, self.output = network.fc
+        for node in (self.hidden, self.output):
+            if node.v_reset != 0 or not node.decay_input:
+                raise ValueError("neurons with v_reset other than 0, or without decay_input, are not accepted")
+        self.T = network.T
+        # v after k steps of a current x is x (1 - (1 - 1/tau)^k): the least x that spikes by step T, ..., 1
+        charge = 1 - (1 - 1 / self.hidden.tau) ** torch.arange(self.T, 0, -1, dtype=torch.float64)
+        self.firing = (self.hidden.v_threshold / charge).float()
+        first, second = network.static_fc[1].weight.detach(), linear.weight.detach()
+        leads_on = connected(second).any(0)  # a hidden neuron without a connection to an output changes nothing
+        if not (first.isfinite().all() and second.isfinite().all()):
+            raise ValueError("a network with weights that are not finite is not accepted")
+        self.first = csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
+        self.second = second[:, leads_on].cpu().float().contiguous()  # [10, H]
+        # the kernel knows the paper's neurons only
+        known = all((node.tau, node.v_threshold) == (2.0, 1.0) for node in (self.hidden, self.output))
+        known = known and self.T <= spiking_kernels.MAX_T and bool(leads_on.any())
+        self.fused = known and not spiking_kernels.available()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 1, 28, 28], float32 on the CPU, to spike counts [N, 10]."""
+        return torch.cat([self._block(block) for block in images.flatten(1).split(BLOCK)])
+
+    def _block(self, images: Tensor) -> Tensor:
+        n = len(images)
+        current = torch.from_numpy(self.first @ images.t().contiguous().numpy())  # [H, n]
+        if self.fused:
+            return spiking_kernels.lif_linear_lif(current.t(), self.second, self.T)
+        neuron, image = (current >= self.firing[0]).nonzero(as_tuple=True)
+        step = self.T - torch.bucketize(current[neuron, image], self.firing, right=True)  # of the first spike, from 0
+        events = (np.ones(len(step), np.float32), ((step * n + image).numpy(), neuron.numpy()))
+        arriving = csr_matrix(events, (self.T * n, self.first.shape[0])) @ self.second.t().numpy()
+        return self._count(torch.from_numpy(arriving).view(self.T, n, len(self.second)))
+
+    def _count(self, inputs: Tensor) -> Tensor:
+        """Output spikes [n, 10], from what the neurons that first spike at each step send: [T, n, 10]."""
+        v, counts = torch.zeros_like(inputs[0]), torch.zeros_like(inputs[0])
+        for step in range(1, self.T + 1):
+            arriving = sum(inputs[period - 1] for period in range(1, step + 1) if step % period == 0)
+            v = v + (arriving - v) / self.output.tau
+            spikes = v >= self.output.v_threshold
+            counts += spikes
+            v = v.masked_fill(spikes, 0.0)
+        return counts

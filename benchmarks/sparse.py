@@ -1,0 +1,185 @@
+"""Measures event-driven sparse evaluation beside the dense one: ``python -m benchmarks.sparse --help``.
+
+The networks of the sparsity table are random: weights as initialised, pruned at random, every layer to the
+same sparsity, and scaled so that hidden neurons spike about as much as trained ones do. Runs given on the
+command line are measured beside them. All executions of a row run in turns, in one process.
+"""
+
+import argparse
+import json
+import platform
+import warnings
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import spiking_kernels
+from analysis.export import load_pruned
+from analysis.sparse import BLOCK, event_driven
+from benchmarks.bench import in_turns, median, mnist_images, processor, table
+from mnist.mnist import RECIPE
+from mnist.model import MnistNet
+from training import data, measure
+
+SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
+GAIN = 2.4  # of the initial weights; as many hidden neurons spike then as in a trained network
+CPU = torch.device("cpu")
+
+
+def prune(weight: Tensor, sparsity: float, generator: torch.Generator) -> Tensor:
+    """Prunes at random, to this sparsity exactly, and scales so that sums over inputs keep their spread."""
+    pruned = weight.flatten().clone()
+    order = torch.randperm(len(pruned), generator=generator)
+    pruned[order[: round(sparsity * len(pruned))]] = 0
+    return pruned.view_as(weight) / (1 - sparsity) ** 0.5
+
+
+@torch.no_grad()
+def random_network(sparsity: float) -> MnistNet:
+    torch.manual_seed(0)
+    network, generator = MnistNet(8), torch.Generator().manual_seed(0)
+    for weight in measure.prunable(network).values():
+        weight.copy_(GAIN * prune(weight, sparsity, generator))
+    return network.eval().requires_grad_(False)
+
+
+def fused(network: MnistNet) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        network.fused = True
+        counts = network(images)
+        network.fused = False
+        return counts
+
+    return run
+
+
+def compact(network: MnistNet) -> Callable[[Tensor], Tensor]:
+    """The fused dense evaluation of a smaller network: without the hidden neurons that lead to no output."""
+    first, second = network.static_fc[1].weight, network.fc[1].weight
+    leads_on = measure.connected(second).any(0)
+    first, second, T = first[leads_on].contiguous(), second[:, leads_on].contiguous(), network.T
+    return lambda images: spiking_kernels.lif_linear_lif(images.flatten(1) @ first.t(), second, T)
+
+
+def executions(network: MnistNet) -> dict[str, Callable[[Tensor], Tensor]]:
+    plain, sparse = event_driven(network), event_driven(network)
+    plain.fused = False
+    made = {"dense, layers": network, "sparse, SciPy alone": plain}
+    if not spiking_kernels.available():
+        made |= {"dense, fused": fused(network), "dense, fused, compacted": compact(network)}
+    return made | {"sparse": sparse}
+
+
+def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -> list[dict]:
+    """Images per second on the whole test set and one image at a time, and whether the spikes are the same."""
+    batches, single = images.split(RECIPE.test_batch_size), images[:100].split(1)
+    rows, latencies = [], []
+    for name, network in networks.items():
+        made = executions(network)
+        dense = torch.cat([network(batch) for batch in batches])
+        with measure.SpikeCounter(network) as spikes:
+            network(batches[0])
+        differing = int((torch.cat([made["sparse"](batch) for batch in batches]) != dense).sum())
+        masks = {key: measure.connected(weight) for key, weight in measure.prunable(network).items()}
+        sparsity = f"{100 * measure.total(measure.count(masks)).sparsity:.2f} %"
+
+        def seconds(parts: tuple[Tensor, ...], made=made) -> dict[str, float]:
+            functions = {key: lambda f=f: [f(part) for part in parts] for key, f in made.items()}
+            return {key: median(s) for key, s in in_turns(functions, rounds, CPU).items()}
+
+        whole, one = seconds(batches), seconds(single)
+        best = min(value for key, value in whole.items() if key.startswith("dense"))
+        rows.append(
+            (
+                *(name, sparsity, f"{float(spikes.rates()['fc.0'].mean()):.3f}"),
+                *(f"{len(images) / value:,.0f}" for value in whole.values()),
+                f"{best / whole['sparse']:.2f}",
+                f"{differing} of {dense.numel()}",
+            )
+        )
+        latencies.append((name, sparsity, *(f"{value / len(single) * 1e3:.3f}" for value in one.values())))
+    head = ("network", "sparsity", "hidden firing rate", *made, "sparse / best dense", "counts that differ")
+    return [
+        table(f"MNIST, images per second, batches of {len(batches[0])} ({rounds} rounds, medians)", head, rows),
+        table(f"MNIST, ms for one image at a time ({rounds} rounds, medians)", (*head[:2], *made), latencies),
+    ]
+
+
+def bench_products(images: Tensor, rounds: int) -> list[dict]:
+    """The libraries: the product of the first layer, [H, 784] with as many images as the sparse evaluation takes."""
+    x = images[:BLOCK].flatten(1).contiguous()
+    rows = []
+    for sparsity in SPARSITIES:
+        weight = random_network(sparsity).static_fc[1].weight.detach()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            torch_csr = weight.to_sparse_csr()
+        scipy_csr = scipy.sparse.csr_matrix(weight.numpy())
+        functions = {
+            "dense": lambda w=weight: x @ w.t(),
+            "torch.sparse CSR": lambda w=torch_csr: w @ x.t().contiguous(),
+            "SciPy CSR": lambda w=scipy_csr: w @ x.t().contiguous().numpy(),
+        }
+        seconds = in_turns(functions, 5 * rounds, CPU)
+        rows.append((f"{100 * sparsity:.0f} %", *(f"{median(s) * 1e3:.2f}" for s in seconds.values())))
+    head = ("sparsity", *functions)
+    return [table(f"The first layer for {BLOCK} images, ms ({5 * rounds} rounds, medians)", head, rows)]
+
+
+def bench_convolution(rounds: int) -> list[dict]:
+    """Why Cifar10Net has no sparse evaluation: one of its convolutions, dense and as gathering and CSR product."""
+    torch.manual_seed(0)
+    spikes = (torch.rand(8, 256, 16, 16) < 0.1).float()
+    convolution, generator = nn.Conv2d(256, 256, 3, padding=1, bias=False), torch.Generator().manual_seed(0)
+    rows = []
+
+    def gather() -> list[Tensor]:
+        return [F.unfold(image[None], 3, padding=1)[0] for image in spikes]  # [256 x 9, 256] each
+
+    for sparsity in SPARSITIES:
+        weight = prune(convolution.weight.detach(), sparsity, generator)
+        csr = scipy.sparse.csr_matrix(weight.flatten(1).numpy())
+        functions = {
+            "dense": lambda w=weight: F.conv2d(spikes, w, padding=1),
+            "sparse": lambda w=csr: [w @ inputs.numpy() for inputs in gather()],
+            "of which gathering": gather,
+        }
+        seconds = in_turns(functions, 3 * rounds, CPU)
+        rows.append((f"{100 * sparsity:.0f} %", *(f"{median(s) * 1e3:.1f}" for s in seconds.values())))
+    head = ("sparsity", *functions)
+    title = f"Convolution 256 to 256, 16x16, 8 images, one time step, ms ({3 * rounds} rounds, medians)"
+    return [table(title, head, rows)]
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="MNIST runs or exports of them to measure too")
+    parser.add_argument("--dataset-dir", type=Path, help="folder with MNIST/raw (default: noise of MNIST's size)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the tables to this file")
+    arguments = parser.parse_args(argv)
+    names = ("torch", "scipy", "spikingjelly")
+    head = {
+        "date": str(date.today()),
+        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
+        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]),
+    }
+    print(", ".join(head.values()))
+    images = data.Normalisation(RECIPE.mean, RECIPE.std, CPU)(mnist_images(arguments.dataset_dir).test.images)
+    networks = {f"random, {100 * s:.0f} %": random_network(s) for s in SPARSITIES}
+    networks |= {path.name: load_pruned(path) for path in arguments.runs}
+    tables = bench_networks(networks, images, arguments.rounds)
+    tables += bench_products(images, arguments.rounds) + bench_convolution(arguments.rounds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
