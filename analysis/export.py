@@ -11,7 +11,7 @@ from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
 from spiking import SpikingNetwork
 from training import data, measure
-from training.options import REPOSITORY, Refusal, _Parser, command
+from training.options import REPOSITORY, Parser, Refusal, command
 
 __all__ = ["export", "load_pruned"]
 
@@ -78,7 +78,7 @@ def differing_counts(one: SpikingNetwork, other: SpikingNetwork, test_set: data.
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m analysis.export",
         description="Writes the network of a run, with its pruned weights left out, for other programs.",
     )

@@ -11,11 +11,10 @@ import os
 import signal
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 import jinja2
 import torch
@@ -23,7 +22,7 @@ import torch
 from analysis import pictures
 from analysis.pictures import Picture, printable
 from analysis.runs import CHECKPOINT, Run, find, number, short_names, weights_of
-from training.options import Refusal, command
+from training.options import Parser, Refusal, command
 from training.record import percent
 
 COLUMNS = (
@@ -43,13 +42,8 @@ EXPERIMENTS = {"mnist": "MNIST network", "c10": "CIFAR-10 network"}
 UNKNOWN = "–"
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, as the experiments' commands have it
-        raise Refusal(f"{message} (see --help)")
-
-
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m analysis.report",
         description="Shows runs, finished or still running: a table on the terminal, pictures on one HTML page.",
         allow_abbrev=False,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
-from training import measure
+from training import measure, storage
 from training.options import Refusal
 
 RESULTS, INFO, CHECKPOINT = "results.jsonl", "run.json", "checkpoint.pt"
@@ -213,14 +213,6 @@ def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def load_checkpoint(models_folder: Path) -> dict[str, Any]:
-    """Reads the checkpoint in a run's models folder, on the CPU; only tensors, numbers, texts and containers of them.
-
-    Mapped into memory: only the tensors that are used are read from the disk.
-    """
-    return torch.load(models_folder / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True)
-
-
 def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
     """The checkpoint's epoch and its weights that can be pruned, by name; (0, {}) when there is none.
 
@@ -229,7 +221,7 @@ def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
     if not (run.models / CHECKPOINT).is_file():
         return 0, {}
     try:
-        state = load_checkpoint(run.models)
+        state = storage.read(run.models / CHECKPOINT, verify=False)  # only the weights are read from the disk
         experiment = state["arguments"]["experiment"]
         with torch.device("meta"):  # for the names alone: no memory, no random numbers
             names = list(measure.prunable(NETWORKS[experiment]()))

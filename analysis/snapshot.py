@@ -14,6 +14,7 @@ from c10.model import Cifar10Net
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
 from spiking import SpikingNetwork
+from training import storage
 from training.options import Recipe, Refusal
 
 EXPERIMENTS: dict[str, tuple[type[SpikingNetwork], Recipe]] = {
@@ -110,36 +111,20 @@ def models_folder(path: Path) -> Path:
     )
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any]:
-    """Reads the checkpoint of a run; no code in it can run (weights_only).
-
-    Raises:
-        Unreadable: the file is damaged, or no checkpoint.
-    """
-    return _read_checkpoint(folder / CHECKPOINT)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
-        raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from None
-
-
 def from_checkpoint(path: Path) -> Snapshot:
     """The network in a checkpoint file.
 
     Raises:
         Unreadable: the file is damaged, or not a checkpoint of this program.
     """
-    checkpoint = load_checkpoint(path.parent) if path.name == CHECKPOINT else _read_checkpoint(path)
     try:
+        checkpoint = storage.read(path)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"a {type(checkpoint).__name__}")
         arguments, state = checkpoint["arguments"], dict(checkpoint["network"])
         names = (arguments["experiment"], arguments["dataset"])
         snapshot = Snapshot(*names, arguments["T"], path.resolve().parent.name, checkpoint["epoch"], state)
         snapshot.network()
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (storage.DamagedError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from None
     return snapshot

@@ -1,6 +1,6 @@
 """Made-up runs for the report's tests: as many and as long as wanted, in the files that real runs write.
 
-python tests/report_runs.py FOLDER --runs 20 --epochs 512     # to measure how long a report takes
+python -m tests.report_runs FOLDER --runs 20 --epochs 512     # to measure how long a report takes
 """
 
 import argparse
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from training import storage
 
 SHAPES = {
     "mnist": {"static_fc.1.weight": (800, 784), "fc.1.weight": (10, 800)},
@@ -102,7 +104,7 @@ def write_checkpoint(dump, name, weights, epoch=1, experiment="mnist"):
     models = Path(dump) / "models" / name
     models.mkdir(parents=True)
     state = {"format": 1, "arguments": {"experiment": experiment}, "epoch": epoch, "step": 1, "network": weights}
-    torch.save(state, models / "checkpoint.pt")
+    storage.write(models / "checkpoint.pt", state)
     return models / "checkpoint.pt"
 
 

@@ -23,7 +23,7 @@ from analysis.snapshot import EXPERIMENTS, Snapshot, Unreadable, from_checkpoint
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from spiking import SpikingNetwork
-from training import measure
+from training import measure, storage
 from training.options import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run") -> Pat
     path.parent.mkdir(parents=True)
     (folder / "logs" / name).mkdir(parents=True)
     state = {"format": 1, "arguments": arguments, "epoch": 3, "network": network.state_dict(), "optimizers": []}
-    torch.save(state, path)
+    storage.write(path, state)
     return path.parent
 
 
@@ -307,7 +307,7 @@ def test_no_pickle_runs(tmp_path):
     trap = tmp_path / "trap"
     files = {name: tmp_path / name for name in ("plain", "torch", "array", "member")}
     files["plain"].write_bytes(pickle.dumps(Trap(trap)))
-    torch.save({"arguments": Trap(trap)}, files["torch"])
+    storage.write(files["torch"], {"arguments": Trap(trap)})
     with open(files["array"], "wb") as file:
         np.savez(file, network=np.array([Trap(trap)], dtype=object))
     with open(files["member"], "wb") as file:
@@ -351,10 +351,12 @@ def test_foreign_files(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("network.npy", "no array")
     refused(path)
-    torch.save({"weight": torch.zeros(3)}, path)
+    storage.write(path, {"weight": torch.zeros(3)})
     assert "arguments" in refused(path)
-    torch.save(torch.zeros(3), path)
+    storage.write(path, torch.zeros(3))
     refused(path)
+    torch.save({"weight": torch.zeros(3)}, path)
+    assert "its end is missing or foreign" in refused(path)
     with pytest.raises(FileNotFoundError):
         load_pruned(tmp_path / "nothing")
     assert "has no checkpoint.pt" in refused(tmp_path)
@@ -513,7 +515,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, narrow):
         path = write_run(tmp_path / str(number), network) / "checkpoint.pt"
         state = torch.load(path, weights_only=True)
         change(state)
-        torch.save(state, path)
+        storage.write(path, state)
         refused(path)
 
 

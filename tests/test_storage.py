@@ -39,6 +39,16 @@ def test_what_is_written_is_read(path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["checkpoint-previous.pt", "checkpoint.pt"]
 
 
+def test_a_quick_look_checks_the_length_and_reads_the_same(path):
+    storage.write(path, state(1))
+    look = storage.read(path, verify=False)
+    assert look["n"] == 1
+    assert torch.equal(look["weights"], state(1)["weights"])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(storage.DamagedError):
+        storage.read(path, verify=False)
+
+
 def test_nothing_stored_is_nothing_read(path):
     assert storage.newest(path) == (None, [])
 

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from run_helpers import assert_same_run, load, same, scalars, the_checkpoint
+from run_helpers import assert_same_run, load, results, same, scalars, the_checkpoint
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 from torch.optim import Adam
 
@@ -18,6 +19,7 @@ from mnist import mnist
 from mnist.model import MnistNet
 from training import loop, measure
 from training.optimizers import build
+from training.record import percent
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]
 
@@ -101,7 +103,7 @@ def test_tensorboard_tags_and_steps(run, tmp_path):
     every_epoch = [1, 2, 3, 4, 5]
     full = [1, 2, 4]  # the first epoch, and every second
     expected = {"train/acc": list(range(0, 25, 3)), "train/loss": list(range(0, 25, 3))}
-    expected |= {"test_acc": every_epoch, "sparsity": every_epoch}
+    expected |= {"test_acc": every_epoch, "sparsity": every_epoch, "connectivity": every_epoch}
     expected |= {f"{tag}/{lif}": full for tag in ("avg_firing_rate", "nonfire_prop") for lif in ("fc.0", "fc.2")}
     weights = ("static_fc.1.weight", "fc.1.weight")
     expected |= {
@@ -162,6 +164,7 @@ def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
         "prune-regrow/a": 2,
         "sparsity/with bn": pytest.approx(2 / 10),
         "sparsity/without bn": pytest.approx(2 / 6),
+        "connectivity": pytest.approx(4 / 6),
     }
 
 
@@ -247,6 +250,72 @@ def test_testing_prints_and_stores_what_the_model_is(run, tmp_path):
     }
     assert 0 < rates["rate-fc.0-epoch-3.npy"].mean() < 1
     assert the_checkpoint(tmp_path).read_bytes() == before
+
+
+def test_tensorboard_compares_runs(run, tmp_path):
+    """The command in the text tab, and in the hparams tab the arguments with the metrics that they are set beside."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    run(*GRAD, "-N", "2")
+    run(*GRAD, "-N", "3")  # not once more
+    found = {}
+    for path in sorted(tmp_path.glob("logs/*/*tfevents*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(value)
+    (command,) = found["command/text_summary"]
+    assert command.tensor.string_val[0].decode().startswith("python ")
+    (start,) = found["_hparams_/session_start_info"]
+    data = plugin_data_pb2.HParamsPluginData.FromString(start.metadata.plugin_data.content)
+    settings = data.session_start_info.hparams
+    assert settings["mode"].string_value == "grad"
+    assert settings["sparsity"].number_value == 0.95
+    assert settings["learning_rate"].number_value == 1e-2
+    (experiment,) = found["_hparams_/experiment"]
+    data = plugin_data_pb2.HParamsPluginData.FromString(experiment.metadata.plugin_data.content)
+    assert {info.name.tag for info in data.experiment.metric_infos} == {"test_acc", "connectivity"}
+    assert {"test_acc", "connectivity"} <= found.keys()
+
+
+def test_numbers_agree_everywhere(run, tmp_path):
+    """Console, results.jsonl, TensorBoard, -test and the report say the same of the same epoch."""
+    from analysis import report, runs
+
+    told = run(*GRAD, "-N", "3", "-i1", "1").out
+    tested = run(*GRAD, "-i1", "1", "-test").out
+    lines, (events, _) = results(tmp_path), scalars(tmp_path)
+    (log,) = tmp_path.glob("logs/*")
+    stored = json.loads((log / "test.json").read_text())
+    row = report.row(runs.find([tmp_path])[0])
+    last = lines[-1]
+    assert last["epoch"] == stored["epoch"] == 3
+    console = [line for line in told.splitlines() if line.startswith("epoch")]
+    for line, text in zip(lines, console, strict=True):
+        for words, key in (("test accuracy", "test_accuracy"), ("best", "best_accuracy"), ("sparsity", "sparsity")):
+            assert f"{words} {percent(line[key])}" in text
+        assert f"connectivity {percent(line['connectivity'])}" in text
+    # exactly the same numbers, but for TensorBoard's float32
+    assert (stored["accuracy"], stored["sparsity"], stored["connectivity"]) == (
+        last["test_accuracy"],
+        last["sparsity"],
+        last["connectivity"],
+    )
+    assert stored["neurons"] == last["neurons"]
+    for name, layer in last["layers"].items():
+        assert {key: stored["layers"][name][key] for key in ("connected", "weights", "sparsity", "connectivity")} == {
+            key: layer[key] for key in ("connected", "weights", "sparsity", "connectivity")
+        }
+        assert re.search(rf"{re.escape(name)} +sparsity +{re.escape(percent(layer['sparsity']))}", tested)
+        assert events[f"layer sparsity/{name}"][-1] == (3, pytest.approx(layer["sparsity"], rel=1e-6))
+    for tag, key in (("test_acc", "test_accuracy"), ("sparsity", "sparsity"), ("connectivity", "connectivity")):
+        assert events[tag] == [(line["epoch"], pytest.approx(line[key], rel=1e-6)) for line in lines]
+    assert tested.splitlines()[1].startswith(f"test accuracy {percent(last['test_accuracy'])} after 3 epochs")
+    assert (row["test accuracy"], row["best"], row["connectivity"]) == (
+        percent(last["test_accuracy"]),
+        percent(last["best_accuracy"]),
+        percent(last["connectivity"]),
+    )
+    assert row["connections"] == f"{sum(layer['connected'] for layer in last['layers'].values()):,} of 635,200"
 
 
 def test_testing_runs_in_eval_mode(run, tmp_path, monkeypatch):

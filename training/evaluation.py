@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spiking import SpikingNetwork
 from training import energy, measure, structure
 from training.measure import Connections
-from training.record import percent
+from training.record import neuron_results, percent
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Report:
                 f"{name:{width}}  sparsity {percent(layer.sparsity):>8}  connectivity {percent(layer.connectivity):>8}"
                 f"  {layer.connected} of {layer.weights} connections"
             )
-        for name, rate in self.rates.items():
+        for name, layer in neuron_results(self.rates).items():
             lines.append(
-                f"{name:{width}}  firing rate {_mean(rate):.4f}  silent neurons {percent(_silent(rate)):>8}"
-                f"  {rate.numel()} neurons"
+                f"{name:{width}}  firing rate {layer['firing_rate']:.4f}  silent neurons {percent(layer['silent']):>8}"
+                f"  {self.rates[name].numel()} neurons"
             )
         return lines
 
@@ -122,9 +122,7 @@ class Report:
                 }
                 for name, layer in self.connected.items()
             },
-            "neurons": {
-                name: {"firing_rate": _mean(rate), "silent": _silent(rate)} for name, rate in self.rates.items()
-            },
+            "neurons": neuron_results(self.rates),
             "operations": {
                 name: {
                     "kind": layer.kind,
@@ -163,14 +161,6 @@ def _masks(network: nn.Module) -> dict[str, Tensor]:
 
 def _with_total(layers: dict[str, Connections]) -> list[tuple[str, Connections]]:
     return [*layers.items(), ("total", measure.total(layers))]
-
-
-def _mean(rate: Tensor) -> float:
-    return float(rate.mean())
-
-
-def _silent(rate: Tensor) -> float:
-    return float((rate == 0).float().mean())
 
 
 def _share(part: float, whole: float) -> float | None:

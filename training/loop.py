@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from spiking import SpikingNetwork
-from training import checkpoint, measure, randomness, record
+from training import checkpoint, evaluation, measure, randomness, record
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.divergence import DivergedError
 from training.interrupt import Interrupted, Signals, StopRequested
@@ -167,11 +167,11 @@ class Run:
         if self.step:
             print(f"Going on {self._place()}, of {epochs} epochs.")
         with Signals() as self.signals, record.Recorder(self.folder, self.lengths) as self.recorder:
-            record.write_json(
-                self.folder / "run.json", record.describe(self.options, self.network, checkpoint.versions())
-            )
+            about = record.describe(self.options, self.network, checkpoint.versions())
+            record.write_json(self.folder / "run.json", about)
             self.saved_at = time.monotonic()
             if self.store.saved is None:
+                self.recorder.describe(about["command"], about["arguments"])
                 self._save()
                 self.store.wait()  # there are no results without a checkpoint to go on from
             try:
@@ -297,6 +297,6 @@ class Run:
 
     def test(self) -> None:
         """Evaluates the network as it is; prints the results and stores them in the log folder."""
-        with measure.SpikeCounter(self.network) as spikes:
-            accuracy = self._accuracy(self.test_set)
-        record.report_test(self.folder, self.epoch, accuracy, measure.count(self._masks()), spikes.rates())
+        with autocast(self.options.precision_used, self.options.device):
+            report = evaluation.report(self.network, self.test_set, self.epoch)
+        record.store_test(self.folder, self.epoch, report.lines(), report.numbers(), report.rates)

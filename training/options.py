@@ -91,13 +91,13 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except DivergedError as error:
             return _fail(str(error), 1)
         except OSError as error:
-            return _fail(f"{error}; what was saved before is as it was, and the same command goes on from there", 1)
+            return _fail(f"{error}; what was saved before is as it was", 1)
         except Interrupted as stop:
             name = signal.Signals(stop.number).name
             print(f"Stopped by {name} {stop}, and saved. To go on: {shlex.join(['python', *sys.argv])}", flush=True)
             return 128 + stop.number
         except KeyboardInterrupt:
-            return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+            return _fail("interrupted; what was saved before is as it was", 130)
         except (MemoryError, RuntimeError) as error:
             line = _explained(error)
             if line is None:
@@ -122,7 +122,9 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses in one line, by Refusal, and takes negative numbers of any form for values."""
+
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         # argparse's own pattern takes -1e-3 and -inf for options, not for values that can be explained
@@ -171,7 +173,7 @@ def _folder(text: str) -> Path:
 
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         description=f"Trains, prunes and tests the {recipe.name} network of spiking neurons.",
         epilog="The same command continues an interrupted run from its last checkpoint.",
         allow_abbrev=False,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from training import storage
 from training.measure import Connections, prunable, total
@@ -104,6 +105,15 @@ class Recorder:
             add("sparsity/without bn", total(layers).sparsity, epoch)
         else:
             add("sparsity", total(layers).sparsity, epoch)
+        add("connectivity", total(layers).connectivity, epoch)
+
+    def describe(self, command: str, arguments: dict[str, Any]) -> None:
+        """Records the command line (the text tab) and the arguments (the hparams tab, beside the last recordings)."""
+        self.writer.add_text("command", command)
+        known = {key: value for key, value in arguments.items() if value is not None}
+        summaries = hparams(known, dict.fromkeys(("test_acc", "connectivity"), 0.0))
+        for summary in summaries[:2]:  # the third says that the run has ended
+            self.writer.file_writer.add_summary(summary)
 
     def neurons(self, epoch: int, rates: dict[str, Tensor]) -> None:
         """Records, per LIF layer, the mean firing rate and the share of neurons silent on the whole test set."""
@@ -285,28 +295,11 @@ def epoch_line(epoch: int, epochs: int, accuracy: float, best: float, connection
     )
 
 
-def report_test(
-    folder: Path, epoch: int, accuracy: float, layers: dict[str, Connections], rates: dict[str, Tensor]
-) -> None:
+def store_test(folder: Path, epoch: int, lines: list[str], numbers: dict[str, Any], rates: dict[str, Tensor]) -> None:
     """Prints a test's results and stores them: ``test.json``, and ``rate-<LIF>-epoch-<epoch>.npy`` per LIF layer."""
     folder.mkdir(parents=True, exist_ok=True)
-    everything = total(layers)
-    print(f"test accuracy {percent(accuracy)} after {epoch} epochs")
-    width = max(map(len, layers))
-    for name, layer in [*layers.items(), ("total", everything)]:
-        print(
-            f"{name:{width}}  sparsity {percent(layer.sparsity):>8}  connectivity {percent(layer.connectivity):>8}  "
-            f"{layer.connected} of {layer.weights} connections"
-        )
+    print("\n".join(lines))
     for name, rate in rates.items():
-        silent = float((rate == 0).float().mean())
-        print(f"{name:{width}}  firing rate {float(rate.mean()):.4f}  silent neurons {percent(silent)}")
         np.save(folder / f"rate-{name}-epoch-{epoch}.npy", rate.cpu().numpy())
-    result = {
-        "epoch": epoch,
-        "accuracy": accuracy,
-        "sparsity": everything.sparsity,
-        "layer_sparsity": {name: layer.sparsity for name, layer in layers.items()},
-    }
-    write_json(folder / "test.json", result)
-    print(f"firing rates of every neuron and test.json are in {folder}")
+    write_json(folder / "test.json", numbers)
+    print(f"\nfiring rates of every neuron and test.json are in {folder}")

@@ -100,10 +100,12 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def read(path: Path) -> Any:
+def read(path: Path, verify: bool = True) -> Any:
     """Reads what :func:`write` stored, on the CPU, once its digest is verified.
 
     Only tensors, numbers, texts and containers of them are read (weights_only): no code in it can run.
+    Without ``verify`` only the file's length is checked, and tensors are read from the disk as they are
+    used: for a quick look at some of them.
 
     Raises:
         DamagedError: the file is torn, changed, or was not written by :func:`write`.
@@ -119,14 +121,14 @@ def read(path: Path) -> Any:
             raise DamagedError(f"it has {size - FOOTER_LENGTH} bytes of {int(footer[1])}")
         file.seek(0)
         digest, left = hashlib.sha256(), size - FOOTER_LENGTH
-        while left and (chunk := file.read(min(left, 1 << 22))):
+        while verify and left and (chunk := file.read(min(left, 1 << 22))):
             digest.update(chunk)
             left -= len(chunk)
-        if digest.hexdigest().encode() != footer[2]:
+        if verify and digest.hexdigest().encode() != footer[2]:
             raise DamagedError("its content does not match its digest")
         file.seek(0)
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file if verify else path, map_location="cpu", weights_only=True, mmap=not verify)
         except Exception as error:  # what is not an archive of plain data is refused by zipfile, pickle or torch
             raise DamagedError(f"its content is not accepted ({_first_line(error)})") from None
 
