@@ -488,3 +488,20 @@ def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
     assert said["parameters"]["layers"] == {"static_fc.1.weight": [800, 784], "fc.1.weight": [10, 800]}
     assert said["versions"]["torch"] == torch.__version__.split("+")[0]
     assert mnist.RECIPE.name == said["experiment"]
+
+
+def test_every_number_is_defined(run, tmp_path):
+    """docs/metrics.md names every key of the results and of a test, and every tag of TensorBoard."""
+    from pathlib import Path
+
+    run(*GRAD, "-N", "1")
+    run(*GRAD, "-test")
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    (log,) = tmp_path.glob("logs/*")
+    keys = set(json.loads((log / "results.jsonl").read_text()))
+    keys |= set(json.loads((log / "test.json").read_text()))
+    keys -= {"layers", "neurons", "layer_sparsity"}  # the same by layer
+    assert [key for key in sorted(keys) if key.removesuffix("s") not in text] == []
+    events, histograms = scalars(tmp_path)
+    tags = {tag.split("/")[0] for tag in events} | {tag.rsplit("-", 1)[1] for tag in histograms}
+    assert [tag for tag in sorted(tags) if tag not in text] == []
