@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rewiring import (
     RewiringOptimizer,
-    _check_bool,
+    check_bool,
     check_number,
     has_kernel,
     moments,
@@ -108,7 +108,7 @@ class DeepRewiring(RewiringOptimizer):
     def _check_settings(self, group: dict[str, Any]) -> None:
         check_number("T", group["T"], "the temperature, a finite number >= 0", lambda x: x >= 0)
         check_number("l1", group["l1"], "a finite number >= 0", lambda x: x >= 0)
-        _check_bool("soft", group["soft"])
+        check_bool("soft", group["soft"])
         what = "the target sparsity of soft Deep R" if group["soft"] else "the maximum sparsity"
         check_number("max_s", group["max_s"], f"{what}, in [0, 1] (required)", lambda x: 0 <= x <= 1)
         if not group["soft"]:

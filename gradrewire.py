@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewiring import RewiringOptimizer, check_number, has_kernel, moments, moments_foreach, spiking_kernels
+from rewiring import RewiringOptimizer, check_bool, check_number, has_kernel, moments, moments_foreach, spiking_kernels
 
 __all__ = ["GradRewiring"]
 
@@ -47,6 +47,8 @@ class GradRewiring(RewiringOptimizer):
         capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
         fused: update in one pass over memory: with a kernel on the CPU (contiguous float32, where
             spiking_kernels and a C compiler are there), else compiled by torch.compile.
+        plain_gradient: for ablations, take the gradient of w = s * max(theta, 0) instead of the redefined one: it is 0
+            for a pruned connection (``.grad`` is masked in place), whose theta moves by its momentum and the prior.
 
     State of each parameter: that of Adam, ``sign`` (int8) and ``theta``.
 
@@ -69,8 +71,10 @@ class GradRewiring(RewiringOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         fused: bool = False,
+        plain_gradient: bool = False,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, alpha=alpha, s=s)
+        defaults.update(plain_gradient=plain_gradient)
         super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
@@ -78,12 +82,25 @@ class GradRewiring(RewiringOptimizer):
         if group["alpha"] > group["eps"] or group["s"] is not None:
             accepted = "the target sparsity, in [0.5, 1) (required when alpha > eps)"
             check_number("s", group["s"], accepted, lambda x: 0.5 <= x < 1)
+        check_bool("plain_gradient", group["plain_gradient"])
 
     def own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("plain_gradient", False)
+
     def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["theta"] = param.abs()
+
+    def _init_group(self, group: dict[str, Any]) -> list[Tensor]:
+        params = super()._init_group(group)
+        if group["plain_gradient"]:
+            for param in params:
+                param.grad.masked_fill_(param == 0, 0)
+        return params
 
     @staticmethod
     def _single_tensor(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:

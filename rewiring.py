@@ -22,7 +22,7 @@ try:
 except ImportError:  # this file was taken into another project without them
     spiking_kernels = None
 
-__all__ = ["RewiringOptimizer", "check_number", "has_kernel", "moments", "moments_foreach"]
+__all__ = ["RewiringOptimizer", "check_bool", "check_number", "has_kernel", "moments", "moments_foreach"]
 
 
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
@@ -32,7 +32,8 @@ def check_number(name: str, value: Any, accepted: str, condition: Callable[[floa
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
 
 
-def _check_bool(name: str, value: Any, or_none: bool = False) -> None:
+def check_bool(name: str, value: Any, or_none: bool = False) -> None:
+    """Raises ValueError, naming the argument, unless ``value`` is True or False, or None where that is accepted."""
     if not (isinstance(value, bool) or (or_none and value is None)):
         accepted = "True, False or None" if or_none else "True or False"
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
@@ -146,8 +147,8 @@ class RewiringOptimizer(Optimizer):
         check_number("eps", group["eps"], "a finite number >= 0", lambda x: x >= 0)
         check_number("weight_decay", group["weight_decay"], "a finite number >= 0", lambda x: x >= 0)
         for name in ("amsgrad", "maximize", "capturable", "fused"):
-            _check_bool(name, group[name])
-        _check_bool("foreach", group["foreach"], or_none=True)
+            check_bool(name, group[name])
+        check_bool("foreach", group["foreach"], or_none=True)
         if group["fused"] and group["foreach"]:
             raise ValueError("foreach=True is not accepted with fused=True: they are two ways to do one thing")
 

@@ -21,6 +21,7 @@ GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an e
 MODES = {
     "no_prune": [],
     "grad": ["-m", "grad", "-s", "0.95"],
+    "plain gradient": ["-m", "grad", "-s", "0.95", "--plain-gradient"],
     "deep": ["-m", "deep", "-s", "0.5", "-temperature", "1e-3"],
     "soft deep": ["-m", "deep", "-soft", "-s", "0.5", "-temperature", "1e-3"],
 }
@@ -505,3 +506,30 @@ def test_every_number_is_defined(run, tmp_path):
     events, histograms = scalars(tmp_path)
     tags = {tag.split("/")[0] for tag in events} | {tag.rsplit("-", 1)[1] for tag in histograms}
     assert [tag for tag in sorted(tags) if tag not in text] == []
+
+
+# -- options that came later -----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_from_before_an_option_goes_on_as_its_default(run, tmp_path):
+    run(*GRAD, "-N", "2", dump=tmp_path / "one")
+    run(*GRAD, "-N", "1", dump=tmp_path / "parts")
+    path = the_checkpoint(tmp_path / "parts")
+    state = storage.newest(path)[0]
+    del state["arguments"]["plain_gradient"]
+    del state["optimizers"][0]["param_groups"][0]["plain_gradient"]
+    storage.write(path, state)
+    result = run(*GRAD, "-N", "2", dump=tmp_path / "parts")
+    assert "Going on after epoch 1, of 2 epochs." in result.out
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+
+
+def test_a_checkpoint_of_the_plain_gradient_does_not_go_on_without(run, tmp_path):
+    argv = [*GRAD, "-N", "1", "--plain-gradient"]
+    run(*argv, dump=tmp_path)
+    plain = the_checkpoint(tmp_path).parent
+    plain.rename(plain.with_name(plain.name.replace("-plain-gradient", "")))
+    result = run(*GRAD, "-N", "2", dump=tmp_path)
+    assert result.status == 2
+    assert "argument --plain-gradient: the run in" in result.err
+    assert "was made with True, not False" in result.err

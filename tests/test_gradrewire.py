@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from optim_helpers import golden_errors, parameters, train
+from optim_helpers import PATHS, golden_errors, parameters, train
 
 from gradrewire import GradRewiring
 
@@ -79,6 +79,50 @@ def test_the_gradient_of_a_pruned_connection_regrows_it():
         w.grad = torch.tensor([-1.0, 1.0])
         optimizer.step()
     assert w[0] > 0 > w[1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_plain_gradient_is_that_of_connected_weights(path):
+    """It equals Grad R on gradients that were masked by hand, in every path, and differs from Grad R on all."""
+    settings = dict(lr=0.01, alpha=0.3, s=0.9, weight_decay=0.1)
+    plain, masked, redefined = parameters(), parameters(), parameters()
+    ours = GradRewiring(plain, plain_gradient=True, **settings, **path)
+    theirs, others = (GradRewiring(params, **settings, **path) for params in (masked, redefined))
+    for step in range(40):
+        generator = torch.Generator().manual_seed(step)
+        for p, q, r in zip(plain, masked, redefined, strict=True):
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad, q.grad, r.grad = gradient.clone(), gradient * (q.detach() != 0), gradient
+        for optimizer in (ours, theirs, others):
+            optimizer.step()
+    assert 0 < (plain[0] == 0).sum() < plain[0].numel()
+    for p, q in zip(plain, masked, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(ours.state[p]["theta"], theirs.state[q]["theta"])
+    assert not torch.equal(plain[0], redefined[0])
+
+
+def test_without_the_redefined_gradient_a_pruned_connection_stays_pruned():
+    w = torch.nn.Parameter(torch.tensor([1e-3, -1e-3]))
+    optimizer = GradRewiring([w], lr=0.01, alpha=0, plain_gradient=True)
+    for gradient in [[1.0, -1.0]] + 30 * [[-1.0, 1.0]]:
+        w.grad = torch.tensor(gradient)
+        optimizer.step()
+        assert w.tolist() == [0.0, 0.0]
+
+
+def test_the_plain_gradient_is_off_in_what_was_saved_before_there_was_one():
+    optimizer = GradRewiring(parameters(), alpha=0)
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        del group["plain_gradient"]
+    optimizer.__setstate__(state)
+    assert optimizer.param_groups[0]["plain_gradient"] is False
+
+
+def test_a_plain_gradient_that_is_no_bool_is_refused():
+    with pytest.raises(ValueError, match="plain_gradient=1 is not accepted"):
+        GradRewiring(parameters(), alpha=0, plain_gradient=1)
 
 
 @pytest.mark.parametrize("s", [0.5, 0.75, 0.95])

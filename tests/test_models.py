@@ -175,6 +175,7 @@ def test_golden_mnist_training(golden, real_data, mode, execution):
         penalty=settings["penalty"],
         sparsity=settings["s"],
         temperature=0.0,
+        plain_gradient=False,
         compile=execution == "fused",
         device=torch.device("cpu"),
     )

@@ -27,6 +27,7 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.options.REPOSITORY", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     common = dict(mode="no_prune", sparsity=None, penalty=None, soft=False, temperature=None, learning_rate=1e-4)
+    common |= dict(plain_gradient=False)
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
     common |= dict(precision=None, precision_used="fp32", deterministic=False, checkpoint_minutes=10.0)
     common |= dict(compile=spiking_kernels.available() is None)
@@ -59,6 +60,7 @@ def test_both_spellings(run_options):
         ("-m deep -soft -s 0.5 -lr 5e-4", "soft-lr-5e-4-b-128-T-8-penalty-1e-3-s-0.5-deep"),
         ("-m deep -s 0.9 -temperature 1e-3", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep-temperature-1e-3"),
         ("-m deep -s 0.9 -temperature 0", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep"),
+        ("-m grad -s 0.9 --plain-gradient", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-grad-plain-gradient"),
         ("--precision bf16 --seed 3", "lr-1e-4-b-128-T-8-no_prune-seed-3-bf16"),
         ("--precision fp32", "lr-1e-4-b-128-T-8-no_prune"),
         ("--seed 7 --dataset digits", "lr-1e-4-b-128-T-8-no_prune-seed-7-digits"),
@@ -101,6 +103,8 @@ BAD = [
     ("-soft", "-soft", "-m deep"),
     ("-m grad -s 0.9 -soft", "-soft", "-m deep"),
     ("-temperature 1e-3", "-temperature", "-m deep"),
+    ("--plain-gradient", "--plain-gradient", "-m grad"),
+    ("-m deep -s 0.9 --plain-gradient", "--plain-gradient", "-m grad"),
     ("-m grad -s 0.9 -temperature 0", "-temperature", "-m deep"),
     ("-m deep -s 0.9 -temperature -1e-3", "-temperature", ">= 0"),
     ("-b 0", "-b/--batch-size", ">= 1"),
@@ -180,6 +184,7 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-penalty",
             "-soft",
             "-temperature",
+            "--plain-gradient",
             "-b",
             "-lr",
             "-T",
@@ -195,7 +200,7 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-test",
         ]:
             assert f" {option}" in text
-        assert text.count("(default: ") == (21 if recipe is MNIST else 20)
+        assert text.count("(default: ") == (22 if recipe is MNIST else 21)
         assert str(recipe.epochs) in text
 
 

@@ -29,6 +29,7 @@ GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]
 
 def options(**settings):
     defaults = dict(learning_rate=0.02, penalty=0.3, sparsity=0.7, temperature=0.1, soft=False)
+    defaults |= dict(plain_gradient=False)
     defaults |= dict(compile=False, device=torch.device("cpu"))
     return SimpleNamespace(**{**defaults, **settings})
 

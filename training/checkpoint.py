@@ -42,6 +42,8 @@ CONTENT = {
     "files": dict,  # the lengths of the log files
 }
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+# Options that older checkpoints lack, with the value that their runs had; optimizers have settings of the same names.
+LATER_OPTIONS = {"plain_gradient": False}
 
 
 def folder_of(options: Namespace) -> Path:
@@ -153,7 +155,7 @@ class Store:
 def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) -> None:
     present = arguments(options)
     for key in sorted(present.keys() | saved.keys()):
-        was, now = saved.get(key, "absent"), present.get(key, "absent")
+        was, now = (side.get(key, LATER_OPTIONS.get(key, "absent")) for side in (saved, present))
         if was != now and key != "epoch":  # -N may change: a run can be prolonged
             raise Refusal(
                 f"argument {OPTION_NAMES.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
@@ -222,6 +224,7 @@ def _check_optimizer(path: Path, saved: dict[str, Any], optimizer: Optimizer, st
         raise Refusal(f"{path} does not fit: {kind} has {len(saved['param_groups'])} parameter groups")
     parameters = []
     for old, new, group in zip(saved["param_groups"], present["param_groups"], optimizer.param_groups, strict=True):
+        old = {**{key: value for key, value in LATER_OPTIONS.items() if key in new}, **old}
         _check_keys(path, kind, old, new)
         for key in new.keys() - set(EXECUTION):
             if old[key] != new[key]:

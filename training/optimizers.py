@@ -18,7 +18,8 @@ def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
     if options.mode == "no_prune":
         return [Adam(network.parameters(), lr=lr, **fast)]
     if options.mode == "grad":
-        pruning = GradRewiring(weights, lr=lr, alpha=options.penalty, s=options.sparsity, **fast)
+        settings = {"alpha": options.penalty, "s": options.sparsity, "plain_gradient": options.plain_gradient}
+        pruning = GradRewiring(weights, lr=lr, **settings, **fast)
     else:
         pruning = DeepRewiring(
             weights,

@@ -37,6 +37,7 @@ OPTION_NAMES = {
     "penalty": "-penalty",
     "soft": "-soft",
     "temperature": "-temperature",
+    "plain_gradient": "--plain-gradient",
     "batch_size": "-b/--batch-size",
     "learning_rate": "-lr/--learning-rate",
     "T": "-T",
@@ -209,6 +210,12 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         help="temperature of Deep R's noise, with -m deep: sqrt(2 T) in the Deep R paper's symbols (default: 0)",
     )
     add(
+        "--plain-gradient",
+        action="store_true",
+        help="Grad R without its redefined gradient, with -m grad: pruned connections receive none, for ablations "
+        "(default: off)",
+    )
+    add(
         "-b",
         "--batch-size",
         type=least_one,
@@ -344,6 +351,8 @@ def _check_mode(options: argparse.Namespace) -> None:
             raise Refusal("argument -soft: needs -m deep")
         if options.temperature is not None:
             raise Refusal("argument -temperature: needs -m deep")
+    if options.plain_gradient and mode != "grad":
+        raise Refusal("argument --plain-gradient: needs -m grad")
     if mode != "no_prune":
         accepted = "in [0.5, 1)" if mode == "grad" else "in [0, 1]"
         if options.sparsity is None:
@@ -417,6 +426,8 @@ def run_name(options: argparse.Namespace, recipe: Recipe) -> str:
     if options.mode != "no_prune":
         parts += ["penalty", format_number(options.penalty), "s", repr(options.sparsity)]
     parts += [options.mode]
+    if options.plain_gradient:
+        parts += ["plain-gradient"]
     if options.seed != 2020:
         parts += ["seed", str(options.seed)]
     if options.temperature:
