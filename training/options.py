@@ -318,6 +318,21 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     return parser
 
 
+def read(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line, and checks as much of it as needs no device and no folder.
+
+    Returns:
+        The options by their long names.
+
+    Raises:
+        Refusal: an option is not accepted, or contradicts another.
+    """
+    options = _parser(recipe).parse_args(argv)
+    options.experiment = recipe.name
+    _check_mode(options)
+    return options
+
+
 def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line, and chooses the device.
 
@@ -327,9 +342,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     Raises:
         Refusal: an option is not accepted, contradicts another, or cannot work on this machine.
     """
-    options = _parser(recipe).parse_args(argv)
-    options.experiment = recipe.name
-    _check_mode(options)
+    options = read(recipe, argv)
     options.device = _device(options.gpu)
     _choose_precision(options)
     if options.deterministic:

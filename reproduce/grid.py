@@ -1,0 +1,93 @@
+"""An experiment's grid: a small TOML table, to rows, each of them a command line of the experiment's script."""
+
+import shlex
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from c10 import c10
+from mnist import mnist
+from training.options import Refusal, read, run_name
+
+FOLDER = Path(__file__).resolve().parent
+RECIPES = {"mnist": mnist.RECIPE, "c10": c10.RECIPE}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the grid, up to a number of epochs.
+
+    Attributes:
+        experiment: whose script runs it, ``mnist`` or ``c10``.
+        title: of its group.
+        argv: what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu).
+        name: of the run's folders; rows that differ in the number of epochs only share it.
+        epochs: after which the row is finished.
+        seed: of the run.
+    """
+
+    experiment: str
+    title: str
+    argv: tuple[str, ...]
+    name: str
+    epochs: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The row's name, unlike that of any other row: the run and its number of epochs."""
+        return f"{self.name}-N-{self.epochs}"
+
+    @property
+    def command(self) -> str:
+        """The command line for a person to type, in the repository."""
+        return shlex.join(["python", f"{self.experiment}/{self.experiment}.py", *self.argv])
+
+
+def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
+    """Reads ``<experiment>.toml``: the rows, those of the first seed first, short runs before their long ones.
+
+    Raises:
+        Refusal: the table, or a command line that it gives, is not accepted; the message names it.
+    """
+    path = folder / f"{experiment}.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: {error}") from None
+    rows = []
+    for group in table.get("group", []):
+        for key in ("title", "variants"):
+            if key not in group:
+                raise Refusal(f"{path}: a group has no {key}")
+        settings = {**table, **group}
+        for variant in group["variants"]:
+            for place, seed in enumerate(settings["seeds"]):
+                texts = [table.get("options", ""), group.get("options", ""), variant]
+                argv = [word for text in texts for word in shlex.split(text)]
+                argv += ["-N", str(settings["epochs"]), "--seed", str(seed)]
+                rows.append((settings["epochs"], place, _row(path, experiment, group["title"], argv)))
+    rows.sort(key=lambda row: row[:2])  # stable: in the table's order otherwise
+    found: dict[str, Row] = {}
+    for *_, row in rows:
+        if row.key in found:
+            raise Refusal(f"{path}: {row.command} is there twice, in {found[row.key].title} and {row.title}")
+        found[row.key] = row
+    return list(found.values())
+
+
+def _row(path: Path, experiment: str, title: str, argv: Sequence[str]) -> Row:
+    recipe = RECIPES[experiment]
+    try:
+        options = read(recipe, argv)
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
+    return Row(experiment, title, tuple(argv), run_name(options, recipe), options.epoch, options.seed)
+
+
+def shard(rows: Sequence[Row], part: int, parts: int) -> list[Row]:
+    """The rows of part ``part`` of ``parts`` (from 1): every run belongs to one part, whatever its epochs."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    mine = set(names[part - 1 :: parts])
+    return [row for row in rows if row.name in mine]

@@ -1,0 +1,215 @@
+"""Runs the rows of a grid, some at a time, each by its own command: skips what is finished, goes on with what is not.
+
+A row is finished when its record ``<dump-dir>/rows/<key>.json`` is there: it is written after the row's epochs and
+its ``-test``. Rows may run on several machines that share the dump folder: a run's lock keeps the others away from it.
+"""
+
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis import runs
+from reproduce.grid import Row
+from training.options import REPOSITORY
+from training.record import write_json
+
+TAKEN = "another process is training in"  # in the line of a script that finds its run locked
+
+
+def record_of(dump: Path, row: Row) -> Path:
+    """Where a finished row's record is."""
+    return dump / "rows" / f"{row.key}.json"
+
+
+def log_of(dump: Path, row: Row) -> Path:
+    """Where what a row's commands print is kept."""
+    return dump / "rows" / f"{row.key}.log"
+
+
+def finished(dump: Path, row: Row) -> dict[str, Any] | None:
+    """The row's record, or None as long as it is not finished."""
+    try:
+        return json.loads(record_of(dump, row).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def state(dump: Path, row: Row) -> runs.Run:
+    """What the row's run has logged so far."""
+    return runs.read(row.name, dump / "logs" / row.name, dump / "models" / row.name)
+
+
+def epochs_left(dump: Path, rows: Sequence[Row]) -> int:
+    """Epochs to be trained until all of the rows are finished."""
+    left = 0
+    for name in dict.fromkeys(row.name for row in rows):
+        waiting = [row for row in rows if row.name == name and finished(dump, row) is None]
+        if waiting:
+            left += max(0, max(row.epochs for row in waiting) - len(state(dump, waiting[0]).epochs))
+    return left
+
+
+def seconds_per_epoch(dump: Path, rows: Sequence[Row]) -> float:
+    """Median over the runs of the rows that have any epoch; NaN when there is none."""
+    names = {row.name: row for row in rows}
+    seconds = [state(dump, row).seconds_per_epoch for row in names.values()]
+    seconds = [value for value in seconds if value == value]
+    return statistics.median(seconds) if seconds else float("nan")
+
+
+class Runner:
+    """Runs rows, ``jobs`` at a time, each in a process of its own with its share of the cores, or a GPU in turn.
+
+    Args:
+        dump: the dump folder.
+        places: what every command gets beside its row's: --dataset-dir.
+        jobs: how many rows at a time, >= 1.
+    """
+
+    def __init__(self, dump: Path, places: Sequence[str], jobs: int):
+        self.dump, self.jobs = dump, jobs
+        self.places = [*places, "--dump-dir", str(dump)]
+        self.gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.stopped: int | None = None  # by which signal
+
+    def run(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+        """Runs the rows that are not finished; returns those that failed, and those that another process has.
+
+        A signal is handed on to the rows that run; after SIGTERM or SIGINT no other is started.
+        """
+        (self.dump / "rows").mkdir(parents=True, exist_ok=True)
+        waiting = [row for row in rows if finished(self.dump, row) is None]
+        for row in [row for row in waiting if len(state(self.dump, row).epochs) > row.epochs]:
+            self._record(row)  # its run was prolonged before
+            waiting.remove(row)
+        running: dict[int, tuple[Row, Iterator[subprocess.Popen]]] = {}  # by slot
+        processes: dict[int, subprocess.Popen] = {}
+        failed, taken = [], []
+        before = {number: signal.signal(number, self._hand_on(processes)) for number in _SIGNALS}
+        try:
+            while running or (waiting and self.stopped is None):
+                busy = {row.name for row, _ in running.values()}
+                for slot in range(self.jobs):
+                    row = next((row for row in waiting if row.name not in busy), None)
+                    if slot in running or row is None or self.stopped is not None:
+                        continue
+                    waiting.remove(row)
+                    busy.add(row.name)
+                    steps = self._steps(row, slot)
+                    running[slot] = row, steps
+                    processes[slot] = next(steps)
+                for slot, (row, steps) in list(running.items()):
+                    if processes[slot].poll() is None:
+                        continue
+                    process = processes.pop(slot)
+                    following = next(steps, None) if process.returncode == 0 else None
+                    if following is not None:
+                        processes[slot] = following
+                        continue
+                    del running[slot]
+                    if process.returncode == 0:
+                        self._say(row, f"finished: {_outcome(finished(self.dump, row))}", rows)
+                    elif TAKEN in _last_line(log_of(self.dump, row)):
+                        taken.append(row)
+                        self._say(row, "left to the process that runs it", rows)
+                    elif self.stopped is None:
+                        failed.append(row)
+                        reason = f"status {process.returncode}: {_last_line(log_of(self.dump, row))}"
+                        self._say(row, f"failed with {reason}", rows)
+                time.sleep(0.1)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return failed, taken
+
+    def _hand_on(self, processes: dict[int, subprocess.Popen]):
+        def handler(number: int, frame: Any) -> None:
+            if number != signal.SIGUSR1:
+                self.stopped = number
+            for process in list(processes.values()):
+                process.send_signal(number)
+
+        return handler
+
+    def _steps(self, row: Row, slot: int) -> Iterator[subprocess.Popen]:
+        """The row's processes, one after the other: training, then the test; then the record is written."""
+        argv = [*row.argv, *self.places, *(["-gpu", str(slot % self.gpus)] if self.gpus else [])]
+        print(f"{row.command}", flush=True)
+        yield self._start(row, argv)
+        if self.stopped is not None:
+            return
+        yield self._start(row, [*argv, "-test"])
+        self._record(row)
+
+    def _start(self, row: Row, argv: Sequence[str]) -> subprocess.Popen:
+        script = f"{row.experiment}/{row.experiment}.py"
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
+        with open(log_of(self.dump, row), "ab") as log:
+            log.write(f"$ {shlex.join(['python', script, *argv])}\n".encode())
+            log.flush()
+            return subprocess.Popen(
+                [sys.executable, str(REPOSITORY / script), *argv],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C comes through the runner, once
+            )
+
+    def _record(self, row: Row) -> None:
+        run = state(self.dump, row)
+        try:
+            test = json.loads((run.logs / "test.json").read_bytes())
+        except FileNotFoundError:
+            test = None
+        if test is not None and test["epoch"] != row.epochs:  # of a run that was prolonged since
+            test = None
+        keys = ("versions", "device", "commit")
+        record = {
+            "row": row.key,
+            "title": row.title,
+            "command": row.command,
+            "seed": row.seed,
+            "epochs": row.epochs,
+            "result": next(line for line in run.epochs if line["epoch"] == row.epochs),
+            "test": test,
+            "run": {key: run.info.get(key) for key in keys},
+        }
+        write_json(record_of(self.dump, row), record)
+
+    def _say(self, row: Row, what: str, rows: Sequence[Row]) -> None:
+        done = sum(finished(self.dump, other) is not None for other in rows)
+        left = epochs_left(self.dump, rows)
+        seconds = left * seconds_per_epoch(self.dump, rows) / self.jobs
+        print(f"{row.key} {what}\n{done} of {len(rows)} rows done, {left_text(left, seconds)}", flush=True)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def left_text(epochs: int, seconds: float) -> str:
+    """What is left to do, for the console."""
+    time_left = f", about {seconds / 3600:.1f} h" if seconds == seconds else ""
+    return f"{epochs:,} epochs left{time_left}"
+
+
+def _outcome(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "no record"
+    result = record["result"]
+    return f"test accuracy {100 * result['test_accuracy']:.2f} %, connectivity {100 * result['connectivity']:.2f} %"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
