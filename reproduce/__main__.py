@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from reproduce import grid, runner
+from reproduce import grid, outcome, runner
 from training.options import REPOSITORY, Parser, Refusal, _folder, _whole, command
 
 
@@ -19,6 +19,12 @@ def _options(argv: list[str] | None):
     add("experiment", choices=sorted(grid.RECIPES), help="whose grid to run: reproduce/<experiment>.toml")
     add(
         "--list", action="store_true", help="print the rows, what is left and how long it will take (default: run them)"
+    )
+    add(
+        "--outcome",
+        type=_folder,
+        metavar="DIR",
+        help="write tables and figures of the finished rows (default: run rows)",
     )
     add("--jobs", type=_whole(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
     add("--shard", default="1/1", metavar="I/N", help="run part I of N of the rows, from 1 (default: 1/1, all)")
@@ -49,6 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     rows = grid.shard(grid.load(options.experiment), *options.shard)
     done = [row for row in rows if runner.finished(options.dump_dir, row) is not None]
+    if options.outcome:
+        for path in outcome.write(options.dump_dir, rows, options.outcome):
+            print(path)
+        return 0
     if options.list:
         for row in rows:
             print(f"{'done   ' if row in done else 'to do  '}{row.command}")

@@ -174,6 +174,7 @@ class Runner:
             test = None
         if test is not None and test["epoch"] != row.epochs:  # of a run that was prolonged since
             test = None
+        result = next(line for line in run.epochs if line["epoch"] == row.epochs)
         keys = ("versions", "device", "commit")
         record = {
             "row": row.key,
@@ -181,7 +182,7 @@ class Runner:
             "command": row.command,
             "seed": row.seed,
             "epochs": row.epochs,
-            "result": next(line for line in run.epochs if line["epoch"] == row.epochs),
+            "result": {key: value for key, value in result.items() if key not in ("neurons", "distributions")},
             "test": test,
             "run": {key: run.info.get(key) for key in keys},
         }

@@ -270,3 +270,40 @@ def test_a_row_runs_by_the_real_script(tmp_path):
     assert record["test"]["accuracy"] == record["result"]["test_accuracy"]
     assert record["test"]["operations"]
     assert record["run"]["versions"]["torch"]
+
+
+# -- the outcome ---------------------------------------------------------------------------------------
+
+
+def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, capsys, rows, stub):
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+    runner.Runner(stub, [], 4).run(rows[:-2])
+    for row, accuracy in zip(rows[:-2], (0.97, 0.95, 0.9, 0.95, 0.96), strict=True):
+        record = runner.finished(stub, row)
+        record["result"]["test_accuracy"] = accuracy
+        record["test"]["operations"] = {"fc": {"kind": "SynOp", "pruned": 1234.4, "dense": 5000.0}}
+        runner.record_of(stub, row).write_text(json.dumps(record))
+    folder = tmp_path / "results"
+    assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(folder)]) == 0
+    names = {"rows.csv", "table.md", "plane.png", "epochs.png", "rewiring.png", "commands.md"}
+    assert {path.name for path in folder.iterdir()} == names
+    table = (folder / "table.md").read_text()
+    assert table.startswith("5 of 7 rows")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:]]
+    assert cells[0][2:7] == ["1", "2", "96.00 ± 1.41", "0", "25.00 ± 0.00"]
+    assert cells[1][:7] == [
+        *("Grad R", "`-s 0.95 -penalty 0.001 -lr 0.01`", "1", "2"),
+        *("95.50 ± 0.71", "0.50 ± 0.71", "25.00 ± 0.00"),
+    ]
+    assert cells[2][3:6] == ["1", "90.00", "6.00"]
+    assert cells[2][8:] == ["1 234", "-"]
+    lines = (folder / "rows.csv").read_text().splitlines()
+    assert len(lines) == 1 + 5
+    assert lines[1].endswith(rows[0].command)
+    commands = (folder / "commands.md").read_text()
+    done, left = commands.split("Not run yet")
+    assert all(row.command in done for row in rows[:-2])
+    assert all(row.command in left for row in rows[-2:])
+    assert all(str(path) in capsys.readouterr().out for path in [folder / "table.md"])
+    for name in ("plane.png", "epochs.png", "rewiring.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
