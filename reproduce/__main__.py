@@ -1,43 +1,56 @@
 """The grid of an experiment, with one command. See --help."""
 
+import argparse
+import math
 import re
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-from reproduce import grid, outcome, runner
-from training.options import REPOSITORY, Parser, Refusal, _folder, _whole, command
+from reproduce import grid, outcome, runner, slurm
+from reproduce.grid import Row
+from training import storage
+from training.options import REPOSITORY, Parser, Refusal, check_writable, command, folder_path, whole_number
 
 
-def _options(argv: list[str] | None):
+def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m reproduce",
         description="Runs the grid of an experiment, row by row, each by its own command line, which is printed.",
         epilog="The same command skips finished rows and goes on with interrupted ones.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("experiment", choices=sorted(grid.RECIPES), help="whose grid to run: reproduce/<experiment>.toml")
-    add(
+    parser.add_argument(
+        "experiment", choices=sorted(grid.RECIPES), help="whose grid to run: reproduce/<experiment>.toml"
+    )
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead(
         "--list", action="store_true", help="print the rows, what is left and how long it will take (default: run them)"
     )
-    add(
+    instead(
         "--outcome",
-        type=_folder,
+        type=folder_path,
         metavar="DIR",
         help="write tables and figures of the finished rows (default: run rows)",
     )
-    add("--jobs", type=_whole(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
-    add("--shard", default="1/1", metavar="I/N", help="run part I of N of the rows, from 1 (default: 1/1, all)")
+    instead(
+        "--slurm",
+        type=folder_path,
+        metavar="FILE",
+        help="write the script of a Slurm job array that runs the rows, --jobs of them per task (default: run them)",
+    )
+    add = parser.add_argument
+    add("--jobs", type=whole_number(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
+    add("--shard", default="1/1", metavar="I/N", help="take part I of N of the rows, from 1 (default: 1/1, all)")
     add(
         "--dataset-dir",
-        type=_folder,
+        type=folder_path,
         default=REPOSITORY / "data",
         metavar="DIR",
         help="folder that holds the data set (default: data, in the repository)",
     )
     add(
         "--dump-dir",
-        type=_folder,
+        type=folder_path,
         metavar="DIR",
         help="folder for logs and models (default: runs/<experiment>-grid, in the repository)",
     )
@@ -46,7 +59,9 @@ def _options(argv: list[str] | None):
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise Refusal(f"argument --shard: must be I/N with 1 <= I <= N, not {options.shard!r}")
     options.shard = int(match[1]), int(match[2])
-    options.dump_dir = Path(options.dump_dir or REPOSITORY / "runs" / f"{options.experiment}-grid")
+    if options.slurm and options.shard != (1, 1):
+        raise Refusal("argument --shard: not with --slurm, which shares out all rows among the tasks of its array")
+    options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.experiment}-grid"
     return options
 
 
@@ -54,18 +69,19 @@ def _options(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     rows = grid.shard(grid.load(options.experiment), *options.shard)
-    done = [row for row in rows if runner.finished(options.dump_dir, row) is not None]
     if options.outcome:
+        check_writable("--outcome", options.outcome)
         for path in outcome.write(options.dump_dir, rows, options.outcome):
             print(path)
         return 0
+    if options.slurm:
+        return _write_slurm(options, rows)
+    progress = runner.progress(options.dump_dir, rows)
     if options.list:
         for row in rows:
-            print(f"{'done   ' if row in done else 'to do  '}{row.command}")
-    left = runner.epochs_left(options.dump_dir, rows)
-    seconds = left * runner.seconds_per_epoch(options.dump_dir, rows) / options.jobs
-    print(f"{len(done)} of {len(rows)} rows done, {runner.left_text(left, seconds)}", flush=True)
-    if options.list or len(done) == len(rows):
+            print(f"{'done   ' if row in progress.done else 'to do  '}{row.command}")
+    print(progress.line(options.jobs), flush=True)
+    if options.list:
         return 0
     running = runner.Runner(options.dump_dir, ["--dataset-dir", str(options.dataset_dir)], options.jobs)
     failed, taken = running.run(rows)
@@ -76,6 +92,17 @@ def main(argv: list[str] | None = None) -> int:
         print("Stopped; what runs is saved. The same command goes on.")
         return 128 + running.stopped
     return 1 if failed else 0
+
+
+def _write_slurm(options: argparse.Namespace, rows: Sequence[Row]) -> int:
+    tasks = math.ceil(len({row.name for row in rows}) / options.jobs)
+    places = [path.absolute() for path in (options.dataset_dir, options.dump_dir, REPOSITORY)]
+    text = slurm.script(options.slurm, options.experiment, tasks, options.jobs, *places, python=sys.executable)
+    check_writable("--dump-dir", options.dump_dir / "rows")  # Slurm does not make the folder of its logs
+    check_writable("--slurm", options.slurm.parent)
+    storage.write_whole(options.slurm, text)
+    print(f"{options.slurm}: {tasks} tasks; submit it with: sbatch {options.slurm}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from c10 import c10
 from mnist import mnist
@@ -20,7 +21,8 @@ class Row:
 
     Attributes:
         experiment: whose script runs it, ``mnist`` or ``c10``.
-        title: of its group.
+        title: of its group: the method.
+        ablation: whether the group is one, not a method to compare.
         argv: what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu).
         name: of the run's folders; rows that differ in the number of epochs only share it.
         epochs: after which the row is finished.
@@ -29,6 +31,7 @@ class Row:
 
     experiment: str
     title: str
+    ablation: bool
     argv: tuple[str, ...]
     name: str
     epochs: int
@@ -46,7 +49,10 @@ class Row:
 
 
 def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
-    """Reads ``<experiment>.toml``: the rows, those of the first seed first, short runs before their long ones.
+    """Reads ``<experiment>.toml``: the rows, methods before ablations, the first seed first, short runs before long.
+
+    ``options``, ``epochs`` and ``seeds`` of the table hold for all groups but those that have their own. A group has a
+    ``title``, what its rows share in ``method``, and its ``variants``; ``ablation = true`` keeps it out of comparisons.
 
     Raises:
         Refusal: the table, or a command line that it gives, is not accepted; the message names it.
@@ -64,11 +70,12 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
         settings = {**table, **group}
         for variant in group["variants"]:
             for place, seed in enumerate(settings["seeds"]):
-                texts = [table.get("options", ""), group.get("options", ""), variant]
+                texts = [settings.get("options", ""), settings.get("method", ""), variant]
                 argv = [word for text in texts for word in shlex.split(text)]
                 argv += ["-N", str(settings["epochs"]), "--seed", str(seed)]
-                rows.append((settings["epochs"], place, _row(path, experiment, group["title"], argv)))
-    rows.sort(key=lambda row: row[:2])  # stable: in the table's order otherwise
+                row = _row(path, experiment, group, argv)
+                rows.append(((row.ablation, place, row.epochs), row))
+    rows.sort(key=lambda row: row[0])  # stable: in the table's order otherwise
     found: dict[str, Row] = {}
     for *_, row in rows:
         if row.key in found:
@@ -77,13 +84,14 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
     return list(found.values())
 
 
-def _row(path: Path, experiment: str, title: str, argv: Sequence[str]) -> Row:
-    recipe = RECIPES[experiment]
+def _row(path: Path, experiment: str, group: dict[str, Any], argv: Sequence[str]) -> Row:
+    recipe, title = RECIPES[experiment], group["title"]
     try:
         options = read(recipe, argv)
     except Refusal as refusal:
         raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
-    return Row(experiment, title, tuple(argv), run_name(options, recipe), options.epoch, options.seed)
+    ablation, name = group.get("ablation", False), run_name(options, recipe)
+    return Row(experiment, title, ablation, tuple(argv), name, options.epoch, options.seed)
 
 
 def shard(rows: Sequence[Row], part: int, parts: int) -> list[Row]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -22,18 +23,12 @@ from analysis.runs import number
 from reproduce import runner
 from reproduce.grid import RECIPES, Row
 from training import storage
-from training.options import read
-
-COLUMNS = [
-    *("title", "variant", "epochs", "seed", "test_accuracy", "best_accuracy", "connectivity", "connected", "weights"),
-    *("structural_connectivity", "synops", "macs", "energy_pj", "pruned_in_all", "regrown_in_all"),
-    *("train_seconds", "device", "torch", "commit", "command"),
-]
+from training.options import format_number, read
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished row with what it gave; numbers that are not known are NaN.
+    """A finished row with what it gave.
 
     Attributes:
         row: of the grid.
@@ -49,57 +44,74 @@ class Entry:
 
     @property
     def variant(self) -> str:
-        """The row's options without those that all rows share and the seed."""
-        given = self.options
-        if given.mode == "no_prune":
-            text = "dense"
-        else:
-            text = f"-s {given.sparsity:g} -penalty {given.penalty:g}"
-            text += f" -temperature {given.temperature:g}" if given.temperature else ""
-        return text if given.learning_rate == 1e-3 else f"{text} -lr {given.learning_rate:g}"
+        """What tells the row from others of its title, but for the seed and the number of epochs."""
+        given, texts = self.options, []
+        if given.mode != "no_prune":
+            texts += ["-s", f"{given.sparsity:g}", "-penalty", format_number(given.penalty)]
+            texts += ["-temperature", format_number(given.temperature)] if given.temperature else []
+        return " ".join([*texts, "-lr", format_number(given.learning_rate)])
 
-    def number(self, *keys: str) -> float:
-        """A number of the record, NaN where it is absent."""
-        return number(self.record, *keys)
+    def numbers(self) -> dict[str, float]:
+        """What the row gave; NaN where it is not known."""
+        layers = (self.record["result"].get("layers") or {}).values()
+        operations = ((self.record.get("test") or {}).get("operations") or {}).values()
 
-    @property
-    def connected(self) -> float:
-        return sum(layer["connected"] for layer in self.record["result"].get("layers", {}).values()) or math.nan
+        def of_layers(key: str) -> float:
+            return sum(layer[key] for layer in layers) if layers else math.nan
 
-    def operations(self, kind: str) -> float:
-        """Operations per image of a kind, "SynOp" or "MAC", of all layers."""
-        layers = ((self.record.get("test") or {}).get("operations") or {}).values()
-        found = [layer["pruned"] for layer in layers if layer["kind"] == kind]
-        return sum(found) if found else math.nan
+        def of_operations(kind: str) -> float:
+            found = [layer["pruned"] for layer in operations if layer["kind"] == kind]
+            return sum(found) if found else math.nan
 
-    def sum(self, key: str) -> float:
-        return sum(number(line, key) for line in self.epochs) if self.epochs else math.nan
+        def of_epochs(key: str) -> float:
+            return sum(number(line, key) for line in self.epochs) if self.epochs else math.nan
 
-    def cells(self) -> dict[str, Any]:
-        """The row of the CSV."""
-        weights = sum(layer["weights"] for layer in self.record["result"].get("layers", {}).values())
         return {
-            "title": self.row.title,
-            "variant": self.variant,
-            "epochs": self.row.epochs,
-            "seed": self.row.seed,
-            "test_accuracy": self.number("result", "test_accuracy"),
-            "best_accuracy": self.number("result", "best_accuracy"),
-            "connectivity": self.number("result", "connectivity"),
-            "connected": self.connected,
-            "weights": weights or math.nan,
-            "structural_connectivity": self.number("test", "structural_connectivity"),
-            "synops": self.operations("SynOp"),
-            "macs": self.operations("MAC"),
-            "energy_pj": self.number("test", "energy", "pruned"),
-            "pruned_in_all": self.sum("pruned"),
-            "regrown_in_all": self.sum("regrown"),
-            "train_seconds": self.sum("train_seconds"),
-            "device": self.record["run"].get("device"),
-            "torch": (self.record["run"].get("versions") or {}).get("torch"),
-            "commit": self.record["run"].get("commit"),
-            "command": self.row.command,
+            "test_accuracy": number(self.record, "result", "test_accuracy"),
+            "best_accuracy": number(self.record, "result", "best_accuracy"),
+            "connectivity": number(self.record, "result", "connectivity"),
+            "connected": of_layers("connected"),
+            "weights": of_layers("weights"),
+            "structural_connectivity": number(self.record, "test", "structural_connectivity"),
+            "synops": of_operations("SynOp"),
+            "macs": of_operations("MAC"),
+            "energy_pj": number(self.record, "test", "energy", "pruned"),
+            "pruned_in_all": of_epochs("pruned"),
+            "regrown_in_all": of_epochs("regrown"),
+            "train_seconds": of_epochs("train_seconds"),
         }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows that differ in their seed only.
+
+    Attributes:
+        title, variant, epochs: that they share.
+        ablation: whether their group is one.
+        entries: the rows, in the grid's order.
+        dense: mean test accuracy of the dense rows of the same learning rate and epochs; NaN without any.
+    """
+
+    title: str
+    variant: str
+    epochs: int
+    ablation: bool
+    entries: tuple[Entry, ...]
+    dense: float
+
+    def values(self, key: str) -> list[float]:
+        """A number of each row: one of :meth:`Entry.numbers`, or ``loss``, the dense accuracy less the row's."""
+        if key == "loss":
+            return [self.dense - accuracy for accuracy in self.values("test_accuracy")]
+        return [entry.numbers()[key] for entry in self.entries]
+
+    def mean(self, key: str) -> float:
+        return statistics.mean(self.values(key))
+
+    def deviation(self, key: str) -> float:
+        """Standard deviation of the sample, 0 for one row."""
+        return statistics.stdev(self.values(key)) if len(self.entries) > 1 else 0.0
 
 
 def collect(dump: Path, rows: Sequence[Row]) -> list[Entry]:
@@ -113,39 +125,24 @@ def collect(dump: Path, rows: Sequence[Row]) -> list[Entry]:
     return entries
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The rows that differ in their seed only; every number a list, one value per seed.
-
-    ``loss`` is the dense mean at the same number of epochs and learning rate less the accuracy, as fractions.
-    """
-
-    title: str
-    variant: str
-    epochs: int
-    entries: tuple[Entry, ...]
-    accuracy: list[float]
-    loss: list[float]
-    connectivity: list[float]
-
-
 def summarise(entries: Sequence[Entry]) -> list[Summary]:
-    """The entries by title, variant and number of epochs, in the grid's order."""
+    """The entries by title, variant and number of epochs, in the grid's order, short runs first."""
     groups: dict[tuple, list[Entry]] = defaultdict(list)
     dense: dict[tuple, list[float]] = defaultdict(list)
     for entry in entries:
-        groups[entry.row.title, entry.variant, entry.row.epochs].append(entry)
+        groups[entry.row.epochs, entry.row.ablation, entry.row.title, entry.variant].append(entry)
         if entry.options.mode == "no_prune":
             key = entry.row.epochs, entry.options.learning_rate
-            dense[key].append(entry.number("result", "test_accuracy"))
+            dense[key].append(entry.numbers()["test_accuracy"])
     summaries = []
-    for (title, variant, epochs), some in groups.items():
+    for (epochs, ablation, title, variant), some in groups.items():
         baseline = dense.get((epochs, some[0].options.learning_rate))
-        accuracy = [entry.number("result", "test_accuracy") for entry in some]
-        loss = [statistics.mean(baseline) - value if baseline else math.nan for value in accuracy]
-        connectivity = [entry.number("result", "connectivity") for entry in some]
-        summaries.append(Summary(title, variant, epochs, tuple(some), accuracy, loss, connectivity))
-    return summaries
+        mean = statistics.mean(baseline) if baseline else math.nan
+        summaries.append(Summary(title, variant, epochs, ablation, tuple(some), mean))
+    return sorted(summaries, key=lambda summary: (summary.epochs, summary.ablation))  # stable otherwise
+
+
+# -- tables --------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -157,30 +154,6 @@ def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
     return f"{mean} ± {show(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
-def table(summaries: Sequence[Summary]) -> str:
-    """The Markdown table."""
-    head = ["method", "options", "epochs", "seeds", "test accuracy (%)", "loss against dense (points)"]
-    head += ["connectivity (%)", "connections left", "SynOps per image", "MACs per image"]
-    lines = [head, ["---"] * len(head)]
-    for summary in summaries:
-        entries = summary.entries
-        lines.append(
-            [
-                summary.title,
-                f"`{summary.variant}`" if summary.variant.startswith("-") else summary.variant,
-                str(summary.epochs),
-                str(len(entries)),
-                spread(summary.accuracy, _points),
-                "0" if summary.variant.startswith("dense") else spread(summary.loss, _points),
-                spread(summary.connectivity, _points),
-                spread([entry.connected for entry in entries], _thousands),
-                spread([entry.operations("SynOp") for entry in entries], _thousands),
-                spread([entry.operations("MAC") for entry in entries], _thousands),
-            ]
-        )
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def _points(fraction: float) -> str:
     return f"{100 * fraction:.2f}"
 
@@ -189,24 +162,52 @@ def _thousands(count: float) -> str:
     return f"{count:,.0f}".replace(",", " ")
 
 
+TABLE = {  # the column's head, to the number and how it is written
+    "test accuracy (%)": ("test_accuracy", _points),
+    "loss against dense (points)": ("loss", _points),
+    "connectivity (%)": ("connectivity", _points),
+    "connections left": ("connected", _thousands),
+    "SynOps per image": ("synops", _thousands),
+    "MACs per image": ("macs", _thousands),
+    "regrown in all": ("regrown_in_all", _thousands),
+}
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """The Markdown table."""
+    head = ["method", "options", "epochs", "seeds", *TABLE]
+    lines = [head, ["---"] * len(head)]
+    for summary in summaries:
+        cells = [summary.title, f"`{summary.variant}`", str(summary.epochs), str(len(summary.entries))]
+        cells += [spread(summary.values(key), show) for key, show in TABLE.values()]
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def csv_text(entries: Sequence[Entry]) -> str:
     """Every finished row, a line each; what is not known is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    lines = []
     for entry in entries:
-        cells = entry.cells()
-        writer.writerow({key: "" if value is None or value != value else value for key, value in cells.items()})
+        row, run = entry.row, entry.record["run"]
+        about = {"title": row.title, "variant": entry.variant, "epochs": row.epochs, "seed": row.seed}
+        made = {"device": run.get("device"), "torch": (run.get("versions") or {}).get("torch")}
+        made |= {"commit": run.get("commit"), "command": row.command}
+        known = {key: value for key, value in entry.numbers().items() if not math.isnan(value)}
+        lines.append({**about, **dict.fromkeys(entry.numbers()), **known, **made})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
 
 
 # -- figures -------------------------------------------------------------------------------------------
 
 
-def _figure(panels: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained", facecolor="white")
+def _figure(rows: int, columns: int, **settings: Any) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(3.6 * columns + 3, 2.6 * rows + 0.9), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings).tolist()
 
 
 def _png(figure: Figure) -> bytes:
@@ -215,123 +216,117 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _log_connectivity(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def plane(summaries: Sequence[Summary], of: str) -> bytes:
-    """The accuracy-connectivity plane: means over seeds with their standard deviations, a line per method."""
+def plane(summaries: Sequence[Summary], heading: str) -> bytes:
+    """The accuracy-connectivity plane: means over seeds with their standard deviations, a line per title and epochs."""
     with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _figure(1)
-        titles = list(dict.fromkeys((summary.title, summary.epochs) for summary in summaries))
-        for i, (title, epochs) in enumerate(titles):
-            some = [summary for summary in summaries if (summary.title, summary.epochs) == (title, epochs)]
-            some.sort(key=lambda summary: statistics.mean(summary.connectivity))
-            x, y = ([statistics.mean(getattr(s, key)) for s in some] for key in ("connectivity", "accuracy"))
-            x_sd, y_sd = (
-                [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (getattr(s, key) for s in some)]
-                for key in ("connectivity", "accuracy")
-            )
+        figure, ((axes,),) = _figure(1, 1)
+        lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
+        for summary in summaries:
+            lines[summary.title, summary.epochs].append(summary)
+        for i, ((title, epochs), some) in enumerate(lines.items()):
+            some.sort(key=lambda summary: summary.mean("connectivity"))
             axes.errorbar(
-                *(100 * np.array(values) for values in (x, y, y_sd, x_sd)),
-                label=title if title.endswith("epochs") else f"{title}, {epochs} epochs",
+                [100 * summary.mean("connectivity") for summary in some],
+                [100 * summary.mean("test_accuracy") for summary in some],
+                yerr=[100 * summary.deviation("test_accuracy") for summary in some],
+                xerr=[100 * summary.deviation("connectivity") for summary in some],
+                label=f"{title}, {epochs} epochs",
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
                 linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
                 linewidth=1,
                 capsize=2,
             )
-        experiment = summaries[0].entries[0].row.experiment
-        for published in PUBLISHED.get((experiment, summaries[0].entries[0].options.dataset), ()):
-            x, y = zip(*published.points, strict=True)
-            axes.plot(
-                100 * np.array(x),
-                100 * np.array(y),
-                linestyle="none",
-                marker=published.marker,
-                color="black",
-                markerfacecolor="none",
-                markersize=10,
-                label=f"published: {published.label}",
-            )
+        entry = summaries[0].entries[0]
+        for published in PUBLISHED.get((entry.row.experiment, entry.options.dataset), ()):
+            x, y = 100 * np.array(published.points).T
+            look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
+            axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)
         axes.set_xscale("log")
-        _log_connectivity(axes.xaxis)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("connectivity (%), logarithmic")
         axes.set_ylabel("test accuracy (%)")
-        axes.set_title(of)
+        axes.set_title(heading)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-        figure.set_size_inches(8.6, 4.2)
+        figure.set_size_inches(8.6, 4.4)
         return _png(figure)
 
 
-def curves(summaries: Sequence[Summary], of: str, keys: Sequence[tuple[str, str, float]], log: bool) -> bytes:
-    """Numbers of the results over the epochs, a panel for each, a curve for each variant: the mean over its seeds.
+def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str, float]], log: bool) -> bytes:
+    """Numbers of the results over the epochs: a row of panels for each method, a curve for each of its variants.
+
+    A curve is the mean over the seeds; that of the dense network, if among ``summaries``, is grey in every row.
 
     Args:
-        summaries: what to draw.
-        of: the figure's title.
-        keys: of each panel, the results' key, the axis's label, and the factor to its unit.
+        summaries: what to draw, of one number of epochs.
+        heading: of the figure.
+        keys: the results' keys, a column each, with the axis's label and the factor to its unit.
         log: whether the y axes are logarithmic.
     """
+    dense = [summary for summary in summaries if summary.title == "dense"]
+    titles = list(dict.fromkeys(summary.title for summary in summaries if summary not in dense)) or ["dense"]
     with matplotlib.rc_context(STYLE):
-        figure, panels = _figure(len(keys))
-        for axes, (key, label, factor) in zip(panels, keys, strict=True):
-            for i, summary in enumerate(summaries):
-                runs = [entry.epochs for entry in summary.entries if len(entry.epochs) == summary.epochs]
-                if not runs:
-                    continue
-                values = np.array([[number(line, key) for line in run] for run in runs]).mean(axis=0)
-                axes.plot(
-                    range(1, summary.epochs + 1),
-                    factor * values,
-                    label=f"{summary.title}, {summary.variant}",
-                    color=COLOURS[i % len(COLOURS)],
-                    linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
-                )
+        figure, panels = _figure(len(titles), len(keys), sharex=True, sharey="col")
+        for title, panel_row in zip(titles, panels, strict=True):
+            some = [summary for summary in summaries if summary.title == title and summary not in dense]
+            for axes, (key, (label, factor)) in zip(panel_row, keys.items(), strict=True):
+                for i, summary in enumerate([*some, *dense]):
+                    runs = [entry.epochs for entry in summary.entries if len(entry.epochs) == summary.epochs]
+                    if not runs:
+                        continue
+                    values = np.array([[number(line, key) for line in run] for run in runs]).mean(axis=0)
+                    grey = {"color": "#808080", "label": "dense", "linestyle": ":"}
+                    own = {"color": COLOURS[i % len(COLOURS)], "label": summary.variant}
+                    look = grey if summary in dense else own
+                    axes.plot(range(1, summary.epochs + 1), factor * values, **look)
+                axes.set_ylabel(label)
+                if log:
+                    axes.set_yscale("log")
+            panel_row[0].set_title(title)
+            panel_row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        for axes in panels[-1]:
             axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-            if log:
-                axes.set_yscale("log")
-                _log_connectivity(axes.yaxis)
-        figure.suptitle(of, fontsize=9, x=0.01, ha="left")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
-        figure.set_size_inches(5.2 * len(panels) + 2.4, 4.2)
+        figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
         return _png(figure)
+
+
+# -- all of it -----------------------------------------------------------------------------------------
 
 
 def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the outcome of the finished rows to a folder; returns its files.
 
-    ``rows.csv`` has every row; ``table.md`` means and spreads; ``plane.png``, ``epochs.png`` and ``rewiring.png``
-    show them; ``commands.md`` says how each was made.
+    ``rows.csv`` has every row; ``table.md`` means and spreads; ``plane.png`` and ``ablations.png`` show them,
+    ``epochs.png`` and ``rewiring.png`` how they came about; ``commands.md`` says how each was made. There is no picture
+    of nothing.
     """
     entries = collect(dump, rows)
     summaries = summarise(entries)
-    experiment = rows[0].experiment
-    files: dict[str, bytes] = {"rows.csv": csv_text(entries).encode()}
-    left = [row for row in rows if row not in [entry.row for entry in entries]]
+    done = {entry.row for entry in entries}
     caption = f"{len(entries)} of {len(rows)} rows; mean ± standard deviation over the seeds.\n\n"
-    files["table.md"] = (caption + table(summaries)).encode()
-    if summaries:
-        short = min(summary.epochs for summary in summaries)
-        main = [summary for summary in summaries if summary.epochs == short]
-        files["plane.png"] = plane(summaries, f"{experiment}: accuracy against connectivity")
-        some = [summary for summary in main if summary.title in ("dense", "Grad R", "Deep R", "soft Deep R")]
-        keys = [("test_accuracy", "test accuracy (%)", 100.0), ("connectivity", "connectivity (%)", 100.0)]
-        files["epochs.png"] = curves(some, f"{experiment}: after each epoch, mean over the seeds", keys, log=False)
-        keys = [("pruned", "connections pruned per epoch", 1.0), ("regrown", "connections regrown per epoch", 1.0)]
-        pruning = [summary for summary in some if summary.title != "dense"]
-        files["rewiring.png"] = curves(pruning, f"{experiment}: rewiring, mean over the seeds", keys, log=True)
-    files["commands.md"] = _commands(entries, left).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        storage.write_text(folder / name, content.decode()) if name[-3:] != "png" else _write(folder / name, content)
-    return [folder / name for name in files]
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    files: dict[str, str | bytes] = {
+        "rows.csv": csv_text(entries),
+        "table.md": caption + table(summaries),
+        "commands.md": _commands(entries, [row for row in rows if row not in done]),
+    }
+    name = rows[0].experiment
+    main = [summary for summary in summaries if not summary.ablation]
+    if main:
+        files["plane.png"] = plane(main, f"{name}: accuracy against connectivity")
+        short = [summary for summary in main if summary.epochs == main[0].epochs]
+        keys = {"test_accuracy": ("test accuracy (%)", 100.0), "connectivity": ("connectivity (%)", 100.0)}
+        files["epochs.png"] = curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
+        keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
+        pruning = [summary for summary in short if summary.title != "dense"]
+        if pruning:
+            heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
+            files["rewiring.png"] = curves(pruning, heading, keys, log=True)
+        if any(summary.ablation for summary in summaries):
+            some = [s for s in summaries if s.ablation or (s in short and s.title in ("dense", "Grad R"))]
+            files["ablations.png"] = plane(some, f"{name}: ablations of Grad R")
+    for file, content in files.items():
+        storage.write_whole(folder / file, content)
+    return [folder / file for file in files]
 
 
 def _commands(entries: Sequence[Entry], left: Sequence[Row]) -> str:
@@ -342,7 +337,7 @@ def _commands(entries: Sequence[Entry], left: Sequence[Row]) -> str:
         machines[f"{run.get('device')}; {versions}; commit {run.get('commit')}"].append(entry)
     text = "# How the rows were made\n"
     for machine, some in machines.items():
-        hours = sum(entry.sum("train_seconds") for entry in some if entry.epochs) / 3600
+        hours = sum(entry.numbers()["train_seconds"] for entry in some if entry.epochs) / 3600
         text += f"\n{machine}; {hours:.1f} h of training in all, rows that go on from a shorter one counted twice:\n\n"
         text += "".join(f"    {entry.row.command}\n" for entry in some)
     if left:

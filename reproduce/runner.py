@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,40 @@ def state(dump: Path, row: Row) -> runs.Run:
     return runs.read(row.name, dump / "logs" / row.name, dump / "models" / row.name)
 
 
-def epochs_left(dump: Path, rows: Sequence[Row]) -> int:
-    """Epochs to be trained until all of the rows are finished."""
-    left = 0
+@dataclass(frozen=True)
+class Progress:
+    """How far the rows of a grid are.
+
+    Attributes:
+        done: the finished rows.
+        rows: how many there are.
+        epochs_left: to be trained until all are finished.
+        seconds_per_epoch: median over the runs that have any epoch; NaN when there is none.
+    """
+
+    done: list[Row]
+    rows: int
+    epochs_left: int
+    seconds_per_epoch: float
+
+    def line(self, jobs: int) -> str:
+        """For the console, with the time that is left where ``jobs`` rows run at a time."""
+        hours = self.epochs_left * self.seconds_per_epoch / jobs / 3600
+        time_left = f", about {hours:.1f} h" if hours == hours else ""
+        return f"{len(self.done)} of {self.rows} rows done, {self.epochs_left:,} epochs left{time_left}"
+
+
+def progress(dump: Path, rows: Sequence[Row]) -> Progress:
+    """Looks up how far the rows are, whoever runs them."""
+    done = [row for row in rows if finished(dump, row) is not None]
+    left, seconds = 0, []
     for name in dict.fromkeys(row.name for row in rows):
-        waiting = [row for row in rows if row.name == name and finished(dump, row) is None]
-        if waiting:
-            left += max(0, max(row.epochs for row in waiting) - len(state(dump, waiting[0]).epochs))
-    return left
-
-
-def seconds_per_epoch(dump: Path, rows: Sequence[Row]) -> float:
-    """Median over the runs of the rows that have any epoch; NaN when there is none."""
-    names = {row.name: row for row in rows}
-    seconds = [state(dump, row).seconds_per_epoch for row in names.values()]
-    seconds = [value for value in seconds if value == value]
-    return statistics.median(seconds) if seconds else float("nan")
+        mine = [row for row in rows if row.name == name]
+        run = state(dump, mine[0])
+        left += max([row.epochs - len(run.epochs) for row in mine if row not in done] + [0])
+        if run.seconds_per_epoch == run.seconds_per_epoch:
+            seconds.append(run.seconds_per_epoch)
+    return Progress(done, len(rows), left, statistics.median(seconds) if seconds else float("nan"))
 
 
 class Runner:
@@ -145,7 +164,7 @@ class Runner:
     def _steps(self, row: Row, slot: int) -> Iterator[subprocess.Popen]:
         """The row's processes, one after the other: training, then the test; then the record is written."""
         argv = [*row.argv, *self.places, *(["-gpu", str(slot % self.gpus)] if self.gpus else [])]
-        print(f"{row.command}", flush=True)
+        print(row.command, flush=True)
         yield self._start(row, argv)
         if self.stopped is not None:
             return
@@ -189,19 +208,10 @@ class Runner:
         write_json(record_of(self.dump, row), record)
 
     def _say(self, row: Row, what: str, rows: Sequence[Row]) -> None:
-        done = sum(finished(self.dump, other) is not None for other in rows)
-        left = epochs_left(self.dump, rows)
-        seconds = left * seconds_per_epoch(self.dump, rows) / self.jobs
-        print(f"{row.key} {what}\n{done} of {len(rows)} rows done, {left_text(left, seconds)}", flush=True)
+        print(f"{row.key} {what}\n{progress(self.dump, rows).line(self.jobs)}", flush=True)
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def left_text(epochs: int, seconds: float) -> str:
-    """What is left to do, for the console."""
-    time_left = f", about {seconds / 3600:.1f} h" if seconds == seconds else ""
-    return f"{epochs:,} epochs left{time_left}"
 
 
 def _outcome(record: dict[str, Any] | None) -> str:

@@ -1,6 +1,8 @@
 """The grids and their runner: rows are commands, finished ones are skipped, failed ones named."""
 
+import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import time
 import pytest
 
 from reproduce import __main__ as reproduce
-from reproduce import grid, runner
+from reproduce import grid, outcome, runner
 from training.options import REPOSITORY, Refusal
 
 TABLE = """
@@ -23,13 +25,20 @@ variants = ["-m no_prune"]
 
 [[group]]
 title = "Grad R"
-options = "-m grad -s 0.95"
+method = "-m grad -s 0.95"
 variants = ["-penalty 1e-3", "-penalty 1e-2"]
 
 [[group]]
 title = "long"
 epochs = 2
 seeds = [2020]
+variants = ["-m no_prune"]
+
+[[group]]
+title = "high rate"
+ablation = true
+options = "--dataset digits -lr 1e-1"
+seeds = [1]
 variants = ["-m no_prune"]
 """
 
@@ -38,7 +47,8 @@ SCRIPT = """
 import json, os, pathlib, sys, time
 argv = sys.argv[1:]
 value = lambda option: argv[argv.index(option) + 1]
-name = "-".join(["lr-1e-2-b-128-T-8", *(["penalty", value("-penalty"), "s", value("-s")] if "-s" in argv else [])])
+name = "-".join([f"lr-{value('-lr')}-b-128-T-8"])
+name += f"-penalty-{value('-penalty')}-s-{value('-s')}" if "-s" in argv else ""
 name += "-" + value("-m") + ("" if value("--seed") == "2020" else "-seed-" + value("--seed")) + "-digits"
 dump = pathlib.Path(value("--dump-dir"))
 logs = dump / "logs" / name
@@ -64,6 +74,7 @@ else:
     with open(results, "a") as file:
         for epoch in range(done + 1, epochs + 1):
             line = {"epoch": epoch, "test_accuracy": 0.5 + epoch / 10, "connectivity": 0.25}
+            line |= {"pruned": 2, "regrown": 6}
             line |= {"train_seconds": 3.0, "test_seconds": 0.5, "checkpoint_seconds": 0.5}
             print(json.dumps(line), file=file)
     (logs / "run.json").write_text(json.dumps({"versions": {"torch": "9"}, "device": "stub", "commit": "c0ffee"}))
@@ -96,21 +107,28 @@ def calls(dump):
 # -- the grid ------------------------------------------------------------------------------------------
 
 
-def test_rows_are_commands_the_first_seed_first_and_long_rows_last(rows):
+def test_rows_are_commands_methods_first_the_first_seed_first_and_short_before_long(rows):
     penalties = [("-m grad -s 0.95 -penalty " + p, "penalty-" + p + "-s-0.95-grad") for p in ("1e-3", "1e-2")]
     expected = [
         (f"python mnist/mnist.py --dataset digits -lr 1e-2 {options} -N 1 --seed {seed}", 1, name)
         for seed in (2020, 1)
         for options, name in [("-m no_prune", "no_prune"), *penalties]
     ]
-    assert [row.command for row in rows[:-1]] == [command for command, *_ in expected]
-    assert rows[-1].command == "python mnist/mnist.py --dataset digits -lr 1e-2 -m no_prune -N 2 --seed 2020"
-    for row, (_, _, name) in zip(rows, expected, strict=False):
+    long, high = rows[3], rows[7]
+    short = [row for row in rows if row not in (long, high)]
+    assert [row.command for row in short] == [command for command, *_ in expected]
+    assert long.command == "python mnist/mnist.py --dataset digits -lr 1e-2 -m no_prune -N 2 --seed 2020"
+    assert high.command == "python mnist/mnist.py --dataset digits -lr 1e-1 -m no_prune -N 1 --seed 1"
+    for row, (_, _, name) in zip(short, expected, strict=True):
         seed = "-seed-1" if row.seed == 1 else ""
         assert row.name == f"lr-1e-2-b-128-T-8-{name}{seed}-digits"
-    assert rows[-1].name == rows[0].name
-    assert (rows[-1].key, rows[0].key) == (f"{rows[0].name}-N-2", f"{rows[0].name}-N-1")
-    assert [row.title for row in rows] == ["dense", "Grad R", "Grad R"] * 2 + ["long"]
+    assert long.name == rows[0].name
+    assert (long.key, rows[0].key) == (f"{rows[0].name}-N-2", f"{rows[0].name}-N-1")
+    assert [row.title for row in rows] == [
+        *("dense", "Grad R", "Grad R", "long"),
+        *("dense", "Grad R", "Grad R", "high rate"),
+    ]
+    assert [row.ablation for row in rows] == 7 * [False] + [True]
 
 
 @pytest.mark.parametrize(
@@ -128,26 +146,43 @@ def test_a_faulty_table_is_refused(tmp_path, old, new, message):
         grid.load("mnist", tmp_path)
 
 
-def test_the_mnist_grid_is_the_papers():
-    rows = grid.load("mnist")
-    settings = {title: {row.argv[:-1] for row in rows if row.title == title} for title in {row.title for row in rows}}
-    seeds = {title: {row.seed for row in rows if row.title == title} for title in settings}
+@pytest.mark.parametrize("experiment", ["mnist", "c10"])
+def test_the_grids_have_what_the_paper_compares(experiment):
+    rows = grid.load(experiment)
     least = {"dense": 1, "Grad R": 6, "Deep R": 4, "Deep R with noise": 4, "soft Deep R": 4}
     for title, variants in least.items():
-        assert len(settings[title]) >= variants
-        assert len(seeds[title]) >= 3
-        assert all(row.epochs >= 60 for row in rows if row.title == title)
-    long = [row for row in rows if row.epochs == 512]
-    assert len([row for row in long if "grad" in row.argv]) >= 4
-    assert len([row for row in long if "no_prune" in row.argv]) >= 1
+        some = [row for row in rows if row.title == title]
+        short = min(row.epochs for row in some)
+        seeds = [
+            {row.seed for row in some if row.argv[:-1] == argv}
+            for argv in {r.argv[:-1] for r in some if r.epochs == short}
+        ]
+        assert len(seeds) >= variants
+        assert all(len(of_variant) >= 3 for of_variant in seeds)
+        assert short >= 60
+        assert not any(row.ablation for row in some)
+    assert {row.title for row in rows if not row.ablation} == set(least)
+    whole = [row for row in rows if row.epochs == grid.RECIPES[experiment].epochs]
+    assert len([row for row in whole if row.title == "Grad R"]) >= 4
+    assert len([row for row in whole if row.title == "dense"]) >= 1
+
+
+def test_the_grids_ablate_prior_target_gradient_and_learning_rate():
+    for experiment, rate in (("mnist", 1e-4), ("c10", 1e-3)):
+        options = [outcome.read(grid.RECIPES[experiment], row.argv) for row in grid.load(experiment) if row.ablation]
+        assert any(o.mode == "grad" and o.penalty == 0 for o in options)
+        assert any(o.plain_gradient for o in options)
+        assert {o.sparsity for o in options if o.mode == "grad"} == {0.5, 0.75, 0.9, 0.95, 0.99}
+        assert {o.mode for o in options if o.learning_rate == rate} == {"no_prune", "grad"}
+        assert any(o.mode == "deep" and not o.soft and o.sparsity == 1 for o in options)
+        assert any(o.soft and not o.temperature for o in options)
 
 
 def test_shards_share_the_rows_out_and_keep_a_run_together(rows):
     parts = [grid.shard(rows, part, 3) for part in (1, 2, 3)]
     assert sorted(row.key for part in parts for row in part) == sorted(row.key for row in rows)
     assert all(parts)
-    assert rows[-1] in parts[0]
-    assert rows[0] in parts[0]
+    assert {rows[0], rows[3]} <= set(parts[0])  # of one run
     assert grid.shard(rows, 1, 1) == rows
 
 
@@ -155,7 +190,7 @@ def test_shards_share_the_rows_out_and_keep_a_run_together(rows):
 
 
 def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
-    assert runner.epochs_left(stub, rows) == 8 - 1  # the long row goes on from the short one
+    assert runner.progress(stub, rows) == runner.Progress([], 8, 8, pytest.approx(float("nan"), nan_ok=True))
     assert runner.Runner(stub, ["--dataset-dir", "data"], 1).run(rows) == ([], [])
     starts = [line for line in calls(stub) if line.startswith("start")]
     assert len(starts) == 2 * len(rows)
@@ -168,10 +203,12 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
     assert record["test"] == {"epoch": 1, "accuracy": 0.5}
     assert (record["command"], record["seed"], record["epochs"]) == (rows[0].command, 2020, 1)
     assert record["run"] == {"versions": {"torch": "9"}, "device": "stub", "commit": "c0ffee"}
-    assert runner.finished(stub, rows[-1])["result"]["test_accuracy"] == 0.7
+    assert runner.finished(stub, rows[3])["result"]["test_accuracy"] == 0.7
     out = capsys.readouterr().out
     assert f"{rows[0].key} finished: test accuracy 60.00 %, connectivity 25.00 %" in out
-    assert "1 of 7 rows done, 6 epochs left, about 0.0 h" in out
+    assert "1 of 8 rows done, 7 epochs left, about 0.0 h" in out
+    assert runner.progress(stub, rows) == runner.Progress(rows, 8, 0, 4.0)
+    assert runner.Progress(rows[:2], 8, 1800, 4.0).line(2) == "2 of 8 rows done, 1,800 epochs left, about 1.0 h"
     assert runner.Runner(stub, [], 1).run(rows) == ([], [])
     assert len(calls(stub)) == 4 * len(rows)  # nothing was run again
 
@@ -190,18 +227,18 @@ def test_jobs_run_side_by_side_but_never_two_of_one_run(rows, stub):
 def test_a_failed_row_is_named_and_the_others_go_on(rows, stub, capsys):
     (stub / "fail").write_text("-penalty 1e-2 -N 1 --seed 1")
     failed, taken = runner.Runner(stub, [], 2).run(rows)
-    assert ([row.key for row in failed], taken) == ([rows[5].key], [])
+    assert ([row.key for row in failed], taken) == ([rows[6].key], [])
     assert sum(runner.finished(stub, row) is not None for row in rows) == len(rows) - 1
-    assert f"{rows[5].key} failed with status 1: all is lost" in capsys.readouterr().out
+    assert f"{rows[6].key} failed with status 1: all is lost" in capsys.readouterr().out
     (stub / "fail").unlink()
     assert runner.Runner(stub, [], 2).run(rows) == ([], [])
-    assert runner.finished(stub, rows[5]) is not None
+    assert runner.finished(stub, rows[6]) is not None
 
 
 def test_a_row_that_another_process_has_is_left_to_it(rows, stub):
     (stub / "taken").write_text("-penalty 1e-2 -N 1 --seed 1")
     failed, taken = runner.Runner(stub, [], 2).run(rows)
-    assert (failed, [row.key for row in taken]) == ([], [rows[5].key])
+    assert (failed, [row.key for row in taken]) == ([], [rows[6].key])
 
 
 def test_a_row_whose_run_was_prolonged_is_recorded_from_its_results(rows, stub):
@@ -254,10 +291,97 @@ def test_the_list_says_what_is_done_and_what_is_left(tmp_path, monkeypatch, caps
     assert reproduce.main(["mnist", "--list", "--dump-dir", str(stub), "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [f"{'done   ' if row in rows[:2] else 'to do  '}{row.command}" for row in rows]
-    assert lines[-1] == "2 of 7 rows done, 5 epochs left, about 0.0 h"
+    assert lines[-1] == "2 of 8 rows done, 6 epochs left, about 0.0 h"
     (stub / "fail").write_text("--seed 1")
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--jobs", "2", "--shard", "1/1"]) == 1
-    assert "3 rows failed:" in capsys.readouterr().out
+    assert "4 rows failed:" in capsys.readouterr().out
+
+
+# Stands for the runner in a task of a job array; argv is kept, and by which signal it was stopped.
+TASK = """
+import pathlib, signal, sys, time
+here = pathlib.Path(__file__).parent
+def stop(number, frame):
+    (here / "stopped").write_text(str(number))
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+(here / "argv").write_text("\\n".join(sys.argv[1:]))
+deadline = time.monotonic() + 60
+while (here / "wait").exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A folder, with a blank in its name, and what starts a task of the array there as Slurm would; all is stubs."""
+    place = tmp_path / "a place" / "reproduce"
+    place.mkdir(parents=True)
+    (place / "__main__.py").write_text(TASK)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > "{place}/scontrol"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setattr(reproduce, "REPOSITORY", place.parent)
+    argv = ["--slurm", str(tmp_path / "array.sh"), "--jobs", "4", "--dump-dir", str(tmp_path / "the dump")]
+    assert reproduce.main(["mnist", *argv]) == 0
+    ids = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}
+
+    def start():
+        environment = {**os.environ, **ids, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+        return subprocess.Popen(["bash", str(tmp_path / "array.sh")], env=environment)
+
+    return place, start
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_a_task_of_the_array_runs_its_shard_and_fails_as_it_does(task, tmp_path):
+    runs = len({row.name for row in grid.load("mnist")})
+    tasks = -(-runs // 4)
+    text = (tmp_path / "array.sh").read_text()
+    for line in (f"--array=1-{tasks}", "--signal=B:USR1@300", "--requeue", "--open-mode=append"):
+        assert f"\n#SBATCH {line}\n" in text
+    place, start = task
+    assert start().wait(60) == 3
+    argv = ["mnist", "--shard", f"2/{tasks}", "--jobs", "4", "--dataset-dir", str(place.parent / "data")]
+    assert (place / "argv").read_text().splitlines() == [*argv, "--dump-dir", str(tmp_path / "the dump")]
+    assert (tmp_path / "the dump" / "rows").is_dir()  # where the array's logs go
+    assert not (place / "scontrol").exists()
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, "requeue 77_2\n"), (signal.SIGTERM, None)])
+def test_a_warned_task_stops_its_rows_and_queues_again(task, number, requeued):
+    place, start = task
+    (place / "wait").touch()
+    process = start()
+    wait_for(place / "argv")
+    process.send_signal(number)
+    process.wait(60)
+    assert (place / "stopped").read_text() == str(int(signal.SIGTERM))
+    assert ((place / "scontrol").read_text() if requeued else None) == requeued
+    assert (place / "scontrol").exists() == bool(requeued)
+
+
+def test_an_array_is_of_all_rows(tmp_path, capsys):
+    assert reproduce.main(["mnist", "--slurm", str(tmp_path / "array.sh"), "--shard", "1/2"]) == 2
+    assert "argument --shard: not with --slurm" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--outcome", "--slurm", "--dump-dir"])
+def test_a_place_that_cannot_be_written_to_is_refused(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    argv = ["mnist", option, str(tmp_path / "file" / "below")]
+    assert reproduce.main([*argv, "--slurm", str(tmp_path / "x")] if option == "--dump-dir" else argv) == 2
+    assert f"argument {option}: cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
+    assert reproduce.main([*argv[:1], option, ""]) == 2
+    assert f"argument {option}: must be the path of a folder" in capsys.readouterr().err
 
 
 def test_a_row_runs_by_the_real_script(tmp_path):
@@ -277,33 +401,41 @@ def test_a_row_runs_by_the_real_script(tmp_path):
 
 def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, capsys, rows, stub):
     monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
-    runner.Runner(stub, [], 4).run(rows[:-2])
-    for row, accuracy in zip(rows[:-2], (0.97, 0.95, 0.9, 0.95, 0.96), strict=True):
+    done = [*rows[:3], *rows[4:6], rows[7]]  # without the long row, and a seed of Grad R
+    runner.Runner(stub, [], 4).run(done)
+    for row, accuracy in zip(done, (0.97, 0.95, 0.9, 0.95, 0.96, 0.5), strict=True):
         record = runner.finished(stub, row)
         record["result"]["test_accuracy"] = accuracy
+        record["result"]["layers"] = {"a": {"connected": 1500, "weights": 4000}, "b": {"connected": 5, "weights": 20}}
         record["test"]["operations"] = {"fc": {"kind": "SynOp", "pruned": 1234.4, "dense": 5000.0}}
         runner.record_of(stub, row).write_text(json.dumps(record))
     folder = tmp_path / "results"
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(folder)]) == 0
-    names = {"rows.csv", "table.md", "plane.png", "epochs.png", "rewiring.png", "commands.md"}
-    assert {path.name for path in folder.iterdir()} == names
+    pictures = {"plane.png", "epochs.png", "rewiring.png", "ablations.png"}
+    assert {path.name for path in folder.iterdir()} == {"rows.csv", "table.md", "commands.md", *pictures}
+    out = capsys.readouterr().out
+    assert all(str(path) in out for path in folder.iterdir())
     table = (folder / "table.md").read_text()
-    assert table.startswith("5 of 7 rows")
+    assert table.startswith("6 of 8 rows")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:]]
-    assert cells[0][2:7] == ["1", "2", "96.00 ± 1.41", "0", "25.00 ± 0.00"]
-    assert cells[1][:7] == [
-        *("Grad R", "`-s 0.95 -penalty 0.001 -lr 0.01`", "1", "2"),
-        *("95.50 ± 0.71", "0.50 ± 0.71", "25.00 ± 0.00"),
-    ]
+    assert cells[0][:6] == ["dense", "`-lr 1e-2`", "1", "2", "96.00 ± 1.41", "0.00 ± 1.41"]
+    assert cells[1][:6] == ["Grad R", "`-s 0.95 -penalty 1e-3 -lr 1e-2`", "1", "2", "95.50 ± 0.71", "0.50 ± 0.71"]
+    assert cells[1][6:] == ["25.00 ± 0.00", "1 505 ± 0", "1 234 ± 0", "-", "6 ± 0"]
     assert cells[2][3:6] == ["1", "90.00", "6.00"]
-    assert cells[2][8:] == ["1 234", "-"]
-    lines = (folder / "rows.csv").read_text().splitlines()
-    assert len(lines) == 1 + 5
-    assert lines[1].endswith(rows[0].command)
-    commands = (folder / "commands.md").read_text()
-    done, left = commands.split("Not run yet")
-    assert all(row.command in done for row in rows[:-2])
-    assert all(row.command in left for row in rows[-2:])
-    assert all(str(path) in capsys.readouterr().out for path in [folder / "table.md"])
-    for name in ("plane.png", "epochs.png", "rewiring.png"):
+    assert cells[3][:6] == ["high rate", "`-lr 1e-1`", "1", "1", "50.00", "0.00"]  # against its own learning rate
+    lines = list(csv.DictReader((folder / "rows.csv").open()))
+    assert [line["command"] for line in lines] == [row.command for row in done]
+    assert (lines[1]["test_accuracy"], lines[1]["macs"], lines[1]["seed"]) == ("0.95", "", "2020")
+    made, left = (folder / "commands.md").read_text().split("Not run yet")
+    assert "stub; torch 9; commit c0ffee" in made
+    assert all(row.command in made for row in done)
+    assert all(row.command in left for row in (rows[3], rows[6]))
+    for name in pictures:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dense_grid_has_an_outcome_too(tmp_path, rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:1])
+    names = [path.name for path in outcome.write(stub, rows[:1], tmp_path)]
+    assert names == ["rows.csv", "table.md", "commands.md", "plane.png", "epochs.png"]
+    assert [path.name for path in outcome.write(stub, rows[1:2], tmp_path)] == names[:3]

@@ -210,10 +210,10 @@ def test_code_in_a_file_does_not_run(path, tmp_path):
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    storage.write_text(path, "one")
+    storage.write_whole(path, "one")
     monkeypatch.setattr(storage, "os", FaultyOS(1, "before", OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
-        storage.write_text(path, "two")
+        storage.write_whole(path, "two")
     assert path.read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 

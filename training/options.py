@@ -135,7 +135,9 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (see --help)")
 
 
-def _whole(least: int, most: int = LARGEST) -> Callable[[str], int]:
+def whole_number(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """The type of an option that takes a whole number in [least, most]."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -167,7 +169,8 @@ def _number(accepted: str, condition: Callable[[float], bool]) -> Callable[[str]
     return parse
 
 
-def _folder(text: str) -> Path:
+def folder_path(text: str) -> Path:
+    """The type of an option that takes a folder, which need not exist."""
     if not text.strip():
         raise argparse.ArgumentTypeError("must be the path of a folder, not an empty text")
     return Path(text).expanduser()
@@ -180,7 +183,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    least_one, at_least_zero = _whole(1), _number(">= 0", lambda x: x >= 0)
+    least_one, at_least_zero = whole_number(1), _number(">= 0", lambda x: x >= 0)
     add(
         "-m",
         "--mode",
@@ -231,7 +234,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="LR",
         help="learning rate of all optimizers (default: 1e-4)",
     )
-    add("-T", type=_whole(1, 4096), default=8, help="number of time steps (default: %(default)s)")
+    add("-T", type=whole_number(1, 4096), default=8, help="number of time steps (default: %(default)s)")
     add(
         "-N",
         "--epoch",
@@ -242,13 +245,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     )
     add(
         "--seed",
-        type=_whole(0),
+        type=whole_number(0),
         default=2020,
         help="seed of the initial weights, the data order, the augmentation and all noise (default: %(default)s)",
     )
     add(
         "-gpu",
-        type=_whole(0),
+        type=whole_number(0),
         metavar="ID",
         help="id of the GPU to use (default: the first GPU; the CPU where there is none)",
     )
@@ -263,14 +266,14 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         parser.set_defaults(dataset=recipe.datasets[0])
     add(
         "--dataset-dir",
-        type=_folder,
+        type=folder_path,
         default=REPOSITORY / "data",
         metavar="DIR",
         help="folder that holds the data set, or to download it to (default: data, in the repository)",
     )
     add(
         "--dump-dir",
-        type=_folder,
+        type=folder_path,
         default=REPOSITORY / "runs",
         metavar="DIR",
         help="folder for logs and models (default: runs, in the repository)",
@@ -349,7 +352,7 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
         _be_deterministic()
     options.name = run_name(options, recipe)
     options.compile = options.compile and _can_compile(options.device)
-    _check_writable(options.dump_dir)
+    check_writable("--dump-dir", options.dump_dir)
     return options
 
 
@@ -413,14 +416,19 @@ def _can_compile(device: torch.device) -> bool:
     return not missing
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(option: str, folder: Path) -> None:
+    """Makes the folder that an option names.
+
+    Raises:
+        Refusal: there is none afterwards in which files can be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise Refusal(f"argument --dump-dir: cannot write to {folder}: {reason}") from None
+        raise Refusal(f"argument {option}: cannot write to {folder}: {reason}") from None
 
 
 def format_number(value: float) -> str:

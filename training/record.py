@@ -280,7 +280,7 @@ def _git_commit() -> str | None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    storage.write_text(path, json.dumps(content, indent=2) + "\n")
+    storage.write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def percent(fraction: float) -> str:

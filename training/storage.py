@@ -159,11 +159,11 @@ def newest(path: Path) -> tuple[Any, list[str]]:
     return None, []
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file, complete or not at all."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a small file, a text in UTF-8, complete or not at all."""
     temporary = temporary_of(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
