@@ -11,14 +11,14 @@ from training import checkpoint
 from training.data import RandomCropFlip, load
 from training.loop import Run
 from training.optimizers import build
-from training.options import Recipe, command, parse
+from training.options import Pace, Recipe, command, parse
 from training.randomness import seed
 
 RECIPE = Recipe(
     name="c10",
     datasets=("cifar10",),
-    batch_size=16,
-    epochs=2048,
+    paper=Pace(batch_size=16, learning_rate=1e-4, epochs=2048),
+    fast=Pace(batch_size=128, learning_rate=1e-3, epochs=30),
     interval_test=128,
     mean=(0.4914, 0.4822, 0.4465),
     std=(0.2023, 0.1994, 0.2010),

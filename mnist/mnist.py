@@ -11,14 +11,14 @@ from training import checkpoint
 from training.data import RandomAffine, load
 from training.loop import Run
 from training.optimizers import build
-from training.options import Recipe, command, parse
+from training.options import Pace, Recipe, command, parse
 from training.randomness import seed
 
 RECIPE = Recipe(
     name="mnist",
     datasets=("mnist", "digits"),
-    batch_size=128,
-    epochs=512,
+    paper=Pace(batch_size=128, learning_rate=1e-4, epochs=512),
+    fast=Pace(batch_size=512, learning_rate=5e-3, epochs=20),
     interval_test=32,
     mean=(0.1307,),
     std=(0.3081,),

@@ -49,7 +49,7 @@ class Row:
 
 
 def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
-    """Reads ``<experiment>.toml``: the rows, methods before ablations, the first seed first, short runs before long.
+    """Reads ``<experiment>.toml``: the rows, the first seed first, methods before ablations, short runs before long.
 
     ``options``, ``epochs`` and ``seeds`` of the table hold for all groups but those that have their own. A group has a
     ``title``, what its rows share in ``method``, and its ``variants``; ``ablation = true`` keeps it out of comparisons.
@@ -74,7 +74,7 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
                 argv = [word for text in texts for word in shlex.split(text)]
                 argv += ["-N", str(settings["epochs"]), "--seed", str(seed)]
                 row = _row(path, experiment, group, argv)
-                rows.append(((row.ablation, place, row.epochs), row))
+                rows.append(((place, row.ablation, row.epochs), row))
     rows.sort(key=lambda row: row[0])  # stable: in the table's order otherwise
     found: dict[str, Row] = {}
     for *_, row in rows:

@@ -47,7 +47,9 @@ class Entry:
         """What tells the row from others of its title, but for the seed and the number of epochs."""
         given, texts = self.options, []
         if given.mode != "no_prune":
-            texts += ["-s", f"{given.sparsity:g}", "-penalty", format_number(given.penalty)]
+            texts += ["--connectivity", format_number(given.connectivity)] if given.connectivity is not None else []
+            texts += ["-s", f"{given.sparsity:g}"]
+            texts += ["-penalty", format_number(given.penalty)] if given.penalty is not None else []
             texts += ["-temperature", format_number(given.temperature)] if given.temperature else []
         return " ".join([*texts, "-lr", format_number(given.learning_rate)])
 

@@ -15,6 +15,7 @@ from mnist import mnist
 from mnist.model import MnistNet
 from training import checkpoint, randomness, storage
 from training.options import Refusal
+from training.schedule import Fast
 from training.storage import previous_of
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
@@ -67,6 +68,18 @@ def test_a_run_killed_inside_epochs_is_the_run_in_one(run, tmp_path, monkeypatch
     assert steps[0] == 15 + 3  # the steps that were killed, and no other, are taken twice
     assert_same_run(tmp_path / "one", tmp_path / "parts")
     assert [line["epoch"] for line in results(tmp_path / "parts")] == [1, 2, 3]
+
+
+def test_a_fast_run_killed_inside_a_segment_is_the_run_in_one(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Fast, "SEGMENTS", 4)  # of 4 steps
+    argv = ["-m", "grad", "--recipe", "fast", "--connectivity", "0.02", "-lr", "1e-3", "-b", "8", "-N", "3"]
+    argv += ["-i1", "2", "-i2", "1", *EVERY_STEP]
+    run(*argv, dump=tmp_path / "one")
+    die_at(monkeypatch, 3, 5, 11, 14)  # inside two segments, and at the first step of two
+    parts = [run(*argv, dump=tmp_path / "parts") for _ in range(5)]
+    assert [part.status for part in parts] == [130, 130, 130, 130, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+    assert len({line["penalty"] for line in results(tmp_path / "parts")}) > 1
 
 
 def test_without_checkpoints_inside_it_an_epoch_is_taken_anew(run, tmp_path, monkeypatch):
@@ -425,7 +438,7 @@ def test_results_agree_with_tensorboard_and_the_checkpoint(run, tmp_path):
         assert line["pruned"] == sum(layer["pruned"] for layer in line["layers"].values()) > 0
         assert line["regrown"] == sum(layer["regrown"] for layer in line["layers"].values())
         assert line["sparsity_with_bn"] == line["sparsity"] == pytest.approx(1 - line["connectivity"])
-        assert line["learning_rate"] == 1e-2
+        assert (line["learning_rate"], line["penalty"]) == (1e-2, 1e-3)
     assert sum(line["regrown"] for line in lines) > 0
     assert [line["step"] for line in lines] == [5, 10, 15]
     assert lines[-1]["best_accuracy"] == state["best_accuracy"] == max(line["test_accuracy"] for line in lines)
@@ -457,7 +470,7 @@ def test_batch_norm_counts_in_one_of_two_sparsities_of_the_results():
 
     line = epoch_results(
         **dict(epoch=1, step=1, train_loss=0.0, train_accuracy=0.0, test_accuracy=0.0, best_accuracy=0.0),
-        **dict(learning_rate=1.0, layers={"a": Connections(4, 6)}, rewired={"a": (3, 1)}, others=4),
+        **dict(learning_rate=1.0, penalty=None, layers={"a": Connections(4, 6)}, rewired={"a": (3, 1)}, others=4),
         seconds={"train": 1.0, "test": 2.0, "checkpoint": 3.0},
     )
     assert line["sparsity"] == pytest.approx(2 / 6)
@@ -516,8 +529,10 @@ def test_a_checkpoint_from_before_an_option_goes_on_as_its_default(run, tmp_path
     run(*GRAD, "-N", "1", dump=tmp_path / "parts")
     path = the_checkpoint(tmp_path / "parts")
     state = storage.newest(path)[0]
-    del state["arguments"]["plain_gradient"]
+    for option in ("plain_gradient", "recipe", "connectivity"):
+        del state["arguments"][option]
     del state["optimizers"][0]["param_groups"][0]["plain_gradient"]
+    del state["schedule"]
     storage.write(path, state)
     result = run(*GRAD, "-N", "2", dump=tmp_path / "parts")
     assert "Going on after epoch 1, of 2 epochs." in result.out

@@ -176,6 +176,8 @@ def test_golden_mnist_training(golden, real_data, mode, execution):
         sparsity=settings["s"],
         temperature=0.0,
         plain_gradient=False,
+        recipe="paper",
+        connectivity=None,
         compile=execution == "fused",
         device=torch.device("cpu"),
     )

@@ -15,7 +15,7 @@ from c10.c10 import RECIPE as C10
 from mnist.mnist import RECIPE as MNIST
 from mnist.mnist import main
 from training.divergence import DivergedError
-from training.options import OPTION_NAMES, Refusal, arguments, command, format_number, parse
+from training.options import OPTION_NAMES, Pace, Refusal, arguments, command, format_number, parse
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.options.REPOSITORY", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     common = dict(mode="no_prune", sparsity=None, penalty=None, soft=False, temperature=None, learning_rate=1e-4)
-    common |= dict(plain_gradient=False)
+    common |= dict(plain_gradient=False, recipe="paper", connectivity=None)
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
     common |= dict(precision=None, precision_used="fp32", deterministic=False, checkpoint_minutes=10.0)
     common |= dict(compile=spiking_kernels.available() is None)
@@ -38,6 +38,25 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     ):
         assert vars(parse(recipe, [])) == {**common, **own, "experiment": recipe.name}
         assert capsys.readouterr().out.startswith("No GPU found: running on the CPU.\n")
+
+
+@pytest.mark.parametrize("recipe", [MNIST, C10])
+def test_the_fast_recipe_has_defaults_of_its_own(run_options, recipe):
+    def paces(*argv):
+        options = run_options(*argv, recipe=recipe)
+        return Pace(options.batch_size, options.learning_rate, options.epoch)
+
+    assert paces() == recipe.paper
+    assert paces("--recipe", "fast") == recipe.fast
+    assert paces("--recipe", "fast", "-b", "3", "-lr", "0.5", "-N", "7") == Pace(3, 0.5, 7)
+    assert recipe.fast.batch_size > recipe.paper.batch_size
+    assert recipe.fast.epochs < recipe.paper.epochs
+
+
+@pytest.mark.parametrize(("connectivity", "sparsity"), [("0.05", 0.95), ("0.32", 0.68), ("0.8", 0.5), ("1e-9", 0.9999)])
+def test_the_target_sparsity_is_that_of_the_wanted_connectivity(run_options, connectivity, sparsity):
+    options = run_options("-m", "grad", "--recipe", "fast", "--connectivity", connectivity)
+    assert (options.sparsity, options.penalty) == (sparsity, None)
 
 
 def test_both_spellings(run_options):
@@ -63,6 +82,17 @@ def test_both_spellings(run_options):
         ("-m grad -s 0.9 --plain-gradient", "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-grad-plain-gradient"),
         ("--precision bf16 --seed 3", "lr-1e-4-b-128-T-8-no_prune-seed-3-bf16"),
         ("--precision fp32", "lr-1e-4-b-128-T-8-no_prune"),
+        ("--recipe paper -N 9", "lr-1e-4-b-128-T-8-no_prune"),
+        ("--recipe fast -N 9", "lr-5e-3-b-512-T-8-no_prune-fast-N-9"),
+        ("--recipe fast -m grad -s 0.9", "lr-5e-3-b-512-T-8-penalty-1e-3-s-0.9-grad-fast-N-20"),
+        (
+            "--recipe fast -m grad --connectivity 0.05 -b 9 --seed 3",
+            "lr-5e-3-b-9-T-8-connectivity-5e-2-s-0.95-grad-fast-N-20-seed-3",
+        ),
+        (
+            "--recipe fast -m grad --connectivity 0.05 -s 0.8 -lr 1e-3",
+            "lr-1e-3-b-512-T-8-connectivity-5e-2-s-0.8-grad-fast-N-20",
+        ),
         ("--seed 7 --dataset digits", "lr-1e-4-b-128-T-8-no_prune-seed-7-digits"),
         ("--seed 2020 --dataset mnist -N 3 -i1 4 -i2 5", "lr-1e-4-b-128-T-8-no_prune"),
     ],
@@ -107,6 +137,15 @@ BAD = [
     ("-m deep -s 0.9 --plain-gradient", "--plain-gradient", "-m grad"),
     ("-m grad -s 0.9 -temperature 0", "-temperature", "-m deep"),
     ("-m deep -s 0.9 -temperature -1e-3", "-temperature", ">= 0"),
+    ("--recipe quick", "--recipe", "fast"),
+    ("--connectivity 0.1", "--connectivity", "-m grad and --recipe fast"),
+    ("-m grad -s 0.9 --connectivity 0.1", "--connectivity", "-m grad and --recipe fast"),
+    ("-m deep -s 0.9 --recipe fast --connectivity 0.1", "--connectivity", "-m grad and --recipe fast"),
+    ("-m grad --recipe fast --connectivity 0.1 -penalty 1e-3", "-penalty", "not with --connectivity"),
+    ("-m grad --recipe fast --connectivity 0", "--connectivity", "above 0, at most 1"),
+    ("-m grad --recipe fast --connectivity 1.1", "--connectivity", "above 0, at most 1"),
+    ("-m grad --recipe fast --connectivity 0.1 -s 0.4", "-s/--sparsity", r"\[0.5, 1\)"),
+    ("-m grad --recipe fast", "-s/--sparsity", "required by -m grad"),
     ("-b 0", "-b/--batch-size", ">= 1"),
     ("-b 1.5", "-b/--batch-size", "whole number"),
     ("-m grad -s 0.9 -penalty -inf", "-penalty", ">= 0"),
@@ -185,6 +224,8 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-soft",
             "-temperature",
             "--plain-gradient",
+            "--recipe",
+            "--connectivity",
             "-b",
             "-lr",
             "-T",
@@ -200,8 +241,8 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-test",
         ]:
             assert f" {option}" in text
-        assert text.count("(default: ") == (22 if recipe is MNIST else 21)
-        assert str(recipe.epochs) in text
+        assert text.count("(default: ") == (24 if recipe is MNIST else 23)
+        assert re.search(rf"-N.*{recipe.paper.epochs}; fast: {recipe.fast.epochs}\)", text)
 
 
 def test_failures_of_the_system_and_interruptions_are_one_line_too(capsys):

@@ -29,7 +29,7 @@ GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]
 
 def options(**settings):
     defaults = dict(learning_rate=0.02, penalty=0.3, sparsity=0.7, temperature=0.1, soft=False)
-    defaults |= dict(plain_gradient=False)
+    defaults |= dict(plain_gradient=False, recipe="paper", connectivity=None)
     defaults |= dict(compile=False, device=torch.device("cpu"))
     return SimpleNamespace(**{**defaults, **settings})
 
@@ -202,6 +202,10 @@ def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
         ("-m deep -s 0.9", "-m deep -s 0"),
         ("-m deep -s 0.9", "-m deep -s 0.9 -temperature 1e-2"),
         ("", "-m grad -s 0.95"),
+        ("", "--recipe fast"),
+        ("--recipe fast", "--recipe fast -N 3"),
+        ("-m grad -s 0.95 --recipe fast", "-m grad -s 0.95 --recipe fast --connectivity 0.5"),
+        ("-m grad -s 0.95 --recipe fast --connectivity 0.05", "-m grad -s 0.95 --recipe fast --connectivity 0.01"),
     ],
 )
 def test_every_option_of_the_outcome_changes_it(run, tmp_path, one, other):

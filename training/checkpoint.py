@@ -39,11 +39,13 @@ CONTENT = {
     "network": dict,
     "optimizers": list,
     "random": dict,
+    "schedule": dict,  # training.schedule's
     "files": dict,  # the lengths of the log files
 }
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 # Options that older checkpoints lack, with the value that their runs had; optimizers have settings of the same names.
-LATER_OPTIONS = {"plain_gradient": False}
+LATER_OPTIONS = {"plain_gradient": False, "recipe": "paper", "connectivity": None}
+LATER_CONTENT = {"schedule": {}}  # what older checkpoints lack, as they would have had it
 
 
 def folder_of(options: Namespace) -> Path:
@@ -75,6 +77,7 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise Refusal(f"{path_of(folder)} is of format {found}, not {FORMAT}: it was written by another version")
+    state = {**LATER_CONTENT, **state}
     _check_keys(path_of(folder), "checkpoint", state, CONTENT)
     for key, kind in CONTENT.items():
         if type(state[key]) is not kind:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from spiking import SpikingNetwork
-from training import checkpoint, evaluation, measure, randomness, record
+from training import checkpoint, evaluation, measure, randomness, record, schedule
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.divergence import DivergedError
 from training.interrupt import Interrupted, Signals, StopRequested
@@ -63,6 +63,7 @@ class Run:
         set_precision(options.precision_used, device)
         network.fused = options.compile
         self.training_step = TrainingStep(network, optimizers, options.precision_used, device, graph=options.compile)
+        self.schedule = schedule.build(options, optimizers, options.epoch * len(self.training))
         self.weights = measure.prunable(network)
         self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
@@ -103,6 +104,7 @@ class Run:
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": randomness.states(self.options.device, self.order_state),
+            "schedule": self.schedule.state(),
             "files": self.lengths,
         }
 
@@ -112,6 +114,10 @@ class Run:
             raise Refusal(
                 f"argument --dataset-dir: the run was made with other data ({saved['data']}), not {self.fingerprint}"
             )
+        try:
+            self.schedule.restore(saved["step"], saved["schedule"])
+        except ValueError as error:
+            raise Refusal(f"{path} does not fit: it has {error}") from None
         checkpoint.check_fit(path, saved, self.network, self.optimizers, len(self.training))
         randomness.set_states(path, saved["random"], self.options.device, self.generator)
         self.network.load_state_dict(saved["network"])
@@ -184,6 +190,8 @@ class Run:
                 self.store.wait()
                 raise Interrupted(self.signals.stop, self._place()) from None
         print(f"Logs are in {self.folder}, the model in {self.store.folder}.")
+        if complaint := self.schedule.complaint(measure.total(measure.count(self.masks)).connectivity):
+            print(complaint)
 
     def _place(self) -> str:
         """Where the run is, in words."""
@@ -208,6 +216,8 @@ class Run:
         shown = start
         with bar:
             for images, labels in bar:
+                if self.schedule.advance(self.step):
+                    self.training_step.renew()
                 loss, right = self.training_step(images, labels)
                 self.loss += loss
                 self.right += right
@@ -260,7 +270,7 @@ class Run:
         self.recorder.accuracy(epoch, accuracy)
         self.recorder.connections(epoch, layers, rewired, self.others)
         self.seconds["test"] += time.perf_counter() - start
-        batches = len(self.training)
+        batches, (group, *_) = len(self.training), self.optimizers[0].param_groups
         results = record.epoch_results(
             epoch=epoch,
             step=self.step,
@@ -268,7 +278,8 @@ class Run:
             train_accuracy=int(self.right) / (batches * self.options.batch_size),
             test_accuracy=accuracy,
             best_accuracy=self.best_accuracy,
-            learning_rate=float(self.optimizers[0].param_groups[0]["lr"]),
+            learning_rate=float(group["lr"]),
+            penalty=group.get("alpha", group.get("l1")),
             layers=layers,
             rewired=rewired,
             others=self.others,

@@ -18,7 +18,8 @@ def build(network: nn.Module, options: Namespace) -> list[Optimizer]:
     if options.mode == "no_prune":
         return [Adam(network.parameters(), lr=lr, **fast)]
     if options.mode == "grad":
-        settings = {"alpha": options.penalty, "s": options.sparsity, "plain_gradient": options.plain_gradient}
+        alpha = 0.0 if options.penalty is None else options.penalty  # --connectivity schedules it
+        settings = {"alpha": alpha, "s": options.sparsity, "plain_gradient": options.plain_gradient}
         pruning = GradRewiring(weights, lr=lr, **settings, **fast)
     else:
         pruning = DeepRewiring(

@@ -38,6 +38,8 @@ OPTION_NAMES = {
     "soft": "-soft",
     "temperature": "-temperature",
     "plain_gradient": "--plain-gradient",
+    "recipe": "--recipe",
+    "connectivity": "--connectivity",
     "batch_size": "-b/--batch-size",
     "learning_rate": "-lr/--learning-rate",
     "T": "-T",
@@ -55,9 +57,19 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
+class Pace:
+    """The defaults of an experiment's options that --recipe decides on."""
+
+    batch_size: int
+    learning_rate: float
+    epochs: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What an experiment fixes, and its defaults for the options.
 
+    ``paper`` and ``fast`` are the defaults with either --recipe.
     ``datasets`` are the names that --dataset accepts, the first being the default. ``mean`` and ``std`` are
     those of the normalisation, per channel, of pixels in [0, 1]. ``augmentation`` is one of training.data's.
     ``test_batch_size`` bounds the memory of an evaluation and has no influence on its result.
@@ -66,8 +78,8 @@ class Recipe:
 
     name: str
     datasets: tuple[str, ...]
-    batch_size: int
-    epochs: int
+    paper: Pace
+    fast: Pace
     interval_test: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -219,29 +231,43 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "(default: off)",
     )
     add(
+        "--recipe",
+        choices=("paper", "fast"),
+        default="paper",
+        help="paper: as published; fast: fewer epochs of larger batches with one cycle of the learning rate, whose "
+        "number -N fixes (default: %(default)s)",
+    )
+    add(
+        "--connectivity",
+        type=_number("above 0, at most 1", lambda x: 0 < x <= 1),
+        metavar="C",
+        help="share of the connections to be left in the end, with -m grad --recipe fast: schedules the penalty "
+        "(default: none, a constant penalty)",
+    )
+    fast = recipe.fast
+    add(
         "-b",
         "--batch-size",
         type=least_one,
-        default=recipe.batch_size,
         metavar="B",
-        help="training batch size (default: %(default)s)",
+        help=f"training batch size (default: {recipe.paper.batch_size}; fast: {fast.batch_size})",
     )
     add(
         "-lr",
         "--learning-rate",
         type=_number("> 0", lambda x: x > 0),
-        default=1e-4,
         metavar="LR",
-        help="learning rate of all optimizers (default: 1e-4)",
+        help="learning rate of all optimizers; fast: its peak "
+        f"(default: {format_number(recipe.paper.learning_rate)}; fast: {format_number(fast.learning_rate)})",
     )
     add("-T", type=whole_number(1, 4096), default=8, help="number of time steps (default: %(default)s)")
     add(
         "-N",
         "--epoch",
         type=least_one,
-        default=recipe.epochs,
         metavar="N",
-        help="number of training epochs in all; may grow when a run is continued (default: %(default)s)",
+        help="number of training epochs in all; may grow when a run is continued "
+        f"(default: {recipe.paper.epochs}; fast: {fast.epochs})",
     )
     add(
         "--seed",
@@ -332,6 +358,13 @@ def read(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespac
     """
     options = _parser(recipe).parse_args(argv)
     options.experiment = recipe.name
+    pace = recipe.fast if options.recipe == "fast" else recipe.paper
+    given = (options.batch_size, options.learning_rate, options.epoch)
+    defaults = (pace.batch_size, pace.learning_rate, pace.epochs)
+    options.batch_size, options.learning_rate, options.epoch = (
+        default if value is None else value for value, default in zip(given, defaults, strict=True)
+    )
+    _check_connectivity(options)
     _check_mode(options)
     return options
 
@@ -356,6 +389,18 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     return options
 
 
+def _check_connectivity(options: argparse.Namespace) -> None:
+    """Checks --connectivity, and gives -s a default that fits it."""
+    if options.connectivity is None:
+        return
+    if options.mode != "grad" or options.recipe != "fast":
+        raise Refusal("argument --connectivity: needs -m grad and --recipe fast")
+    if options.penalty is not None:
+        raise Refusal("argument -penalty: not with --connectivity, which schedules the penalty")
+    if options.sparsity is None:
+        options.sparsity = min(max(round(1 - options.connectivity, 9), 0.5), 0.9999)
+
+
 def _check_mode(options: argparse.Namespace) -> None:
     mode = options.mode
     if mode == "no_prune":
@@ -375,7 +420,7 @@ def _check_mode(options: argparse.Namespace) -> None:
             raise Refusal(f"argument -s/--sparsity: required by -m {mode}, a number {accepted}")
         if mode == "grad" and not 0.5 <= options.sparsity < 1:
             raise Refusal(f"argument -s/--sparsity: -m grad accepts a number {accepted}, not {options.sparsity}")
-        if options.penalty is None:
+        if options.penalty is None and options.connectivity is None:
             options.penalty = 1e-3
     if mode == "deep" and options.temperature is None:
         options.temperature = 0.0
@@ -441,12 +486,18 @@ def format_number(value: float) -> str:
 
 
 def run_name(options: argparse.Namespace, recipe: Recipe) -> str:
-    """Names a run after every option that changes its outcome, but the number of epochs."""
+    """Names a run after every option that changes its outcome, but the number of epochs of the paper's recipe."""
     parts = ["soft"] if options.soft else []
     parts += ["lr", format_number(options.learning_rate), "b", str(options.batch_size), "T", str(options.T)]
-    if options.mode != "no_prune":
-        parts += ["penalty", format_number(options.penalty), "s", repr(options.sparsity)]
+    if options.connectivity is not None:
+        parts += ["connectivity", format_number(options.connectivity)]
+    if options.penalty is not None:
+        parts += ["penalty", format_number(options.penalty)]
+    if options.sparsity is not None:
+        parts += ["s", repr(options.sparsity)]
     parts += [options.mode]
+    if options.recipe != "paper":
+        parts += [options.recipe, "N", str(options.epoch)]  # the schedule is that of the number of epochs
     if options.plain_gradient:
         parts += ["plain-gradient"]
     if options.seed != 2020:

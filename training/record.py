@@ -152,6 +152,7 @@ def epoch_results(
     test_accuracy: float,
     best_accuracy: float,
     learning_rate: float,
+    penalty: float | None,
     layers: dict[str, Connections],
     rewired: dict[str, tuple[int, int]],
     others: int,
@@ -167,6 +168,7 @@ def epoch_results(
         test_accuracy: after the epoch.
         best_accuracy: the highest test accuracy so far.
         learning_rate: of the epoch's last step.
+        penalty: Grad R's alpha or Deep R's l1 in the epoch's last step; None without pruning.
         layers: connections by the weights' names.
         rewired: connections pruned and regrown since the epoch before, by the weights' names.
         others: the number of parameters that are never pruned.
@@ -198,6 +200,7 @@ def epoch_results(
             for name, layer in layers.items()
         },
         "learning_rate": learning_rate,
+        "penalty": penalty,
         **{f"{what}_seconds": seconds[what] for what in ("train", "test", "checkpoint")},
     }
 

@@ -33,7 +33,7 @@ class TrainingStep:
     With ``graph``, on a GPU, the first :attr:`WARMUP` steps run as they are; then the step is captured as
     a CUDA graph and replayed on copies of the batches, so that the host no longer launches each kernel.
     Dropout and noise draw fresh numbers at each replay: the graph advances the default generator.
-    The optimizers must be capturable then, and a new learning rate has no effect after the capture.
+    The optimizers must be capturable then, and their settings have no effect after the capture, until :meth:`renew`.
 
     The returned tensors are overwritten by the next step: whoever keeps them copies them.
 
@@ -52,6 +52,10 @@ class TrainingStep:
         self.use_graph = graph and device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
+
+    def renew(self) -> None:
+        """Has the step captured anew, with the optimizers' present settings."""
+        self.graph = None
 
     def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for parameter in self.parameters:
