@@ -88,7 +88,8 @@ def test_the_penalty_prunes_what_is_wanted_by_itself(steps, at, connectivity, th
     schedule.MOST = math.inf
     schedule.advance(at)
     (group,) = optimizer.param_groups
-    assert group["alpha"] == pytest.approx(theta / (schedule.length * group["lr"]))
+    moved = sum(group["lr"] / (1 - 0.9**t) for t in range(at + 1, at + 1 + schedule.length))
+    assert group["alpha"] == pytest.approx(theta / moved)
     assert schedule.state() == {"penalty": group["alpha"]}
 
 

@@ -204,8 +204,11 @@ def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
         ("", "-m grad -s 0.95"),
         ("", "--recipe fast"),
         ("--recipe fast", "--recipe fast -N 3"),
-        ("-m grad -s 0.95 --recipe fast", "-m grad -s 0.95 --recipe fast --connectivity 0.5"),
-        ("-m grad -s 0.95 --recipe fast --connectivity 0.05", "-m grad -s 0.95 --recipe fast --connectivity 0.01"),
+        ("-m grad -s 0.95 --recipe fast -lr 1e-3", "-m grad -s 0.95 --recipe fast -lr 1e-3 --connectivity 0.02"),
+        (
+            "-m grad -s 0.95 --recipe fast -lr 1e-3 --connectivity 0.01",
+            "-m grad -s 0.95 --recipe fast -lr 1e-3 --connectivity 0.02",
+        ),
     ],
 )
 def test_every_option_of_the_outcome_changes_it(run, tmp_path, one, other):

@@ -47,8 +47,8 @@ class Fast(Constant):
 
     The connectivity that is wanted falls from 1 to C between :attr:`BEGIN` and :attr:`END`, quickly at first and ever
     more slowly, as under a constant penalty: its logarithm's distance to that of C decays exponentially, by a factor of
-    e five times. It is C from there on. Grad R's prior moves theta down by alpha * eta_t in every step; so a segment of
-    k steps has the alpha = theta_q / (k * lr) with which the prior alone would leave the wanted share of the
+    e five times. It is C from there on. Grad R's prior moves theta down by alpha * eta_t in every step; so a segment
+    has the alpha = theta_q / (sum of its eta_t) with which the prior alone would leave the wanted share of the
     connections, theta_q being the largest theta to be pruned (0 where enough are pruned already). What the gradient
     does meanwhile, the next segment makes up for. Until C is due, alpha is at most :attr:`MOST`: a connection whose
     gradient never changes its sign moves by eta_t, and holds out against any alpha < 1. There is no way up: where the
@@ -130,7 +130,8 @@ class Fast(Constant):
         pruned = theta.numel() - round(self.wanted((step + length) / self.steps) * theta.numel())
         if pruned == 0:
             return 0.0
-        penalty = max(0.0, float(_smallest(theta, pruned))) / (length * group["lr"])
+        moved = sum(group["lr"] / (1 - group["betas"][0] ** t) for t in range(step + 1, step + length + 1))
+        penalty = max(0.0, float(_smallest(theta, pruned))) / moved
         return penalty if step >= self.END * self.steps else min(penalty, self.MOST)
 
     def _set_penalty(self, penalty: float) -> None:
