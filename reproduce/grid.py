@@ -49,7 +49,7 @@ class Row:
 
 
 def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
-    """Reads ``<experiment>.toml``: the rows, the first seed first, methods before ablations, short runs before long.
+    """Reads ``<experiment>.toml``: the rows, the first seed first, methods before ablations, in the table's order.
 
     ``options``, ``epochs`` and ``seeds`` of the table hold for all groups but those that have their own. A group has a
     ``title``, what its rows share in ``method``, and its ``variants``; ``ablation = true`` keeps it out of comparisons.
@@ -74,14 +74,17 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
                 argv = [word for text in texts for word in shlex.split(text)]
                 argv += ["-N", str(settings["epochs"]), "--seed", str(seed)]
                 row = _row(path, experiment, group, argv)
-                rows.append(((place, row.ablation, row.epochs), row))
-    rows.sort(key=lambda row: row[0])  # stable: in the table's order otherwise
-    found: dict[str, Row] = {}
-    for *_, row in rows:
-        if row.key in found:
-            raise Refusal(f"{path}: {row.command} is there twice, in {found[row.key].title} and {row.title}")
-        found[row.key] = row
-    return list(found.values())
+                rows.append(((place, row.ablation), row))
+    rows.sort(key=lambda row: row[0])
+    found: list[Row] = []
+    for _, row in rows:
+        for other in found:
+            if other.key == row.key:
+                raise Refusal(f"{path}: {row.command} is there twice, in {other.title} and {row.title}")
+            if other.name == row.name and other.epochs > row.epochs:
+                raise Refusal(f"{path}: {row.command} has to come before that of {other.epochs} epochs")
+        found.append(row)
+    return found
 
 
 def _row(path: Path, experiment: str, group: dict[str, Any], argv: Sequence[str]) -> Row:

@@ -128,7 +128,7 @@ def collect(dump: Path, rows: Sequence[Row]) -> list[Entry]:
 
 
 def summarise(entries: Sequence[Entry]) -> list[Summary]:
-    """The entries by title, variant and number of epochs, in the grid's order, short runs first."""
+    """The entries by title, variant and number of epochs, in the grid's order, ablations last."""
     groups: dict[tuple, list[Entry]] = defaultdict(list)
     dense: dict[tuple, list[float]] = defaultdict(list)
     for entry in entries:
@@ -141,7 +141,7 @@ def summarise(entries: Sequence[Entry]) -> list[Summary]:
         baseline = dense.get((epochs, some[0].options.learning_rate))
         mean = statistics.mean(baseline) if baseline else math.nan
         summaries.append(Summary(title, variant, epochs, ablation, tuple(some), mean))
-    return sorted(summaries, key=lambda summary: (summary.epochs, summary.ablation))  # stable otherwise
+    return sorted(summaries, key=lambda summary: summary.ablation)  # in the grid's order otherwise
 
 
 # -- tables --------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     main = [summary for summary in summaries if not summary.ablation]
     if main:
         files["plane.png"] = plane(main, f"{name}: accuracy against connectivity")
-        short = [summary for summary in main if summary.epochs == main[0].epochs]
+        short = [summary for summary in main if summary.epochs == rows[0].epochs]
         keys = {"test_accuracy": ("test accuracy (%)", 100.0), "connectivity": ("connectivity (%)", 100.0)}
         files["epochs.png"] = curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
         keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
@@ -324,8 +324,8 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
             heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
             files["rewiring.png"] = curves(pruning, heading, keys, log=True)
         if any(summary.ablation for summary in summaries):
-            some = [s for s in summaries if s.ablation or (s in short and s.title in ("dense", "Grad R"))]
-            files["ablations.png"] = plane(some, f"{name}: ablations of Grad R")
+            some = [s for s in summaries if s.ablation or (s in short and s.title in ("dense", "Grad R", "Deep R"))]
+            files["ablations.png"] = plane(some, f"{name}: ablations of Grad R and Deep R")
     for file, content in files.items():
         storage.write_whole(folder / file, content)
     return [folder / file for file in files]

@@ -107,7 +107,7 @@ def calls(dump):
 # -- the grid ------------------------------------------------------------------------------------------
 
 
-def test_rows_are_commands_the_first_seed_first_then_methods_then_short_before_long(rows):
+def test_rows_are_commands_the_first_seed_first_methods_before_ablations(rows):
     penalties = [("-m grad -s 0.95 -penalty " + p, "penalty-" + p + "-s-0.95-grad") for p in ("1e-3", "1e-2")]
     expected = [
         (f"python mnist/mnist.py --dataset digits -lr 1e-2 {options} -N 1 --seed {seed}", 1, name)
@@ -138,6 +138,7 @@ def test_rows_are_commands_the_first_seed_first_then_methods_then_short_before_l
         ("-penalty 1e-2", "-penalty 0.001", r"is there twice, in Grad R and Grad R"),
         ('title = "dense"\n', "", r"a group has no title"),
         ("[[group]]", "[[group", r"mnist\.toml: "),
+        ("epochs = 1\n", "epochs = 3\n", r"-N 2 --seed 2020 has to come before that of 3 epochs"),
     ],
 )
 def test_a_faulty_table_is_refused(tmp_path, old, new, message):
@@ -161,7 +162,13 @@ def test_the_grids_have_what_the_paper_compares(experiment):
         assert all(len(of_variant) >= 3 for of_variant in seeds)
         assert short >= 60
         assert not any(row.ablation for row in some)
-    assert {row.title for row in rows if not row.ablation} == set(least)
+    assert {row.title for row in rows if not row.ablation} == {*least, "dense, fast recipe", "Grad R, fast recipe"}
+    fast = [outcome.read(grid.RECIPES[experiment], row.argv) for row in rows if row.title == "Grad R, fast recipe"]
+    assert all(options.recipe == "fast" for options in fast)
+    assert {options.epoch for options in fast} == {grid.RECIPES[experiment].fast.epochs}
+    reached = {options.connectivity for options in fast}
+    assert len(reached) >= 4
+    assert (min(reached), max(reached)) == (0.007, 0.3)
     whole = [row for row in rows if row.epochs == grid.RECIPES[experiment].paper.epochs]
     assert len([row for row in whole if row.title == "Grad R"]) >= 4
     assert len([row for row in whole if row.title == "dense"]) >= 1
