@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -24,6 +25,8 @@ from reproduce import runner
 from reproduce.grid import RECIPES, Row
 from training import storage
 from training.options import format_number, read
+
+NEAR = 4  # points of accuracy: what the plane's second panel shows
 
 
 @dataclass(frozen=True)
@@ -218,40 +221,55 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _plain(axis: Axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def plane(summaries: Sequence[Summary], heading: str) -> bytes:
-    """The accuracy-connectivity plane: means over seeds with their standard deviations, a line per title and epochs."""
+    """The accuracy-connectivity plane, whole and near the best accuracy.
+
+    Means over seeds with their standard deviations, a line per title and number of epochs.
+    """
     with matplotlib.rc_context(STYLE):
-        figure, ((axes,),) = _figure(1, 1)
-        lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
-        for summary in summaries:
-            lines[summary.title, summary.epochs].append(summary)
-        for i, ((title, epochs), some) in enumerate(lines.items()):
-            some.sort(key=lambda summary: summary.mean("connectivity"))
-            axes.errorbar(
-                [100 * summary.mean("connectivity") for summary in some],
-                [100 * summary.mean("test_accuracy") for summary in some],
-                yerr=[100 * summary.deviation("test_accuracy") for summary in some],
-                xerr=[100 * summary.deviation("connectivity") for summary in some],
-                label=f"{title}, {epochs} epochs",
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
-                linewidth=1,
-                capsize=2,
-            )
-        entry = summaries[0].entries[0]
-        for published in PUBLISHED.get((entry.row.experiment, entry.options.dataset), ()):
-            x, y = 100 * np.array(published.points).T
-            look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
-            axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_xlabel("connectivity (%), logarithmic")
-        axes.set_ylabel("test accuracy (%)")
-        axes.set_title(heading)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-        figure.set_size_inches(8.6, 4.4)
+        figure, (panels,) = _figure(1, 2)
+        for axes in panels:
+            _draw_plane(axes, summaries)
+        best = 100 * max(summary.mean("test_accuracy") for summary in summaries)
+        panels[1].set_ylim(best - NEAR, best + NEAR / 4)
+        panels[1].set_title(f"within {NEAR} points of the best")
+        panels[0].set_ylabel("test accuracy (%)")
+        figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+        figure.set_size_inches(12, 4.6)
         return _png(figure)
+
+
+def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
+    lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
+    for summary in summaries:
+        lines[summary.title, summary.epochs].append(summary)
+    for i, ((title, epochs), some) in enumerate(lines.items()):
+        some.sort(key=lambda summary: summary.mean("connectivity"))
+        axes.errorbar(
+            [100 * summary.mean("connectivity") for summary in some],
+            [100 * summary.mean("test_accuracy") for summary in some],
+            yerr=[100 * summary.deviation("test_accuracy") for summary in some],
+            xerr=[100 * summary.deviation("connectivity") for summary in some],
+            label=f"{title}, {epochs} epochs",
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
+            linewidth=1,
+            capsize=2,
+        )
+    entry = summaries[0].entries[0]
+    for published in PUBLISHED.get((entry.row.experiment, entry.options.dataset), ()):
+        x, y = 100 * np.array(published.points).T
+        look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
+        axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)
+    axes.set_xscale("log")
+    _plain(axes.xaxis)
+    axes.set_xlabel("connectivity (%), logarithmic")
 
 
 def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str, float]], log: bool) -> bytes:
@@ -284,6 +302,7 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
                 axes.set_ylabel(label)
                 if log:
                     axes.set_yscale("log")
+                    _plain(axes.yaxis)
             panel_row[0].set_title(title)
             panel_row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         for axes in panels[-1]:
