@@ -108,6 +108,30 @@ def test_precisions_agree_on_one_batch(fused):
     assert (counts["bf16"] - counts["fp32"]).abs().mean() < 0.1
 
 
+def test_a_renewed_step_is_taken_as_it_is_once_and_captured_anew(monkeypatch):
+    taken = []
+
+    class Graph:
+        def replay(self):
+            taken.append("replay")
+
+    def capture(self, images, labels):
+        taken.append("capture")
+        self.images, self.labels, self.outputs, self.graph = images.clone(), labels.clone(), None, Graph()
+
+    monkeypatch.setattr(TrainingStep, "_warm_up", lambda self, images, labels: taken.append("eager"))
+    monkeypatch.setattr(TrainingStep, "_capture", capture)
+    network = spiking_mnist(4, "m")
+    step = TrainingStep(network, optimizers_of(network), "fp32", CPU, graph=True)
+    step.use_graph = True  # as on a GPU
+    for i, batch in enumerate(batches(8, (5, 1, 28, 28))):
+        if i in (1, 5):  # before the first capture, and after it
+            step.renew()
+        step(*batch)
+    wanted = ["eager", "eager", "eager", "capture", "replay", "replay", "eager", "capture", "replay", "replay"]
+    assert taken == wanted
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("cls", [GradRewiring, DeepRewiring])

@@ -54,8 +54,10 @@ class TrainingStep:
         self.calls = 0
 
     def renew(self) -> None:
-        """Has the step captured anew, with the optimizers' present settings."""
+        """Has the step captured anew, with the optimizers' present settings, after one step as it is."""
         self.graph = None
+        # the step between is for kernels that new settings may need: they cannot be built during a capture
+        self.calls = min(self.calls, self.WARMUP - 1)
 
     def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         for parameter in self.parameters:
