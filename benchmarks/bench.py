@@ -31,6 +31,7 @@ from gradrewire import GradRewiring
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
 from training import data, measure
+from training.record import processor
 from training.step import TrainingStep, autocast, set_precision
 
 Row = tuple[str, ...]
@@ -155,7 +156,7 @@ def torchvision_loader(dataset: data.Dataset, batch_size: int) -> DataLoader:
 
 
 def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> list[dict]:
-    batch, steps = MNIST.batch_size, len(dataset.train) // MNIST.batch_size
+    batch, steps = MNIST.paper.batch_size, len(dataset.train) // MNIST.paper.batch_size
 
     def execution(step_mode: str, fused: bool, precision: str = "fp32", loader: DataLoader | None = None) -> Execution:
         torch.manual_seed(0)
@@ -211,7 +212,7 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
 
 def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
     """Where the time of a fused MNIST training step goes: its parts, one after the other."""
-    execution = Execution(MnistNet(8), MNIST, dataset, device, MNIST.batch_size, fused=True)
+    execution = Execution(MnistNet(8), MNIST, dataset, device, MNIST.paper.batch_size, fused=True)
     execution.train(20)
     network, optimizer, batches = execution.network, execution.step.optimizers[0], iter(execution.batches)
     parts: dict[str, list[float]] = {}
@@ -337,7 +338,7 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> list[dict]:
     for name, fused in (("eager fp32, step by step", False), ("fused fp32", True)):
         torch.manual_seed(2020)
         network = MnistNet(8, "m" if fused else "s")
-        execution = Execution(network, MNIST, dataset, device, MNIST.batch_size, fused)
+        execution = Execution(network, MNIST, dataset, device, MNIST.paper.batch_size, fused)
         for group in execution.step.optimizers[0].param_groups:
             group["lr"] = 1e-3
         losses[name] = []
@@ -441,14 +442,6 @@ def main() -> None:
     if arguments.json:
         head = {"date": str(date.today()), "hardware": hardware, "versions": versions}
         arguments.json.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n")
-
-
-def processor() -> str:
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return f"{len(names)} cores of {names[0].split(':')[1].strip()}"
-    except (OSError, IndexError):
-        return platform.processor()
 
 
 if __name__ == "__main__":

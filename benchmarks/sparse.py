@@ -22,10 +22,11 @@ from torch.nn import functional as F
 import spiking_kernels
 from analysis.export import load_pruned
 from analysis.sparse import BLOCK, event_driven
-from benchmarks.bench import in_turns, median, mnist_images, processor, table
+from benchmarks.bench import in_turns, median, mnist_images, table
 from mnist.mnist import RECIPE
 from mnist.model import MnistNet
 from training import data, measure
+from training.record import processor
 
 SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
 GAIN = 2.4  # of the initial weights; as many hidden neurons spike then as in a trained network

@@ -195,8 +195,8 @@ def csv_text(entries: Sequence[Entry]) -> str:
     for entry in entries:
         row, run = entry.row, entry.record["run"]
         about = {"title": row.title, "variant": entry.variant, "epochs": row.epochs, "seed": row.seed}
-        made = {"device": run.get("device"), "torch": (run.get("versions") or {}).get("torch")}
-        made |= {"commit": run.get("commit"), "command": row.command}
+        made = {"cpu": run.get("cpu"), "device": run.get("device"), "torch": (run.get("versions") or {}).get("torch")}
+        made |= {"git_commit": run.get("git_commit"), "command": row.command}
         known = {key: value for key, value in entry.numbers().items() if not math.isnan(value)}
         lines.append({**about, **dict.fromkeys(entry.numbers()), **known, **made})
     text = io.StringIO()
@@ -355,7 +355,8 @@ def _commands(entries: Sequence[Entry], left: Sequence[Row]) -> str:
     for entry in entries:
         run = entry.record["run"]
         versions = ", ".join(f"{name} {version}" for name, version in sorted((run.get("versions") or {}).items()))
-        machines[f"{run.get('device')}; {versions}; commit {run.get('commit')}"].append(entry)
+        machine = f"{run.get('cpu')}; {run.get('device')}; {versions}; commit {run.get('git_commit')}"
+        machines[machine].append(entry)
     text = "# How the rows were made\n"
     for machine, some in machines.items():
         hours = sum(entry.numbers()["train_seconds"] for entry in some if entry.epochs) / 3600

@@ -194,7 +194,7 @@ class Runner:
         if test is not None and test["epoch"] != row.epochs:  # of a run that was prolonged since
             test = None
         result = next(line for line in run.epochs if line["epoch"] == row.epochs)
-        keys = ("versions", "device", "commit")
+        keys = ("versions", "device", "cpu", "git_commit")
         record = {
             "row": row.key,
             "title": row.title,

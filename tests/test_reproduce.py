@@ -13,6 +13,7 @@ import pytest
 from reproduce import __main__ as reproduce
 from reproduce import grid, outcome, runner
 from training.options import REPOSITORY, Refusal
+from training.record import processor
 
 TABLE = """
 options = "--dataset digits -lr 1e-2"
@@ -77,7 +78,8 @@ else:
             line |= {"pruned": 2, "regrown": 6}
             line |= {"train_seconds": 3.0, "test_seconds": 0.5, "checkpoint_seconds": 0.5}
             print(json.dumps(line), file=file)
-    (logs / "run.json").write_text(json.dumps({"versions": {"torch": "9"}, "device": "stub", "commit": "c0ffee"}))
+    info = {"versions": {"torch": "9"}, "device": "stub", "cpu": "6502", "git_commit": "c0ffee"}
+    (logs / "run.json").write_text(json.dumps(info))
 with open(dump / "calls", "a") as calls:
     print("end", name, file=calls)
 """
@@ -209,7 +211,7 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
     assert record["result"]["test_accuracy"] == 0.6
     assert record["test"] == {"epoch": 1, "accuracy": 0.5}
     assert (record["command"], record["seed"], record["epochs"]) == (rows[0].command, 2020, 1)
-    assert record["run"] == {"versions": {"torch": "9"}, "device": "stub", "commit": "c0ffee"}
+    assert record["run"] == {"versions": {"torch": "9"}, "device": "stub", "cpu": "6502", "git_commit": "c0ffee"}
     assert runner.finished(stub, rows[3])["result"]["test_accuracy"] == 0.7
     out = capsys.readouterr().out
     assert f"{rows[0].key} finished: test accuracy 60.00 %, connectivity 25.00 %" in out
@@ -403,6 +405,9 @@ def test_a_row_runs_by_the_real_script(tmp_path):
     assert record["test"]["accuracy"] == record["result"]["test_accuracy"]
     assert record["test"]["operations"]
     assert record["run"]["versions"]["torch"]
+    assert record["run"]["cpu"] == processor()
+    info = json.loads((runner.state(tmp_path, row).logs / "run.json").read_text())
+    assert record["run"] == {key: info[key] for key in ("versions", "device", "cpu", "git_commit")}
 
 
 # -- the outcome ---------------------------------------------------------------------------------------
@@ -436,7 +441,7 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     assert [line["command"] for line in lines] == [row.command for row in done]
     assert (lines[1]["test_accuracy"], lines[1]["macs"], lines[1]["seed"]) == ("0.95", "", "2020")
     made, left = (folder / "commands.md").read_text().split("Not run yet")
-    assert "stub; torch 9; commit c0ffee" in made
+    assert "6502; stub; torch 9; commit c0ffee" in made
     assert all(row.command in made for row in done)
     assert all(row.command in left for row in (rows[3], rows[7]))
     for name in pictures:

@@ -6,6 +6,7 @@ epochs, at the time of measuring: train/loss at step 0 is the loss before the fi
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -249,7 +250,7 @@ def weights_and_theta(
 
 
 def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -> dict[str, Any]:
-    """What ``run.json`` says of a run: its arguments, versions, device, commit and parameters."""
+    """What ``run.json`` says of a run: its arguments, versions, device, processor, commit and parameters."""
     weights = prunable(network)
     prunable_weights = sum(weight.numel() for weight in weights.values())
     on_gpu = options.device.type == "cuda"
@@ -261,6 +262,7 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
         "arguments": arguments(options),
         "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
         "device": torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "cpu": processor(),
         "git_commit": _git_commit(),
         "parameters": {
             "prunable": prunable_weights,
@@ -268,6 +270,15 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
             "layers": {name: list(weight.shape) for name, weight in weights.items()},
         },
     }
+
+
+def processor() -> str:
+    """The machine's CPU, with the number of its cores."""
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return f"{len(names)} cores of {names[0].split(':')[1].strip()}"
+    except (OSError, IndexError):
+        return platform.processor()
 
 
 def _git_commit() -> str | None:
