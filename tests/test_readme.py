@@ -1,5 +1,6 @@
 """What the README says: its example runs, its options are those of the scripts, its commands parse."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from c10.c10 import RECIPE as C10
 from mnist.mnist import RECIPE as MNIST
+from reproduce import grid
 from training.options import _parser, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,26 @@ def test_the_options_table_is_complete(recipe):
         default = action.default
         if isinstance(default, (int, str)) and not isinstance(default, bool):
             assert str(default) in table[flags], flags
+
+
+def test_its_results_are_those_of_the_grid():
+    lines = [line.split("|")[1:-1] for line in (ROOT / "results" / "mnist" / "table.md").read_text().splitlines()[2:]]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    (table,) = re.findall(r"<!-- results/mnist/table.md -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    shown_head, _, *shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    columns = [head.index(name) for name in shown_head]
+    assert shown_head[:4] == head[:4] == ["method", "options", "epochs", "seeds"]
+    assert {"dense", "Grad R", "Deep R", "soft Deep R"} <= {row[0] for row in shown}
+    possible = [[row[column] for column in columns] for row in rows]
+    assert [row for row in shown if row not in possible] == []
+
+
+def test_the_results_are_of_the_grid_as_it_is():
+    commands = {row.command for row in grid.load("mnist")}
+    with open(ROOT / "results" / "mnist" / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert [row["command"] for row in rows if row["command"] not in commands] == []
 
 
 def test_its_commands_are_accepted(tmp_path):
