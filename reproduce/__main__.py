@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from reproduce import grid, outcome, runner, slurm
+from reproduce import entries, grid, outcome, runner, slurm
 from reproduce.grid import Row
 from training import storage
 from training.options import REPOSITORY, Parser, Refusal, check_writable, command, folder_path, whole_number
@@ -30,7 +30,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--outcome",
         type=folder_path,
         metavar="DIR",
-        help="write tables and figures of the finished rows (default: run rows)",
+        help="write tables and figures of the finished rows, beside those of the rows that DIR has already "
+        "(default: run rows)",
     )
     instead(
         "--slurm",
@@ -41,6 +42,12 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--jobs", type=whole_number(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
     add("--shard", default="1/1", metavar="I/N", help="take part I of N of the rows, from 1 (default: 1/1, all)")
+    add(
+        "--without",
+        type=folder_path,
+        metavar="DIR",
+        help="leave out the rows that the outcome in DIR has (default: take all)",
+    )
     add(
         "--dataset-dir",
         type=folder_path,
@@ -61,6 +68,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     options.shard = int(match[1]), int(match[2])
     if options.slurm and options.shard != (1, 1):
         raise Refusal("argument --shard: not with --slurm, which shares out all rows among the tasks of its array")
+    for name in ("shard", "without"):
+        if options.outcome and getattr(options, name) not in ((1, 1), None):
+            raise Refusal(f"argument --{name}: not with --outcome, which is of all rows")
     options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.experiment}-grid"
     return options
 
@@ -68,7 +78,13 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    rows = grid.shard(grid.load(options.experiment), *options.shard)
+    rows = grid.load(options.experiment)
+    if options.without:
+        known = {line["command"] for line in entries.recorded(options.without)}
+        if not known:
+            raise Refusal(f"argument --without: no outcome of finished rows in {options.without}")
+        rows = [row for row in rows if row.command not in known]
+    rows = grid.shard(rows, *options.shard)
     if options.outcome:
         check_writable("--outcome", options.outcome)
         for path in outcome.write(options.dump_dir, rows, options.outcome):
@@ -97,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write_slurm(options: argparse.Namespace, rows: Sequence[Row]) -> int:
     tasks = math.ceil(len({row.name for row in rows}) / options.jobs)
     places = [path.absolute() for path in (options.dataset_dir, options.dump_dir, REPOSITORY)]
-    text = slurm.script(options.slurm, options.experiment, tasks, options.jobs, *places, python=sys.executable)
+    without = ["--without", str(options.without.absolute())] if options.without else []
+    text = slurm.script(options.slurm, options.experiment, tasks, options.jobs, *places, sys.executable, without)
     check_writable("--dump-dir", options.dump_dir / "rows")  # Slurm does not make the folder of its logs
     check_writable("--slurm", options.slurm.parent)
     storage.write_whole(options.slurm, text)

@@ -1,6 +1,7 @@
 """The grid as a job array of Slurm: one file to submit, whose tasks are shards of the grid."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 SCRIPT = """\
@@ -29,14 +30,22 @@ trap 'kill -TERM "$runner"; wait "$runner"; exit' TERM  # preempted, to be queue
 
 cd {repository} || exit
 {python} -m reproduce {experiment} --shard "$SLURM_ARRAY_TASK_ID/{tasks}" --jobs {jobs} \\
-    --dataset-dir {dataset_dir} --dump-dir {dump_dir} &
+    --dataset-dir {dataset_dir} --dump-dir {dump_dir} {more}&
 runner=$!
 wait "$runner"
 """
 
 
 def script(
-    file: Path, experiment: str, tasks: int, jobs: int, dataset_dir: Path, dump_dir: Path, repository: Path, python: str
+    file: Path,
+    experiment: str,
+    tasks: int,
+    jobs: int,
+    dataset_dir: Path,
+    dump_dir: Path,
+    repository: Path,
+    python: str,
+    more: Sequence[str] = (),
 ) -> str:
     """The text of the array script.
 
@@ -48,9 +57,11 @@ def script(
         dataset_dir, dump_dir: absolute, on a file system that all machines share.
         repository: absolute, where the tasks run.
         python: the interpreter.
+        more: words that every task's command has, too.
     """
     words = {"repository": repository, "python": python, "dataset_dir": dataset_dir, "dump_dir": dump_dir, "file": file}
     quoted = {name: shlex.quote(str(word)) for name, word in words.items()}
     log = shlex.quote(str(dump_dir / "rows" / "slurm-%a.log"))
     command = f"python -m reproduce {experiment} --slurm {quoted['file']}"
-    return SCRIPT.format(**quoted, experiment=experiment, tasks=tasks, jobs=jobs, log=log, command=command)
+    last = f"{shlex.join(more)} " if more else ""
+    return SCRIPT.format(**quoted, experiment=experiment, tasks=tasks, jobs=jobs, log=log, command=command, more=last)

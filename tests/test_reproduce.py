@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,8 +13,8 @@ import time
 import pytest
 
 from reproduce import __main__ as reproduce
-from reproduce import grid, outcome, runner
-from training.options import REPOSITORY, Refusal
+from reproduce import entries, figures, grid, outcome, runner, tables
+from training.options import REPOSITORY, Refusal, read
 from training.record import processor
 
 TABLE = """
@@ -165,7 +167,7 @@ def test_the_grids_have_what_the_paper_compares(experiment):
         assert short >= 60
         assert not any(row.ablation for row in some)
     assert {row.title for row in rows if not row.ablation} == {*least, "dense, fast recipe", "Grad R, fast recipe"}
-    fast = [outcome.read(grid.RECIPES[experiment], row.argv) for row in rows if row.title == "Grad R, fast recipe"]
+    fast = [read(grid.RECIPES[experiment], row.argv) for row in rows if row.title == "Grad R, fast recipe"]
     assert all(options.recipe == "fast" for options in fast)
     assert {options.epoch for options in fast} == {grid.RECIPES[experiment].fast.epochs}
     reached = {options.connectivity for options in fast}
@@ -178,7 +180,7 @@ def test_the_grids_have_what_the_paper_compares(experiment):
 
 def test_the_grids_ablate_prior_target_gradient_and_learning_rate():
     for experiment, rate in (("mnist", 1e-4), ("c10", 1e-3)):
-        options = [outcome.read(grid.RECIPES[experiment], row.argv) for row in grid.load(experiment) if row.ablation]
+        options = [read(grid.RECIPES[experiment], row.argv) for row in grid.load(experiment) if row.ablation]
         assert any(o.mode == "grad" and o.penalty == 0 for o in options)
         assert any(o.plain_gradient for o in options)
         assert {o.sparsity for o in options if o.mode == "grad"} == {0.5, 0.75, 0.9, 0.95, 0.99}
@@ -426,7 +428,8 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     folder = tmp_path / "results"
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(folder)]) == 0
     pictures = {"plane.png", "epochs.png", "rewiring.png", "ablations.png"}
-    assert {path.name for path in folder.iterdir()} == {"rows.csv", "table.md", "commands.md", *pictures}
+    texts = {"rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "commands.md"}
+    assert {path.name for path in folder.iterdir()} == {*texts, *pictures}
     out = capsys.readouterr().out
     assert all(str(path) in out for path in folder.iterdir())
     table = (folder / "table.md").read_text()
@@ -451,5 +454,165 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
 def test_a_dense_grid_has_an_outcome_too(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     names = [path.name for path in outcome.write(stub, rows[:1], tmp_path)]
-    assert names == ["rows.csv", "table.md", "commands.md", "plane.png", "epochs.png"]
-    assert [path.name for path in outcome.write(stub, rows[1:2], tmp_path)] == names[:3]
+    texts = ["rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "commands.md"]
+    assert names == [*texts, "plane.png", "epochs.png"]
+    (tmp_path / "other").mkdir()
+    assert [path.name for path in outcome.write(stub, rows[1:2], tmp_path / "other")] == texts
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def results(tmp_path, rows, stub):
+    """A folder with the outcome of all rows but the last."""
+    runner.Runner(stub, [], 4).run(rows[:-1])
+    folder = tmp_path / "results"
+    folder.mkdir()
+    outcome.write(stub, rows, folder)
+    return folder
+
+
+def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
+    before = contents(results)
+    assert before["table.md"].startswith(b"7 of 8 rows")
+    outcome.write(tmp_path / "empty", rows, results)
+    assert contents(results) == before
+    other = tmp_path / "other dump"
+    other.mkdir()
+    runner.Runner(other, [], 2).run([rows[0], rows[-1]])  # one anew, one that is not there yet
+    record = runner.finished(other, rows[0])
+    record["result"]["test_accuracy"] = 0.875
+    runner.record_of(other, rows[0]).write_text(json.dumps(record))
+    outcome.write(other, rows, results)
+    lines = list(csv.DictReader((results / "rows.csv").open()))
+    assert [line["command"] for line in lines] == [row.command for row in rows]
+    accuracies = [line["test_accuracy"] for line in lines]
+    assert accuracies == ["0.875", "0.6", "0.6", "0.7", "0.6", "0.6", "0.6", "0.6"]
+    epochs = list(csv.DictReader((results / "epochs.csv").open()))
+    assert [(line["row"], line["epoch"]) for line in epochs] == [
+        (row.key, str(epoch)) for row in rows for epoch in range(1, row.epochs + 1)
+    ]
+    keys = ("test_accuracy", "connectivity", "pruned", "regrown")
+    assert [epochs[4][key] for key in keys] == ["0.7", "0.25", "2", "6"]  # the second of the long row
+    assert (results / "table.md").read_text().startswith("8 of 8 rows")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("rows.csv", "-penalty 1e-3 -N", "-penalty 2e-3 -N", "rows.csv: not in the grid, and not to be lost: python"),
+        ("rows.csv", "best_accuracy", "best", "rows.csv: a line has no best_accuracy"),
+        ("rows.csv", ",0.6,", ",much,", "rows.csv: not a number: 'much'"),
+        ("rows.csv", ",0.6,", ",inf,", "rows.csv: not a number: 'inf'"),
+        ("epochs.csv", ",0.6,", ",much,", "epochs.csv: not a number: 'much'"),
+        ("epochs.csv", ",2,6", "", "epochs.csv: a line has no pruned"),
+        ("epochs.csv", "row,epoch", '"row,epoch', "epochs.csv: cannot be read"),
+    ],
+)
+def test_an_outcome_that_is_not_of_the_grid_is_not_written_over(
+    file, old, new, message, tmp_path, monkeypatch, capsys, rows, results
+):
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+    text = (results / file).read_text()
+    assert old in text
+    (results / file).write_text(text.replace(old, new))
+    before = contents(results)
+    capsys.readouterr()
+    assert reproduce.main(["mnist", "--dump-dir", str(tmp_path / "empty"), "--outcome", str(results)]) == 2
+    assert contents(results) == before
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_rows_of_an_outcome_are_left_out(tmp_path, monkeypatch, capsys, rows, stub, results):
+    real = grid.load("mnist")
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    options = ["mnist", "--dump-dir", str(fresh), "--without", str(results)]
+    capsys.readouterr()
+    assert reproduce.main([*options, "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"to do  {rows[-1].command}", "0 of 1 rows done, 1 epochs left"]
+    assert reproduce.main(options) == 0
+    assert [line.split(" --dataset-dir")[0] for line in calls(fresh) if line.startswith("start")] == 2 * [
+        f"start {' '.join(rows[-1].argv)}"
+    ]
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: real)
+    lines = (results / "rows.csv").read_text().splitlines()
+    for line, row in enumerate(real[:5], 1):
+        lines[line] = f"{lines[line].rpartition(',')[0]},{row.command}"
+    (results / "rows.csv").write_text("\n".join(lines))
+    tasks = []
+    for argv in ([], ["--without", str(results)]):
+        assert reproduce.main(["mnist", "--dump-dir", str(fresh), "--slurm", str(tmp_path / "array.sh"), *argv]) == 0
+        text = (tmp_path / "array.sh").read_text()
+        assert ("--without" in text) == bool(argv)
+        tasks.append(int(re.search("--array=1-([0-9]+)", text)[1]))
+    assert f"--dump-dir {fresh} --without {results} &\n" in text
+    assert tasks == [len({row.name for row in some}) for some in (real, real[5:])]
+
+
+def test_a_folder_without_an_outcome_has_no_rows_to_leave_out(tmp_path, capsys):
+    assert reproduce.main(["mnist", "--list", "--without", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count(f"argument --without: no outcome of finished rows in {tmp_path}") == 1
+    for option, value in (("--without", str(tmp_path)), ("--shard", "1/2")):
+        assert reproduce.main(["mnist", "--outcome", str(tmp_path / "new"), option, value]) == 2
+        assert f"argument {option}: not with --outcome" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_front_has_what_is_most_accurate_with_so_few_connections():
+    points = [(0.5, 0.9), (0.04, 0.8), (0.01, 0.6), (0.16, 0.8), (0.25, 0.95), (0.04, 0.7), (0.0, 0.99)]
+    front = [(0.01, 0.6), (0.04, 0.8), (0.25, 0.95)]
+    assert tables.front(points) == front
+    assert tables.accuracy_at(points, 0.02) == pytest.approx(0.7)  # half way in the logarithm
+    assert tables.accuracy_at(points, 0.1) == pytest.approx(0.875)
+    for connectivity, accuracy in [*front, (0.5, 0.95), (1.0, 0.95)]:
+        assert tables.accuracy_at(points, connectivity) == accuracy
+    assert tables.accuracy_at(points, 0.009) != tables.accuracy_at(points, 0.009)  # NaN
+    assert tables.accuracy_at([(0.0, 0.1)], 0.5) != 0.1
+
+
+def test_methods_are_compared_at_equal_connectivity():
+    def entry(title, seed, connectivity, accuracy, penalty, epochs=60, ablation=False):
+        argv = shlex.split(f"-m grad -s 0.95 -penalty {penalty} -N {epochs} --seed {seed}")
+        row = grid.Row("mnist", title, ablation, tuple(argv), f"{title}-{penalty}-{seed}", epochs, seed)
+        numbers = {"connectivity": connectivity, "test_accuracy": accuracy}
+        return entries.Entry(row, read(grid.RECIPES["mnist"], argv), numbers, {}, [])
+
+    some = [
+        *(entry("Grad R", 1, 0.5, 0.98, 1), entry("Grad R", 1, 0.02, 0.90, 2)),
+        *(entry("Grad R", 2, 0.5, 0.96, 1), entry("Grad R", 2, 0.01, 0.90, 2)),
+        entry("Grad R", 3, 0.5, 0.10, 1),  # a seed whose other variant is not finished
+        *(entry("Deep R", 1, 0.25, 0.97, 1), entry("Deep R", 1, 0.05, 0.95, 2)),
+        *(entry("Deep R", 3, 0.25, 0.99, 1), entry("Deep R", 3, 0.05, 0.99, 2)),
+        entry("alone", 1, 0.25, 0.97, 1),
+        *(entry("Grad R", 1, 0.5, 0.5, 1, epochs=512), entry("Grad R", 1, 0.25, 0.5, 2, epochs=512)),
+    ]
+    text = tables.equal_connectivity(tables.summarise(some))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[0] == ["method", "epochs", "seeds", "50 %", "25 %", "10 %", "5 %", "3 %", "2 %", "1.5 %", "1 %"]
+    (first, second, long, lead) = (line for line in cells if line[0] in ("Grad R", "Deep R"))
+    assert first[:4] == ["Grad R", "60", "2", "97.00 ± 1.41"]
+    assert first[8:] == ["90.53 ± 0.75", "-", "-"]  # 90.00 and 91.06; below 2 % one of the seeds has nothing
+    assert second == ["Deep R", "60", "2", "98.00 ± 1.41", "98.00 ± 1.41", "97.43 ± 2.22", "97.00 ± 2.83", *4 * ["-"]]
+    assert long == ["Grad R", "512", "1", "50.00", "50.00", *6 * ["-"]]
+    assert lead[:5] == ["Deep R", "60", "1", "1.00", "-0.72"]  # seed 1 alone: 98.00 - 97.00, 96.28 - 97.00
+    assert "alone" not in text
+
+
+def test_the_curves_say_of_which_seeds_they_are(tmp_path, monkeypatch, rows, stub, results):
+    headings = []
+    monkeypatch.setattr(figures.Figure, "suptitle", lambda figure, text, **look: headings.append(text))
+    outcome.write(tmp_path / "empty", rows, results)
+    assert [text.partition("; seeds ")[2] for text in headings] == ["", "2020, 1", "2020, 1", ""]
+    kept = [
+        line for line in (results / "epochs.csv").read_text().splitlines() if line.startswith("row") or "seed-1" in line
+    ]
+    (results / "epochs.csv").write_text("\n".join(kept))
+    headings.clear()
+    outcome.write(tmp_path / "empty", rows, results)
+    assert [text.partition("; seeds ")[2] for text in headings] == ["", "1", "1", ""]

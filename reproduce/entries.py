@@ -1,0 +1,189 @@
+"""What finished rows gave: read from the dump folder or from an outcome's CSV files, and written to these.
+
+``rows.csv`` and ``epochs.csv`` hold all that the other files of an outcome show, so that it outlives the dump folder.
+"""
+
+import csv
+import io
+import math
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.runs import number
+from reproduce import runner
+from reproduce.grid import RECIPES, Row
+from training.options import Refusal, format_number, read
+
+ROWS, EPOCHS = "rows.csv", "epochs.csv"
+MADE = ("cpu", "device", "versions", "git_commit")  # what rows.csv says of how a row was made
+EPOCH = ("test_accuracy", "connectivity", "pruned", "regrown")  # the numbers of an epoch in epochs.csv
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished row with what it gave.
+
+    Attributes:
+        row: of the grid.
+        options: of the row's command line.
+        numbers: what it gave, by the names in ``rows.csv``; NaN where it is not known.
+        made: how, by the names in ``MADE``; empty texts where it is not known.
+        epochs: the numbers after each epoch, by the names in ``EPOCH``, up to the row's last; none where they are
+            gone.
+    """
+
+    row: Row
+    options: Namespace
+    numbers: dict[str, float]
+    made: dict[str, str]
+    epochs: list[dict[str, float]]
+
+    @property
+    def variant(self) -> str:
+        """What tells the row from others of its title, but for the seed and the number of epochs."""
+        given, texts = self.options, []
+        if given.mode != "no_prune":
+            texts += ["--connectivity", format_number(given.connectivity)] if given.connectivity is not None else []
+            texts += ["-s", f"{given.sparsity:g}"]
+            texts += ["-penalty", format_number(given.penalty)] if given.penalty is not None else []
+            texts += ["-temperature", format_number(given.temperature)] if given.temperature else []
+        return " ".join([*texts, "-lr", format_number(given.learning_rate)])
+
+
+def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
+    """The finished rows, in the grid's order: those of the dump folder, and others of the outcome that ``folder`` has.
+
+    Raises:
+        Refusal: the outcome in ``folder`` cannot be read, or has rows that are not in the grid.
+    """
+    earlier = {line["command"]: line for line in recorded(folder)}
+    strange = sorted(earlier.keys() - {row.command for row in rows})
+    if strange:
+        raise Refusal(f"{folder / ROWS}: not in the grid, and not to be lost: {strange[0]}")
+    lines_of: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for line in _lines(folder / EPOCHS, ("row", "epoch", *EPOCH)):
+        lines_of[line["row"]].append(line)
+    entries = []
+    for row in rows:
+        options = read(RECIPES[row.experiment], list(row.argv))
+        record, line = runner.finished(dump, row), earlier.get(row.command)
+        if record is not None:
+            results = [result for result in runner.state(dump, row).epochs if result["epoch"] <= row.epochs]
+            epochs = [{key: number(result, key) for key in EPOCH} for result in results]
+            entries.append(Entry(row, options, _numbers(record, results), _made(record), epochs))
+        elif line is not None:
+            epochs = [{key: _value(folder / EPOCHS, text[key]) for key in EPOCH} for text in lines_of[row.key]]
+            numbers = {key: _value(folder / ROWS, line[key]) for key in _numbers({}, [])}
+            entries.append(Entry(row, options, numbers, {key: line[key] for key in MADE}, epochs))
+    return entries
+
+
+def recorded(folder: Path) -> list[dict[str, str]]:
+    """The rows of the outcome that a folder has, by the columns of ``rows.csv``; none where there is none.
+
+    Raises:
+        Refusal: the file is not one that :func:`write` wrote.
+    """
+    return _lines(folder / ROWS, ("row", "command", *_numbers({}, []), *MADE))
+
+
+def _lines(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file, strict=True))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, csv.Error) as error:
+        raise Refusal(f"{path}: cannot be read: {error}") from None
+    for line in lines:
+        missing = [column for column in columns if line.get(column) is None]
+        if missing:
+            raise Refusal(f"{path}: a line has no {missing[0]}")
+    return lines
+
+
+def _value(path: Path, text: str) -> float:
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        value = math.inf
+    if math.isinf(value):
+        raise Refusal(f"{path}: not a number: {text!r}")
+    return value
+
+
+def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a row gave, from its record and the lines of its run's results; NaN where it is not known."""
+    layers = ((record.get("result") or {}).get("layers") or {}).values()
+    operations = ((record.get("test") or {}).get("operations") or {}).values()
+
+    def of_layers(key: str) -> float:
+        return sum(layer[key] for layer in layers) if layers else math.nan
+
+    def of_operations(kind: str) -> float:
+        found = [layer["pruned"] for layer in operations if layer["kind"] == kind]
+        return sum(found) if found else math.nan
+
+    def of_epochs(key: str) -> float:
+        return sum(number(line, key) for line in results) if results else math.nan
+
+    return {
+        "test_accuracy": number(record, "result", "test_accuracy"),
+        "best_accuracy": number(record, "result", "best_accuracy"),
+        "connectivity": number(record, "result", "connectivity"),
+        "connected": of_layers("connected"),
+        "weights": of_layers("weights"),
+        "structural_connectivity": number(record, "test", "structural_connectivity"),
+        "synops": of_operations("SynOp"),
+        "macs": of_operations("MAC"),
+        "energy_pj": number(record, "test", "energy", "pruned"),
+        "pruned_in_all": of_epochs("pruned"),
+        "regrown_in_all": of_epochs("regrown"),
+        "train_seconds": of_epochs("train_seconds"),
+    }
+
+
+def _made(record: dict[str, Any]) -> dict[str, str]:
+    run = record["run"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted((run.get("versions") or {}).items()))
+    return {key: versions if key == "versions" else str(run.get(key) or "") for key in MADE}
+
+
+def rows_csv(entries: Sequence[Entry]) -> str:
+    """Every finished row, a line each; what is not known is empty."""
+    lines = []
+    for entry in entries:
+        row = entry.row
+        about = {"title": row.title, "variant": entry.variant, "epochs": row.epochs, "seed": row.seed}
+        numbers = {key: _cell(value) for key, value in entry.numbers.items()}
+        lines.append({**about, **numbers, **entry.made, "row": row.key, "command": row.command})
+    return _csv(lines)
+
+
+def epochs_csv(entries: Sequence[Entry]) -> str:
+    """Every row's numbers after each epoch, a line each; what is not known is empty."""
+    return _csv(
+        [
+            {"row": entry.row.key, "epoch": epoch, **{key: _cell(value) for key, value in numbers.items()}}
+            for entry in entries
+            for epoch, numbers in enumerate(entry.epochs, 1)
+        ]
+    )
+
+
+def _cell(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

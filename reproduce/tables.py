@@ -1,0 +1,170 @@
+"""The Markdown tables of an outcome: rows that differ in their seed together, and the methods at equal connectivity."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reproduce.entries import Entry
+
+EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # connectivities at which the methods are compared
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows that differ in their seed only.
+
+    Attributes:
+        title, variant, epochs: that they share.
+        ablation: whether their group is one.
+        entries: the rows, in the grid's order.
+        dense: mean test accuracy of the dense rows of the same learning rate and epochs; NaN without any.
+    """
+
+    title: str
+    variant: str
+    epochs: int
+    ablation: bool
+    entries: tuple[Entry, ...]
+    dense: float
+
+    def values(self, key: str) -> list[float]:
+        """A number of each row: one of :attr:`Entry.numbers`, or ``loss``, the dense accuracy less the row's."""
+        if key == "loss":
+            return [self.dense - accuracy for accuracy in self.values("test_accuracy")]
+        return [entry.numbers[key] for entry in self.entries]
+
+    def mean(self, key: str) -> float:
+        return statistics.mean(self.values(key))
+
+    def deviation(self, key: str) -> float:
+        """Standard deviation of the sample, 0 for one row."""
+        return statistics.stdev(self.values(key)) if len(self.entries) > 1 else 0.0
+
+
+def summarise(entries: Sequence[Entry]) -> list[Summary]:
+    """The entries by title, variant and number of epochs, in the grid's order, ablations last."""
+    groups: dict[tuple, list[Entry]] = defaultdict(list)
+    dense: dict[tuple, list[float]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.row.epochs, entry.row.ablation, entry.row.title, entry.variant].append(entry)
+        if entry.options.mode == "no_prune":
+            key = entry.row.epochs, entry.options.learning_rate
+            dense[key].append(entry.numbers["test_accuracy"])
+    summaries = []
+    for (epochs, ablation, title, variant), some in groups.items():
+        baseline = dense.get((epochs, some[0].options.learning_rate))
+        mean = statistics.mean(baseline) if baseline else math.nan
+        summaries.append(Summary(title, variant, epochs, ablation, tuple(some), mean))
+    return sorted(summaries, key=lambda summary: summary.ablation)  # in the grid's order otherwise
+
+
+def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Mean ± standard deviation (of the sample), the mean alone for one value, a dash for none that is known."""
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return "-"
+    mean = show(statistics.mean(values))
+    return f"{mean} ± {show(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+def _thousands(count: float) -> str:
+    return f"{count:,.0f}".replace(",", " ")
+
+
+TABLE = {  # the column's head, to the number and how it is written
+    "test accuracy (%)": ("test_accuracy", _points),
+    "loss against dense (points)": ("loss", _points),
+    "connectivity (%)": ("connectivity", _points),
+    "connections left": ("connected", _thousands),
+    "SynOps per image": ("synops", _thousands),
+    "MACs per image": ("macs", _thousands),
+    "regrown in all": ("regrown_in_all", _thousands),
+}
+
+
+def table(summaries: Sequence[Summary]) -> str:
+    """The Markdown table."""
+    head = ["method", "options", "epochs", "seeds", *TABLE]
+    lines = [head, ["---"] * len(head)]
+    for summary in summaries:
+        cells = [summary.title, f"`{summary.variant}`", str(summary.epochs), str(len(summary.entries))]
+        cells += [spread(summary.values(key), show) for key, show in TABLE.values()]
+        lines.append(cells)
+    return _markdown(lines)
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (connectivity, accuracy), those that are more accurate than all with as few connections or fewer."""
+    best: list[tuple[float, float]] = []
+    for connectivity, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if connectivity > 0 and (not best or accuracy > best[-1][1]):
+            best.append((connectivity, accuracy))
+    return best
+
+
+def accuracy_at(points: Iterable[tuple[float, float]], connectivity: float) -> float:
+    """The accuracy that a method has with at most ``connectivity``, from its points (connectivity, accuracy).
+
+    Along their :func:`front`, linear in the logarithm of the connectivity; NaN below its first point.
+    """
+    x, y = zip(*front(points) or [(1.0, math.nan)], strict=True)
+    return float(np.interp(math.log(connectivity), np.log(x), y, left=math.nan))
+
+
+def equal_connectivity(summaries: Sequence[Summary]) -> str:
+    """The Markdown tables of accuracies at equal connectivity: of each method, and how far Grad R is ahead of it.
+
+    A method is the rows of a title and number of epochs, more than one pruned variant of it; of the seeds, those with
+    all variants. The lead is over the methods of as many epochs, seed by seed.
+    """
+    methods: dict[tuple[str, int], list[Summary]] = defaultdict(list)
+    for summary in summaries:
+        if summary.entries[0].options.mode != "no_prune":
+            methods[summary.title, summary.epochs].append(summary)
+    accuracies = {method: _by_seed(some) for method, some in methods.items() if len(some) > 1}
+    leads = {}
+    for (title, epochs), by_seed in accuracies.items():
+        ahead = accuracies.get(("Grad R", epochs), {})
+        both = {seed: ahead[seed] - values for seed, values in by_seed.items() if seed in ahead}
+        if title != "Grad R" and both:
+            leads[title, epochs] = both
+    text = "Test accuracy (%) with at most so many of the connections; mean ± standard deviation over the seeds.\n\n"
+    text += _at_each(accuracies)
+    if leads:
+        text += "\nHow far Grad R is ahead (points), seed by seed.\n\n" + _at_each(leads)
+    return text
+
+
+def _by_seed(summaries: Sequence[Summary]) -> dict[int, np.ndarray]:
+    """A method's accuracy at each connectivity of ``EQUAL``, of every seed that has all of its variants."""
+    points: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for summary in summaries:
+        for entry in summary.entries:
+            points[entry.row.seed].append((entry.numbers["connectivity"], entry.numbers["test_accuracy"]))
+    return {
+        seed: np.array([accuracy_at(some, connectivity) for connectivity in EQUAL])
+        for seed, some in points.items()
+        if len(some) == len(summaries)
+    }
+
+
+def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]]) -> str:
+    head = ["method", "epochs", "seeds", *(f"{100 * connectivity:g} %" for connectivity in EQUAL)]
+    lines = [head, ["---"] * len(head)]
+    for (title, epochs), by_seed in methods.items():
+        columns = np.array(list(by_seed.values())).reshape(-1, len(EQUAL)).T
+        known = [[] if np.isnan(column).any() else column.tolist() for column in columns]
+        lines.append([title, str(epochs), str(len(by_seed)), *(spread(column, _points) for column in known)])
+    return _markdown(lines)
