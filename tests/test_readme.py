@@ -44,16 +44,42 @@ def test_the_options_table_is_complete(recipe):
             assert str(default) in table[flags], flags
 
 
-def test_its_results_are_those_of_the_grid():
-    lines = [line.split("|")[1:-1] for line in (ROOT / "results" / "mnist" / "table.md").read_text().splitlines()[2:]]
-    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    (table,) = re.findall(r"<!-- results/mnist/table.md -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    shown_head, _, *shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+def cells(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def not_shown_right(block, text):
+    """What of a page's block does not stand in the text of the file that it is said to show.
+
+    A block is a part of the file as it is, or its table with fewer rows and columns.
+    """
+    if block.strip() in text:
+        return []
+    (head, _, *rows), (shown_head, _, *shown) = cells(text), cells(block)
     columns = [head.index(name) for name in shown_head]
-    assert shown_head[:4] == head[:4] == ["method", "options", "epochs", "seeds"]
-    assert {"dense", "Grad R", "Deep R", "soft Deep R"} <= {row[0] for row in shown}
     possible = [[row[column] for column in columns] for row in rows]
-    assert [row for row in shown if row not in possible] == []
+    return [row for row in shown if row not in possible]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reproduction.md"])
+def test_its_results_are_those_of_the_grid(page):
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert len(blocks) == text.count("<!-- end -->") == text.count("<!-- results/")
+    assert {"results/mnist/table.md", "results/mnist/equal_connectivity.md"} <= {file for file, _ in blocks}
+    for file, block in blocks:
+        assert not_shown_right(block, (ROOT / file).read_text()) == []
+    rows = [row for file, block in blocks if file == "results/mnist/table.md" for row in cells(block)]
+    if page == "README.md":
+        assert rows[0][:4] == ["method", "options", "epochs", "seeds"]
+        assert {"dense", "Grad R", "Deep R", "soft Deep R"} <= {row[0] for row in rows}
+
+
+def test_a_changed_result_is_not_that_of_the_grid():
+    text = "of 3 rows\n\n| a | b | c |\n| --- | --- | --- |\n| 1 | 2 | 3 |\n| 4 | 5 | 6 |\n"
+    assert not_shown_right("| 4 | 5 | 6 |\n", text) == []
+    assert not_shown_right("| a | c |\n| --- | --- |\n| 4 | 6 |\n", text) == []
+    assert not_shown_right("| a | c |\n| --- | --- |\n| 4 | 3 |\n", text) == [["4", "3"]]
 
 
 def test_the_results_are_of_the_grid_as_it_is():
