@@ -120,5 +120,6 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
                 panel_row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         for axes in panels[-1]:
             axes.set_xlabel("epoch")
-        figure.suptitle(f"{heading}; seeds {', '.join(map(str, seeds))}", fontsize=9, x=0.01, ha="left")
+        of_seeds = f"{heading}; seeds {', '.join(map(str, seeds))}, as far as epochs.csv has them"
+        figure.suptitle(of_seeds, fontsize=9, x=0.01, ha="left")
         return _png(figure)
