@@ -1,7 +1,7 @@
 """The figures of an outcome, as PNG: the accuracy-connectivity plane, and numbers over the epochs."""
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,11 +54,33 @@ def plane(summaries: Sequence[Summary], heading: str) -> bytes:
         return _png(figure)
 
 
+def line_looks(lines: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """How the plane draws each line (title, epochs), as settings of matplotlib.
+
+    A title has its colour and marker whatever the epochs: filled and solid for the first line, hollow and dashed after.
+    """
+    looks = {}
+    titles = list(dict.fromkeys(title for title, _ in lines))
+    seen: Counter[str] = Counter()
+    for title, epochs in lines:
+        i, longer = titles.index(title), seen[title]
+        looks[title, epochs] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[longer % len(DASHES)],
+        }
+        if longer:
+            looks[title, epochs]["markerfacecolor"] = "white"
+        seen[title] += 1
+    return looks
+
+
 def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
     lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
     for summary in summaries:
         lines[summary.title, summary.epochs].append(summary)
-    for i, ((title, epochs), some) in enumerate(lines.items()):
+    looks = line_looks(list(lines))
+    for (title, epochs), some in lines.items():
         some.sort(key=lambda summary: summary.mean("connectivity"))
         axes.errorbar(
             [100 * summary.mean("connectivity") for summary in some],
@@ -66,11 +88,9 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
             yerr=[100 * summary.deviation("test_accuracy") for summary in some],
             xerr=[100 * summary.deviation("connectivity") for summary in some],
             label=f"{title}, {epochs} epochs",
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
             linewidth=1,
             capsize=2,
+            **looks[title, epochs],
         )
     entry = summaries[0].entries[0]
     for published in PUBLISHED.get((entry.row.experiment, entry.options.dataset), ()):

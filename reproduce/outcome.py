@@ -52,8 +52,10 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
         if pruning:
             heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
             files["rewiring.png"] = curves(pruning, heading, keys, log=True)
-        if any(summary.ablation for summary in summaries):
-            some = [s for s in summaries if s.ablation or (s in short and s.title in ("dense", "Grad R", "Deep R"))]
+        ablated = {summary.epochs for summary in summaries if summary.ablation}
+        if ablated:
+            beside = [s for s in main if s.epochs in ablated and s.title in ("dense", "Grad R", "Deep R")]
+            some = [*beside, *(summary for summary in summaries if summary.ablation)]
             files["ablations.png"] = plane(some, f"{name}: ablations of Grad R and Deep R")
     for file, content in files.items():
         storage.write_whole(folder / file, content)

@@ -451,6 +451,35 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plane_shows_a_method_in_one_colour_and_its_epochs_apart():
+    titles = [f"method {i}" for i in range(12)]
+    lines = [*((title, 60) for title in titles), *((title, 512) for title in titles[:2]), (titles[1], 20)]
+    looks = figures.line_looks(lines)
+    assert list(looks) == lines
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(titles)
+    short, long, other = (looks[titles[1], epochs] for epochs in (60, 512, 20))
+    assert {(look["color"], look["marker"]) for look in (long, other)} == {(short["color"], short["marker"])}
+    assert len({look["linestyle"] for look in (short, long, other)}) == 3
+    assert ("markerfacecolor" in short, "markerfacecolor" in long) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "beside"),
+    [(1, {("dense", 1), ("Grad R", 1)}), (2, {("dense", 2)})],  # "long" is called dense here
+)
+def test_the_ablations_are_shown_beside_the_methods_of_as_many_epochs(tmp_path, monkeypatch, stub, epochs, beside):
+    table = TABLE.replace('"long"', '"dense"').replace("ablation = true", f"ablation = true\nepochs = {epochs}")
+    (tmp_path / "mnist.toml").write_text(table)
+    rows = grid.load("mnist", tmp_path)
+    runner.Runner(stub, [], 4).run(rows)
+    shown = []
+    monkeypatch.setattr(outcome, "plane", lambda summaries, heading: shown.append(summaries) or b"")
+    outcome.write(stub, rows, tmp_path)
+    methods, ablations = ({(s.title, s.epochs) for s in some} for some in shown)
+    assert methods == {("dense", 1), ("Grad R", 1), ("dense", 2)}
+    assert ablations == {*beside, ("high rate", epochs)}
+
+
 def test_a_dense_grid_has_an_outcome_too(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     names = [path.name for path in outcome.write(stub, rows[:1], tmp_path)]
