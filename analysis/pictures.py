@@ -28,7 +28,7 @@ from training import measure
 # Okabe and Ito's colours, which colour-blind readers tell apart too; black and yellow replaced for both themes
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a6d3b", "#808080")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)))
-MARKERS = ("o", "s", "^", "v", ">")
+MARKERS = ("o", "s", "^", "v", ">")  # a plus is too thin to tell hollow from filled
 INK = "#1f2328"  # becomes the colour of the page's text
 STYLE = {
     "font.family": "sans-serif",
