@@ -1,5 +1,5 @@
-# make demo: train a small spiking network with Grad Rewiring; make test: run the tests; make bench: measure speed;
-# make kill-test: kill a run 50 times.
+# make demo: train a small spiking network with Grad Rewiring; make test: run the tests, but those that take minutes;
+# make test-all: run all; make bench: measure speed; make kill-test: kill a run 50 times.
 # Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test kill-test lint bench clean
+.PHONY: demo test test-all kill-test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -15,6 +15,9 @@ demo: .venv/ready
 	$(BIN)/python mnist/mnist.py --dataset digits -m grad -s 0.95 -penalty 5e-3 -lr 1e-3 -b 32 -test
 
 test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/ready
 	$(BIN)/python -m pytest
 
 # what belongs to a run: make bench BENCH="--dataset-dir data --json results.json"
