@@ -29,6 +29,8 @@ PLACE_OPTIONS = {
     *("compile", "deterministic", "checkpoint_minutes", "test", "name"),
     *("gpu", "device", "precision_used", "dataset_dir", "dump_dir"),
 }
+# Options that change what is recorded, not what is computed: a checkpoint holds them, and need not agree on them.
+RECORDING_OPTIONS = {"interval_test", "interval_train"}
 
 # How messages spell the options that a checkpoint must agree on.
 OPTION_NAMES = {
