@@ -1,6 +1,7 @@
 """What the optimizers' tests share."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -51,18 +52,28 @@ def train(optimizer, params, steps=30, seed=1):
         optimizer.step()
 
 
-def golden_errors(file, **path):
-    """Replays a golden trajectory; returns the worst relative error and the number of differing zeros."""
+# Bound for golden trajectories on any processor, as a share of a tensor's greatest value: its weights, and what is
+# added to them, carry rounding of that scale, so that relative to a weight near 0 no bound holds.
+TRAJECTORY_BOUND = 2e-6
+
+
+def golden_errors(file, dtype=torch.float32, wrong=None, **path):
+    """Replays a golden trajectory, with the settings that ``wrong`` changes, if any.
+
+    Returns the greatest difference, as a share of the greatest value of its tensor, and the number of zeros in other
+    places, but for weights below the bound.
+    """
     facts = dict(file)
     settings = json.loads(str(facts["hyper"]))
     optimizer_class = {"GradRewiring": GradRewiring, "DeepRewiring": DeepRewiring}[settings.pop("cls")]
+    settings.update(wrong(settings) if wrong else {})
     settings["betas"] = tuple(settings.get("betas", (0.9, 0.999)))
-    params = [torch.nn.Parameter(torch.tensor(facts[f"p{i}_init"])) for i in range(2)]
+    params = [torch.nn.Parameter(torch.tensor(facts[f"p{i}_init"], dtype=dtype)) for i in range(2)]
     optimizer = optimizer_class(params, **path, **settings)
     pairs = []
     for t in range(len(facts["g0"])):
         for i, p in enumerate(params):
-            p.grad = torch.tensor(facts[f"g{i}"][t])
+            p.grad = torch.tensor(facts[f"g{i}"][t], dtype=dtype)
         optimizer.step()
         pairs += [
             (p.detach().numpy().copy(), facts[f"p{i}_step{t + 1}"])
@@ -76,6 +87,25 @@ def golden_errors(file, **path):
         if f"{key}{i}_step40" in facts
     ]
     assert len(pairs) >= 8  # the file was understood
-    worst = max(float(np.max(np.abs(a - b) / np.maximum(np.abs(b), 1e-30))) for a, b in pairs)
-    zeros = sum(int(((a == 0) != (b == 0)).sum()) for a, b in pairs)
+    worst, zeros = 0.0, 0
+    for actual, expected in pairs:
+        scale = np.abs(expected).max()
+        differences = np.abs(actual - expected)
+        relative = differences.max() / scale if scale else (math.inf if differences.any() else 0.0)
+        worst = np.maximum(worst, relative)  # unlike max, it keeps a NaN
+        elsewhere = (actual == 0) != (expected == 0)
+        zeros += int((elsewhere & (differences > TRAJECTORY_BOUND * scale)).sum())
     return worst, zeros
+
+
+# the same trajectory of a wrong optimizer is off by far: settings that are changed, given the right ones
+WRONG = {
+    "second moment decays faster": lambda settings: dict(betas=(settings.get("betas", [0.9])[0], 0.98)),
+    "learning rate 1 % greater": lambda settings: dict(lr=1.01 * settings["lr"]),
+    "other denominator": lambda settings: dict(amsgrad=not settings.get("amsgrad", False)),
+}
+
+
+def assert_a_wrong_trajectory_is_told(file, wrong):
+    """By at least 100 times the bound."""
+    assert golden_errors(file, wrong=wrong)[0] > 100 * TRAJECTORY_BOUND

@@ -2,22 +2,44 @@
 
 import pytest
 import torch
-from optim_helpers import PATHS, golden_errors, parameters, train
+from optim_helpers import (
+    PATHS,
+    TRAJECTORY_BOUND,
+    WRONG,
+    assert_a_wrong_trajectory_is_told,
+    golden_errors,
+    parameters,
+    train,
+)
 
 from deeprewire import DeepRewiring
 
-BOUND = 2e-6
 EPS = 1e-8
 paths = pytest.mark.parametrize("path", PATHS)
+trajectories = pytest.mark.parametrize("name", ["deep_norewire", "softdeep_l1", "softdeep_ams"])
 
 
-@pytest.mark.parametrize("name", ["deep_norewire", "softdeep_l1", "softdeep_ams"])
+@trajectories
 @paths
 def test_golden_trajectory(golden, name, path):
     error, differing_zeros = golden_errors(golden(f"optim_{name}.npz"), **path)
-    # the kernel's square root is the nearest float, torch's is not always: weights near 0 show the difference
-    assert error <= (1e-4 if path.get("fused") else BOUND)
+    assert error <= TRAJECTORY_BOUND
     assert differing_zeros == 0
+
+
+@trajectories
+def test_golden_trajectory_with_other_rounding(golden, name):
+    """In float64: the rounding that is farthest from float32's."""
+    error, differing_zeros = golden_errors(golden(f"optim_{name}.npz"), dtype=torch.float64)
+    assert error <= TRAJECTORY_BOUND
+    assert differing_zeros == 0
+
+
+@trajectories
+@pytest.mark.parametrize("wrong", [*WRONG, "other penalty"])
+def test_the_golden_trajectory_tells_a_wrong_optimizer(golden, name, wrong):
+    change = WRONG.get(wrong, lambda settings: dict(l1=1.5 * settings["l1"]))
+    assert_a_wrong_trajectory_is_told(golden(f"optim_{name}.npz"), change)
 
 
 def by_hand(path, **settings):

@@ -4,19 +4,42 @@ import math
 
 import pytest
 import torch
-from optim_helpers import PATHS, golden_errors, parameters, train
+from optim_helpers import (
+    PATHS,
+    TRAJECTORY_BOUND,
+    WRONG,
+    assert_a_wrong_trajectory_is_told,
+    golden_errors,
+    parameters,
+    train,
+)
 
 from gradrewire import GradRewiring
 
-BOUND = 2e-6
+trajectories = pytest.mark.parametrize("name", ["default", "noprior", "s_half", "strong", "wd_ams"])
 
 
-@pytest.mark.parametrize("name", ["default", "noprior", "s_half", "strong", "wd_ams"])
-@pytest.mark.parametrize("foreach", [False, True])
-def test_golden_trajectory(golden, name, foreach):
-    error, differing_zeros = golden_errors(golden(f"optim_grad_{name}.npz"), foreach=foreach)
-    assert error <= BOUND
+@trajectories
+@pytest.mark.parametrize("path", PATHS)
+def test_golden_trajectory(golden, name, path):
+    error, differing_zeros = golden_errors(golden(f"optim_grad_{name}.npz"), **path)
+    assert error <= TRAJECTORY_BOUND
     assert differing_zeros == 0
+
+
+@trajectories
+def test_golden_trajectory_with_other_rounding(golden, name):
+    """In float64: the rounding that is farthest from float32's."""
+    error, differing_zeros = golden_errors(golden(f"optim_grad_{name}.npz"), dtype=torch.float64)
+    assert error <= TRAJECTORY_BOUND
+    assert differing_zeros == 0
+
+
+@trajectories
+@pytest.mark.parametrize("wrong", [*WRONG, "plain gradient"])
+def test_the_golden_trajectory_tells_a_wrong_optimizer(golden, name, wrong):
+    change = WRONG.get(wrong, lambda settings: dict(plain_gradient=True))
+    assert_a_wrong_trajectory_is_told(golden(f"optim_grad_{name}.npz"), change)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
