@@ -1,4 +1,4 @@
-/* Fused CPU kernels; __init__.py compiles and calls them.
+/* Fused CPU kernels; build.py compiles them, __init__.py calls them.
  *
  * All arrays are contiguous float32 unless said otherwise. The neuron is the paper's: h = v + (x - v) / 2,
  * a spike where h >= 1, then v = 0, else v = h; the surrogate derivative of a spike is 1 / (1 + (pi (h - 1))^2),

@@ -18,6 +18,7 @@ from gradrewire import GradRewiring
 from mnist import mnist
 from rewiring import RewiringOptimizer
 from spiking import lif
+from spiking_kernels import build
 from training import data, measure
 
 needs_kernels = pytest.mark.skipif(
@@ -186,7 +187,7 @@ def test_fused_grad_rewiring_hides_no_nan(size, amsgrad):
 def kernels(request, monkeypatch):
     """The kernels as built for this processor, and the plain C that they have without AVX-512."""
     if request.param == "portable":
-        library = spiking_kernels.load(spiking_kernels.build(os.environ.get("CC", "cc"), "-U__AVX512F__"))
+        library = build.load(build.compile_source(os.environ.get("CC", "cc"), "-U__AVX512F__"))
         monkeypatch.setattr(spiking_kernels, "_library", lambda: library)
     return spiking_kernels
 
@@ -566,7 +567,7 @@ def test_what_the_kernels_cannot_take_is_refused(bad):
 def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (spiking_kernels._library, spiking_kernels.available):
+    for cached in (build.library, build.available):
         cached.cache_clear()
     try:
         options = mnist.parse(mnist.RECIPE, ["--dump-dir", str(tmp_path / "runs")])
@@ -579,7 +580,7 @@ def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
         network.fused = True
         assert network(torch.randn(3, 1, 28, 28)).shape == (3, 10)
     finally:
-        for cached in (spiking_kernels._library, spiking_kernels.available):
+        for cached in (build.library, build.available):
             cached.cache_clear()
 
 
@@ -590,7 +591,7 @@ def test_a_compiler_that_fails_is_reported_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(spiking_kernels.Unavailable, match=r"^the C compiler fails \(cpu.c:1: no OpenMP\)$"):
-        spiking_kernels.build()
+        build.compile_source()
     assert list((tmp_path / "gradrewire").iterdir()) == []
 
 
