@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -309,10 +310,10 @@ MISFITS = [
     (("epoch",), 1.0, "epoch is float, not int"),
     (ONE, None, r"the network has missing fc\.1\.weight"),
     (("network", "fc.9.weight"), torch.ones(1), r"the network has unknown fc\.9\.weight"),
-    (ONE, lambda w: w[:, :400], r"fc\.1\.weight is \(10, 400\) float32, not \(10, 800\) float32"),
+    (ONE, lambda w: w[:, :400].contiguous(), r"fc\.1\.weight is \(10, 400\) float32, not \(10, 800\) float32"),
     (ONE, lambda w: w.double(), r"fc\.1\.weight is \(10, 800\) float64, not \(10, 800\) float32"),
     (ONE, "weight", r"fc\.1\.weight is not a tensor"),
-    (("optimizers",), lambda o: o * 2, "it has 2 optimizers, not 1"),
+    (("optimizers",), lambda o: o + deepcopy(o), "it has 2 optimizers, not 1"),
     (("optimizers", 0, "surplus"), 1, "GradRewiring has unknown surplus"),
     (("optimizers", 0, "param_groups", 0, "alpha"), 7.0, "GradRewiring's alpha is 7.0, not 0.001"),
     (("optimizers", 0, "param_groups", 0, "params"), [0], r"GradRewiring's params is \[0\], not \[0, 1\]"),
@@ -320,15 +321,15 @@ MISFITS = [
     (("optimizers", 0, "state", 1), None, "GradRewiring's state has missing 1"),
     (SIGN, None, "GradRewiring's state 0 has missing sign"),
     (SIGN, lambda s: s.float(), r"GradRewiring's sign 0 is \(800, 784\) float32, not \(800, 784\) int8"),
-    (("optimizers", 0, "state", 0, "theta"), lambda t: t[:1], r"theta 0 is \(1, 784\)"),
+    (("optimizers", 0, "state", 0, "theta"), lambda t: t[:1].clone(), r"theta 0 is \(1, 784\)"),
     (("optimizers", 0, "state", 0, "step"), 5.0, "step 0 is not a tensor"),
     (("step",), 7, "7 steps after 1 epochs of 5"),
     (("position",), 6, "position is 6"),
     (("epoch",), -1, "epoch is -1"),
-    (("masks", "fc.1.weight"), lambda m: m[:-1], r"the mask of fc\.1\.weight is \(999,\)"),
+    (("masks", "fc.1.weight"), lambda m: m[:-1].clone(), r"the mask of fc\.1\.weight is \(999,\)"),
     (("random", "torch"), None, "random has missing torch"),
     (("random", "torch"), "state", "random numbers torch is not a tensor"),
-    (("random", "torch"), lambda s: s[:-1], "random numbers is not accepted"),
+    (("random", "torch"), lambda s: s[:-1].clone(), "random numbers is not accepted"),
 ]
 
 

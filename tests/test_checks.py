@@ -1,0 +1,322 @@
+"""What is accepted from a file: fields, tensors, archives and pickles, each refused in one line that names it."""
+
+import io
+import math
+import pickle
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from training import checks, storage
+
+# -- fields ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, -1, checks.T_LIMIT + 1, 10**9, 8.0, True, "8", None, [8], math.nan])
+def test_time_steps_are_whole_numbers_in_their_range(value):
+    with pytest.raises(ValueError, match=rf"^T is .*, not a whole number from 1 to {checks.T_LIMIT}$"):
+        checks.time_steps("T", value)
+    assert checks.time_steps("T", 8) == 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1.0", None, 2.5, 1j, torch.ones(())])
+def test_numbers_are_finite_and_in_their_range(value):
+    with pytest.raises(ValueError, match=r"^seconds is .*, not a finite number from 0 to 2$"):
+        checks.number("seconds", value, 0, 2)
+    assert [checks.number("seconds", value, 0, 2) for value in (0, 2.0)] == [0, 2.0]
+
+
+@pytest.mark.parametrize("value", ["two\nlines", "x" * 1001, b"bytes", 1, "\x1b[31m"])
+def test_texts_are_short_and_of_one_line(value):
+    with pytest.raises(ValueError, match=r"^run is .*, not a text of one line") as caught:
+        checks.text("run", value)
+    assert len(str(caught.value)) < 200
+    assert checks.text("run", "lr-1e-4") == "lr-1e-4"
+
+
+def test_keys_are_all_and_only_those_expected():
+    checks.keys("layers", ["a", "b"], ("b", "a"))
+    with pytest.raises(ValueError, match=r"^layers lacks b$"):
+        checks.keys("layers", ["a"], ["a", "b"])
+    with pytest.raises(ValueError, match=r"^layers has the unknown 1, b$"):
+        checks.keys("layers", ["a", "b", 1], ["a"])
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+with warnings.catch_warnings(action="ignore"):  # deprecated, but torch.load still makes them
+    QUANTISED = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8)
+
+
+ODD = {
+    "values .* not finite": torch.tensor([[1.0, math.nan, 0.0], [0.0, 0.0, 0.0]]),
+    "values that are not finite": torch.tensor([[1.0, -math.inf, 0.0], [0.0, 0.0, 0.0]]),
+    r"a view with strides \[0, 0\]": torch.ones(1).expand(2, 3),
+    r"a view with strides \[1, 1\]": torch.ones(4).as_strided((2, 3), (1, 1)),
+    r"a view with strides \[1, 2\]": torch.ones(3, 2).t(),
+    "of 400 bytes, not 24": torch.ones(100)[:6].view(2, 3),
+    "not a dense tensor": torch.ones(2, 3).to_sparse(),
+    "on meta": torch.ones(2, 3, device="meta"),
+    "torch.qint8": QUANTISED,
+    "of type Subclass": torch.ones(2, 3).as_subclass(Subclass),
+    "of type ndarray": np.ones((2, 3), np.float32),
+    "of type list": [[1.0] * 3] * 2,
+    r"float64 \[2, 3\], not float32 \[2, 3\]": torch.ones(2, 3, dtype=torch.float64),
+    r"float32 \[3, 2\], not float32 \[2, 3\]": torch.ones(3, 2),
+}
+
+
+@pytest.mark.parametrize("message", ODD)
+def test_odd_tensors(message):
+    with pytest.raises(ValueError, match=f"^w is .*{message}|^w has {message}"):
+        checks.tensor("w", ODD[message], (2, 3), torch.float32)
+
+
+def test_views_that_negate_are_not_plain():
+    negative = torch.ones(2, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    for value in (negative, torch.ones(2, dtype=torch.complex64).conj()):
+        with pytest.raises(ValueError, match="is a view"):
+            checks.tensor("w", value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2, 3),
+        nn.Parameter(torch.ones(2)),
+        torch.zeros(()),
+        torch.zeros(0, 4),
+        torch.tensor([1, -1], dtype=torch.int8),
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.ones(1, 3).t(),  # a stride along an axis of length 1 means nothing
+    ],
+)
+def test_plain_tensors(value):
+    assert checks.tensor("w", value) is value
+    assert checks.tensor("w", value, value.shape, value.dtype) is value
+
+
+def test_the_tensors_of_a_state():
+    expected = {"a": torch.empty(2, device="meta"), "b": torch.empty(2, device="meta")}
+    checks.tensors("the state", {"b": torch.ones(2), "a": torch.ones(2)}, expected)
+    shared = torch.ones(2)
+    with pytest.raises(ValueError, match=r"^b shares its memory with a$"):
+        checks.tensors("the state", {"a": shared, "b": shared.view(2)}, expected)
+    with pytest.raises(ValueError, match=r"^the state lacks b$"):
+        checks.tensors("the state", {"a": shared}, expected)
+    with pytest.raises(ValueError, match=r"^a is float32 \[3\], not float32 \[2\]$"):
+        checks.tensors("the state", {"a": torch.ones(3), "b": shared}, expected)
+
+
+# -- archives --------------------------------------------------------------------------------------
+
+
+def zipped(members, compression=zipfile.ZIP_STORED) -> io.BytesIO:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members:
+            with warnings.catch_warnings(action="ignore"):  # a name that is there already
+                archive.writestr(name, content)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "message"),
+    [
+        (zipped([("a", bytes(10**6))], zipfile.ZIP_DEFLATED), {}, "declare 1000000 bytes"),
+        (
+            zipped([("a", bytes(10**6))], zipfile.ZIP_DEFLATED),
+            dict(expanded=999_999),
+            "more than 999999",
+        ),
+        (zipped([("a", b"1"), ("a", b"2")]), {}, "two of one name"),
+        (zipped([("a", b"1"), ("A", b"2")]), {}, "two of one name"),
+        (zipped([(f"{n}", b"") for n in range(5)]), dict(members=4), "5 members"),
+        (io.BytesIO(zipped([("a", b"1")]).getvalue() + b"more"), {}, "does not end as"),
+        (io.BytesIO(b"PK\3\4"), {}, "does not end as"),
+        (io.BytesIO(), {}, "does not end as"),
+    ],
+)
+def test_archives_that_are_refused(file, settings, message):
+    with pytest.raises(ValueError, match=message):
+        checks.archive(file, **settings)
+
+
+def test_archives_that_are_accepted():
+    with checks.archive(zipped([("a", b"12"), ("b", bytes(1000))], zipfile.ZIP_DEFLATED), expanded=1002) as archive:
+        assert archive.read("a") == b"12"
+    with checks.archive(zipped([])) as archive:
+        assert archive.namelist() == []
+
+
+def test_members_that_share_their_bytes():
+    """Two names for the same bytes declare more than the file has."""
+    content = bytearray(zipped([("a", bytes(1000)), ("b", b"")]).getvalue())
+    first, second = (m for m in range(len(content)) if content[m : m + 4] == b"PK\1\2")
+    content[second + 16 : second + 28] = content[first + 16 : first + 28]  # CRC and sizes
+    content[second + 42 : second + 46] = content[first + 42 : first + 46]  # where it begins
+    with pytest.raises(ValueError, match="declare 2000 bytes, 2000 of them stored"):
+        checks.archive(io.BytesIO(content))
+
+
+@pytest.mark.parametrize(("offset", "form", "value"), [(10, "<H", 60_000), (12, "<L", 2**31), (16, "<L", 2**31)])
+def test_ends_that_do_not_fit(offset, form, value):
+    """The counts at the end are bounded before the directory is read."""
+    content = bytearray(zipped([("a", b"1")]).getvalue())
+    struct.pack_into(form, content, len(content) - 22 + offset, value)
+    with pytest.raises(ValueError, match=r"members|does not end as"):
+        checks.archive(io.BytesIO(content))
+
+
+# -- pickles ---------------------------------------------------------------------------------------
+
+
+def saved(state) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file
+
+
+def check(file) -> None:
+    with checks.archive(file) as archive:
+        checks.pickled(archive)
+
+
+class Calls:
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+SHARED = torch.ones(3)
+CYCLE: list = []
+CYCLE.append(CYCLE)
+LAUGHS = [0]
+for _ in range(14):
+    LAUGHS = [LAUGHS] * 10
+BOMBS = {
+    "bytearray": Calls(bytearray, 10**12),
+    "torch.Tensor": Calls(torch.Tensor, 10**9, 10),
+    "Counter": Calls(__import__("collections").Counter, "abc"),
+    "set": {1},
+    "complex": 1j,
+    "Size": torch.zeros(2).shape,
+    "device": torch.device("cpu"),
+    "float16": torch.float16,
+    "_rebuild_parameter": nn.Parameter(torch.ones(2)),
+    "_rebuild_sparse_tensor": torch.ones(2, 3).to_sparse(),
+    "_rebuild_qtensor": QUANTISED,
+    "_rebuild_meta_tensor_no_storage": torch.ones(2, device="meta"),
+    "_rebuild_from_type_v2": torch.ones(2).as_subclass(Subclass),
+    "_rebuild_tensor_v3": torch.ones(2, dtype=torch.uint16),
+    "ComplexFloatStorage": torch.ones(2, dtype=torch.complex64),
+    "strides (0, 0)": torch.ones(1).expand(2, 3),
+    "strides (1, 2)": torch.ones(3, 2).t(),
+    "of 100 elements": torch.ones(100)[:6],
+    "offset 6": torch.ones(12)[6:],
+    "belongs to two tensors": [SHARED, SHARED.view(3)],
+    "one tensor in two places": [SHARED, SHARED],
+    "not a plain tensor": torch.ones(2, requires_grad=True),
+    "nested deeper": CYCLE,
+    "values, or is nested": LAUGHS,
+    "more than 64 bits": 2**64,
+    "a key of type float": {0.5: 1},
+    "a key of type tuple": {(1, 2): 1},
+    "bytes without tensors": "x" * checks.PICKLE_LIMIT,
+    "its content without tensors": ["x" * 100, *range(checks.PICKLE_LIMIT // 2)],
+}
+
+
+@pytest.mark.parametrize("message", BOMBS)
+def test_pickles_that_torch_load_would_make_more_of(message):
+    file = saved({"network": BOMBS[message]})
+    with pytest.raises(ValueError, match=r"^its content|^its pickle|^it holds|^archive/data") as caught:
+        check(file)
+    if "without tensors" not in message:
+        assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_states_are_accepted():
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    state = {
+        "network": network.state_dict(),
+        "copied": OrderedDict(a=torch.zeros(0, 3), b=torch.zeros(())),
+        "types": [torch.ones(2, dtype=dtype) for dtype in checks.STORAGES.values()],
+        "random": (3, (2**32 - 1, 2**64 - 1), None, True, -1.5, "text"),
+        1: {},
+    }
+    check(saved(state))
+
+
+def resaved(state, change) -> io.BytesIO:
+    """A saved archive whose members, by name, went through ``change``."""
+    with zipfile.ZipFile(saved(state)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    return zipped(members.items())
+
+
+def test_a_storage_is_as_long_as_its_member():
+    """torch.load takes the length from the pickle: it would read what lies behind in memory."""
+
+    def shorter(members):
+        members["archive/data/0"] = members["archive/data/0"][:-4]
+
+    check(resaved(torch.ones(1000), lambda members: None))
+    for change, message in (
+        (shorter, "3996 bytes for 1000 elements"),
+        (lambda members: members.pop("archive/data/0"), "0 bytes for 1000 elements"),
+        (lambda members: members.update({"archive/data/7": b"more"}), "data/7 belongs to no tensor"),
+        (lambda members: members.update({"other/data/0": b"more"}), "no archive of torch.save"),
+        (lambda members: members.pop("archive/data.pkl"), "no archive of torch.save"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(resaved(torch.ones(1000), change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02cos\nsystem\nX\x02\0\0\0lsq\0\x85R.", "it holds os.system"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", "opcode FRAME|no pickle"),
+        (b"\x80\x05\x96\0\0\0\0\1\0\0\0.", "bytearray|opcode BYTEARRAY8"),  # a bytearray of 4 GB
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "remembers 2147483647 values"),  # a table of 16 GB
+        (b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.", "attributes of a dictionary"),
+        (b"\x80\x02(K\x01K\x02tQ.", "refers to something that is no storage"),
+        (b"\x80\x02K\x01K\x02\x86R.", "no pickle of plain data"),
+        (b"\x80\x02]", "exhausted"),
+        (b"", "exhausted"),
+        (pickle.dumps([1], protocol=0), "opcode"),
+    ],
+)
+def test_pickles_by_hand(content, message):
+    with pytest.raises(ValueError, match=message):
+        check(resaved(0, lambda members: members.update({"archive/data.pkl": content})))
+
+
+def test_storage_checks_before_torch_loads(tmp_path, monkeypatch):
+    """In a quick look as well as in a whole reading."""
+    monkeypatch.setattr(torch, "load", lambda *args, **settings: pytest.fail("it was loaded"))
+    path = tmp_path / "checkpoint.pt"
+    for bomb in (Calls(bytearray, 10**12), torch.ones(1).expand(2, 3), torch.ones(2, device="meta")):
+        storage.write(path, {"weights": bomb})
+        for verify in (True, False):
+            with pytest.raises(storage.DamagedError, match="is not accepted"):
+                storage.read(path, verify)
