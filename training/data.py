@@ -1,183 +1,29 @@
-"""Data sets as tensors in memory, and batches of them: order, augmentation and normalisation.
+"""Batches of a data set: order, augmentation and normalisation.
 
 All randomness comes from one CPU generator, so the batches of a seed are the same on every device.
 """
 
-import contextlib
-import io
 import math
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import spiking_kernels
+from training.datasets import CIFAR10_CLASSES, Dataset, Split, load
 from training.options import Refusal
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The training and the test part of a data set."""
-
-    train: Split
-    test: Split
-
-    def fingerprint(self) -> str:
-        """A checksum of all images and labels, to tell one data set from another."""
-        checksum = 0
-        for split in (self.train, self.test):
-            for tensor in (split.images, split.labels):
-                checksum = zlib.crc32(tensor.contiguous().cpu().numpy(), checksum)
-        return f"{len(self.train)}+{len(self.test)} images, crc32 {checksum:08x}"
-
-
-def load(name: str, folder: Path) -> Dataset:
-    """Loads a data set by its name: mnist, digits or cifar10.
-
-    MNIST and CIFAR-10 are read from ``folder`` as torchvision keeps them, and downloaded to it if they
-    are not there; CIFAR-10 is read from class folders if there are any (see :func:`load_class_folders`).
-
-    Raises:
-        Refusal: the data cannot be had, or are not what they should be.
-    """
-    dataset = {"mnist": _load_mnist, "digits": _load_digits, "cifar10": _load_cifar10}[name](folder)
-    shape = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
-    for split in (dataset.train, dataset.test):
-        if split.images.shape[1:] != shape or split.images.dtype != torch.uint8:
-            found, right = ("x".join(map(str, s)) for s in (split.images.shape[1:], shape))
-            kind = str(split.images.dtype).removeprefix("torch.")
-            raise Refusal(f"argument --dataset-dir: {name} in {folder} has images {found} {kind}, not {right} uint8")
-        if len(split) == 0 or len(split.images) != len(split.labels):
-            raise Refusal(
-                f"argument --dataset-dir: {name} in {folder} has {len(split.images)} images and {len(split)} labels"
-            )
-        if not 0 <= int(split.labels.min()) <= int(split.labels.max()) <= 9:
-            raise Refusal(f"argument --dataset-dir: {name} in {folder} has labels outside 0 to 9")
-    return dataset
-
-
-def _torchvision(dataset_class: type, folder: Path, files: str) -> list:
-    """The training and the test part by torchvision, downloaded if need be."""
-    try:
-        # torchvision reports its attempts on the standard output
-        with contextlib.redirect_stdout(io.StringIO()):
-            return [dataset_class(root=folder, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # torchvision raises what the operating system, urllib and zlib do
-        raise Refusal(
-            f"argument --dataset-dir: {dataset_class.__name__} is not usable in {folder} "
-            f"({error or type(error).__name__}), where torchvision looks for {files} and downloads what is missing; "
-            "put the files there, or try mnist.py --dataset digits, which needs no download"
-        ) from None
-
-
-def _load_mnist(folder: Path) -> Dataset:
-    from torchvision.datasets import MNIST
-
-    parts = _torchvision(MNIST, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte")
-    return Dataset(*(Split(part.data.unsqueeze(1), part.targets.long()) for part in parts))
-
-
-def _load_cifar10(folder: Path) -> Dataset:
-    from torchvision.datasets import CIFAR10
-
-    if any((folder / part).is_dir() for part in ("train", "test")):
-        return Dataset(*(load_class_folders(folder / part) for part in ("train", "test")))
-    parts = _torchvision(CIFAR10, folder, "cifar-10-batches-py, or train/<class>/* and test/<class>/* images,")
-    return Dataset(
-        *(
-            Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-            for part in parts
-        )
-    )
-
-
-def load_class_folders(folder: Path) -> Split:
-    """Loads CIFAR-10 images kept as ``<folder>/<class>/<image>``, PNG or JPEG, 32x32, in the files' order.
-
-    Raises:
-        Refusal: the classes are not CIFAR-10's ten, or a file is not a 32x32 image.
-    """
-    from PIL import Image
-
-    try:
-        classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-        files = {name: sorted((folder / name).iterdir()) for name in classes}
-    except OSError as error:
-        raise Refusal(f"argument --dataset-dir: {folder} cannot be read: {error}") from None
-    if tuple(classes) != CIFAR10_CLASSES:
-        found = ", ".join(classes[:12]) or "none"
-        raise Refusal(
-            f"argument --dataset-dir: {folder} must hold CIFAR-10's ten class folders "
-            f"({', '.join(CIFAR10_CLASSES)}); found: {found}"
-        )
-    paths = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in files[name]
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-    ]
-
-    def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise Refusal(f"argument --dataset-dir: {path} cannot be read as an image: {error}") from None
-        if pixels.shape != (32, 32, 3):
-            height, width, _ = pixels.shape
-            raise Refusal(f"argument --dataset-dir: {path} is {width}x{height}; CIFAR-10 images are 32x32")
-        return pixels
-
-    if not paths:
-        raise Refusal(f"argument --dataset-dir: {folder} holds no PNG or JPEG images")
-    with ThreadPoolExecutor() as pool:
-        images = np.stack(list(pool.map(read, (path for path, _ in paths))))
-    return Split(
-        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor([label for _, label in paths]),
-    )
-
-
-def _load_digits(folder: Path) -> Dataset:
-    """scikit-learn's digits: 1797 images of 8x8 pixels, part of the UCI Optical Recognition of Handwritten Digits.
-
-    Scaled to 28x28 (bilinear) so that they fit MNIST's network. Every sixth image is a test image; the
-    same people wrote both parts, so the accuracy is not to be set beside MNIST's.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise Refusal("argument --dataset: digits needs the package scikit-learn (pip install scikit-learn)") from None
-    digits = load_digits()
-    small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)  # [1797, 1, 8, 8]
-    images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear").round().to(torch.uint8)
-    labels = torch.from_numpy(digits.target).long()
-    is_test = torch.arange(len(labels)) % 6 == 5
-    return Dataset(Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test]))
+__all__ = [
+    "CIFAR10_CLASSES",
+    "Dataset",
+    "Normalisation",
+    "RandomAffine",
+    "RandomCropFlip",
+    "Split",
+    "TestBatches",
+    "TrainingBatches",
+    "load",
+]
 
 
 class RandomAffine:
