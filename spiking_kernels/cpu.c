@@ -8,8 +8,12 @@
  * neuron fires with a period: first at step k, then at 2k, 3k, ... (k is found by the same arithmetic, step by
  * step). The next layer's input at step t is then the sum over the k that divide t of the weights from the
  * neurons of period k: each neuron's weights are added once, not at each of its spikes.
+ *
+ * The reset of the layers that they replace is v = (1 - spike) h: where h is infinite, v is NaN and the neuron spikes
+ * no more. So it is here: h - h is 0, or NaN.
  */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -20,6 +24,7 @@
 #define BLOCK 64 /* neurons at a time: their state stays in the first-level cache */
 #define LANES 16 /* outputs are padded to a multiple of it */
 #define STEPS 8  /* time steps at a time */
+#define SHORT 254 /* up to so many steps, sums by period fit the stack, and the cache */
 #define THREADED _Pragma("omp parallel for schedule(static)")
 #define SIMD _Pragma("omp simd")
 
@@ -32,8 +37,9 @@ static void transpose(const float *w, float *wt, int H, int O, int P) {
         for (int o = 0; o < P; o++) wt[(size_t)h * P + o] = o < O ? w[(size_t)o * H + h] : 0.0f;
 }
 
-/* Periods of H neurons with constant currents: the step of the first spike, T + 1 where there is none. */
-static void find_periods(const float *current, uint8_t *period, int H, int T) {
+/* Periods of H neurons with constant currents: the step of the first spike; T + 1 where there is none; 0 where the
+ * current is infinite, for a spike at step 1 alone. */
+static void find_periods(const float *current, uint16_t *period, int H, int T) {
     for (int start = 0; start < H; start += BLOCK) {
         int n = smaller(BLOCK, H - start);
         const float *x = current + start;
@@ -48,25 +54,24 @@ static void find_periods(const float *current, uint8_t *period, int H, int T) {
                 v[i] = h; /* what follows the first spike does not matter */
             }
         }
-        for (int i = 0; i < n; i++) period[start + i] = (uint8_t)k[i];
+        for (int i = 0; i < n; i++) period[start + i] = x[i] > FLT_MAX ? 0 : (uint16_t)k[i];
     }
 }
 
-/* Spikes of N x H neurons with constant currents, through weights [O][H], for T steps (at most 254).
- * wt [H][P] and sums [N][T + 2][P] are scratch; period [N][H] (uint8) is kept for the backward pass;
+/* Spikes of N x H neurons with constant currents, through weights [O][H], for T steps (at most 65534).
+ * wt [H][P] and sums [N][T + 2][P] are scratch; period [N][H] (uint16) is kept for the backward pass;
  * out [T][N][O]; spikes [H] (int64), unless null, is increased by each neuron's spikes. */
-void constant_lif_linear_forward(const float *current, const float *w, float *wt, float *sums, uint8_t *period,
+void constant_lif_linear_forward(const float *current, const float *w, float *wt, float *sums, uint16_t *period,
                                  float *out, int64_t *spikes, int N, int H, int O, int P, int T) {
     transpose(w, wt, H, O, P);
     THREADED
     for (int n = 0; n < N; n++) {
-        uint8_t *k = period + (size_t)n * H;
+        uint16_t *k = period + (size_t)n * H;
         float *sum = sums + (size_t)n * (T + 2) * P;
-        float partial[4][P]; /* of neurons with the same k, so that additions need not wait for each other */
         find_periods(current + (size_t)n * H, k, H, T);
         memset(sum, 0, sizeof(float) * (T + 2) * P);
-        if (P == LANES) {
-            float lanes[4][T + 2][LANES];
+        if (P == LANES && T <= SHORT) {
+            float lanes[4][T + 2][LANES]; /* so that additions need not wait for each other */
             memset(lanes, 0, sizeof(lanes));
             for (int h = 0; h < H; h++) {
                 float *to = lanes[h & 3][k[h]];
@@ -74,28 +79,32 @@ void constant_lif_linear_forward(const float *current, const float *w, float *wt
                 SIMD
                 for (int o = 0; o < LANES; o++) to[o] += from[o];
             }
-            for (int j = 1; j <= T; j++)
+            for (int j = 0; j <= T; j++)
                 for (int o = 0; o < LANES; o++)
-                    sum[j * P + o] = (lanes[0][j][o] + lanes[1][j][o]) + (lanes[2][j][o] + lanes[3][j][o]);
+                    sum[j * LANES + o] = (lanes[0][j][o] + lanes[1][j][o]) + (lanes[2][j][o] + lanes[3][j][o]);
         } else {
             for (int h = 0; h < H; h++) {
+                float *to = sum + (size_t)k[h] * P;
                 SIMD
-                for (int o = 0; o < P; o++) sum[k[h] * P + o] += wt[(size_t)h * P + o];
+                for (int o = 0; o < P; o++) to[o] += wt[(size_t)h * P + o];
             }
         }
-        for (int t = 1; t <= T; t++) {
-            memset(partial, 0, sizeof(float) * P);
-            for (int j = 1; j <= t; j++)
-                if (t % j == 0)
-                    for (int o = 0; o < O; o++) partial[0][o] += sum[j * P + o];
-            memcpy(out + ((size_t)(t - 1) * N + n) * O, partial[0], sizeof(float) * O);
-        }
+        memcpy(out + (size_t)n * O, sum, sizeof(float) * O); /* period 0 */
+        for (int t = 2; t <= T; t++) memset(out + ((size_t)(t - 1) * N + n) * O, 0, sizeof(float) * O);
+        for (int j = 1; j <= T; j++)
+            for (int t = j; t <= T; t += j) {
+                float *to = out + ((size_t)(t - 1) * N + n) * O;
+                for (int o = 0; o < O; o++) to[o] += sum[(size_t)j * P + o];
+            }
     }
     if (spikes) {
         THREADED
         for (int h = 0; h < H; h++) {
             int64_t count = 0;
-            for (int n = 0; n < N; n++) count += T / period[(size_t)n * H + h];
+            for (int n = 0; n < N; n++) {
+                int k = period[(size_t)n * H + h];
+                count += k ? T / k : 1;
+            }
             spikes[h] += count;
         }
     }
@@ -126,7 +135,7 @@ static inline __attribute__((always_inline)) void constant_lif_gradient(const fl
             float slope = 0.5f + 0.5f * trace[i];
             float u = pi * (h - 1.0f);
             total[i] += g[t][i] * slope / (1.0f + u * u);
-            v[i] = h >= 1.0f ? 0.0f : h;
+            v[i] = h >= 1.0f ? h - h : h;
             trace[i] = h >= 1.0f ? 0.0f : slope;
         }
     }
@@ -134,7 +143,7 @@ static inline __attribute__((always_inline)) void constant_lif_gradient(const fl
 
 /* The gradients of current [N][H] and w [O][H] from that of out, grad [T][N][O].
  * sums [N][T + 2][P] and gwt [H][P] are scratch. */
-void constant_lif_linear_backward(const float *grad, const float *current, const uint8_t *period, const float *w,
+void constant_lif_linear_backward(const float *grad, const float *current, const uint16_t *period, const float *w,
                                   float *sums, float *gwt, float *grad_current, float *grad_w, int N, int H, int O,
                                   int P, int T) {
     THREADED
@@ -142,9 +151,10 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
         /* what each neuron of period j passes to its weights: the gradients at its spikes' steps */
         float *sum = sums + (size_t)n * (T + 2) * P;
         memset(sum, 0, sizeof(float) * (T + 2) * P);
+        memcpy(sum, grad + (size_t)n * O, sizeof(float) * O); /* period 0 */
         for (int j = 1; j <= T; j++)
             for (int t = j; t <= T; t += j)
-                for (int o = 0; o < O; o++) sum[j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
+                for (int o = 0; o < O; o++) sum[(size_t)j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
         for (int start = 0; start < H; start += LANES) {
             int m = smaller(LANES, H - start);
             float x[LANES] = {0}, v[LANES] = {0}, trace[LANES] = {0}, total[LANES] = {0};
@@ -166,7 +176,7 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
         memset(gwt + (size_t)start * P, 0, sizeof(float) * m * P);
         for (int n = 0; n < N; n++) {
             const float *sum = sums + (size_t)n * (T + 2) * P;
-            const uint8_t *k = period + (size_t)n * H + start;
+            const uint16_t *k = period + (size_t)n * H + start;
             if (P == LANES) {
                 for (int i = 0; i < m; i++) {
                     float *to = gwt + (size_t)(start + i) * LANES;
@@ -177,7 +187,7 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
             } else {
                 for (int i = 0; i < m; i++) {
                     SIMD
-                    for (int o = 0; o < P; o++) gwt[(size_t)(start + i) * P + o] += sum[k[i] * P + o];
+                    for (int o = 0; o < P; o++) gwt[(size_t)(start + i) * P + o] += sum[(size_t)k[i] * P + o];
                 }
             }
         }
@@ -199,7 +209,7 @@ void lif_count_forward(const float *x, float *counts, int64_t M, int T) {
             for (int i = 0; i < m; i++) {
                 float h = v[i] + (row[i] - v[i]) * 0.5f;
                 count[i] += h >= 1.0f ? 1.0f : 0.0f;
-                v[i] = h >= 1.0f ? 0.0f : h;
+                v[i] = h >= 1.0f ? h - h : h;
             }
         }
         memcpy(counts + start, count, sizeof(float) * m);
@@ -212,22 +222,23 @@ void lif_count_backward(const float *grad, const float *x, float *grad_x, int64_
     THREADED
     for (int64_t start = 0; start < M; start += BLOCK) {
         int m = (int)(M - start < BLOCK ? M - start : BLOCK);
-        float v[BLOCK], g[BLOCK], h[T][BLOCK];
+        float v[BLOCK], g[BLOCK];
         for (int i = 0; i < BLOCK; i++) v[i] = g[i] = 0.0f;
         for (int t = 0; t < T; t++) {
             const float *row = x + t * M + start;
+            float *h = grad_x + t * M + start; /* kept where the gradient comes to stand */
             SIMD
             for (int i = 0; i < m; i++) {
-                h[t][i] = v[i] + (row[i] - v[i]) * 0.5f;
-                v[i] = h[t][i] >= 1.0f ? 0.0f : h[t][i];
+                h[i] = v[i] + (row[i] - v[i]) * 0.5f;
+                v[i] = h[i] >= 1.0f ? h[i] - h[i] : h[i];
             }
         }
         for (int t = T - 1; t >= 0; t--) {
             float *row = grad_x + t * M + start;
             SIMD
             for (int i = 0; i < m; i++) {
-                float u = pi * (h[t][i] - 1.0f);
-                float gh = grad[start + i] / (1.0f + u * u) + (h[t][i] >= 1.0f ? 0.0f : g[i]);
+                float h = row[i], u = pi * (h - 1.0f);
+                float gh = grad[start + i] / (1.0f + u * u) + (h >= 1.0f ? 0.0f : g[i]);
                 row[i] = g[i] = 0.5f * gh; /* half to the input, half to the potential before */
             }
         }
@@ -249,8 +260,9 @@ int affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *ma
         for (int y = 0; y < height; y++) {
             SIMD
             for (int x = 0; x < width; x++) {
-                int32_t column = (m[0] * x + m[1] * y + m[2]) >> 16;
-                int32_t row = (m[3] * x + m[4] * y + m[5]) >> 16;
+                /* unsigned, as what does not fit wraps round in the plain path, too */
+                int32_t column = (int32_t)(m[0] * (uint32_t)x + m[1] * (uint32_t)y + m[2]) >> 16;
+                int32_t row = (int32_t)(m[3] * (uint32_t)x + m[4] * (uint32_t)y + m[5]) >> 16;
                 int inside = (column >= 0) & (column < width) & (row >= 0) & (row < height);
                 int32_t at = inside ? row * width + column : 0;
                 to[y * width + x] = table[inside ? image[at] : 0];

@@ -11,6 +11,7 @@ from scipy import stats
 from spikingjelly.activation_based import functional, layer
 from test_models import spiking_mnist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spiking_kernels
 from deeprewire import DeepRewiring
@@ -47,7 +48,7 @@ def currents(n, h, seed=0):
 
 
 @needs_kernels
-@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 32, 254])
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 32, 254, 255, 300])
 @pytest.mark.parametrize(("n", "h", "o"), [(1, 1, 1), (3, 800, 10), (5, 65, 16), (2, 130, 17), (4, 63, 33)])
 def test_lif_linear_lif(T, n, h, o):
     # multiples of 1/64: their sums are exact in any order, so that rounding decides about no spike
@@ -112,7 +113,7 @@ def test_the_fused_mnist_network_is_the_network(T, batch, monkeypatch):
             counts = network(images)
         measure.loss_function(counts, labels, T).backward()
         results.append((counts.detach(), spikes.rates(), [p.grad for p in network.parameters()]))
-    assert calls == ([] if T == 300 else [1])  # periods beyond a byte are left to the modules
+    assert calls == [1]
     (counts, rates, gradients), (others, other_rates, other_gradients) = results
     assert T == 1 or counts.sum() > 0
     # the hidden layer's spikes are the same ones; at the output rounding may decide
@@ -188,7 +189,7 @@ def kernels(request, monkeypatch):
     """The kernels as built for this processor, and the plain C that they have without AVX-512."""
     if request.param == "portable":
         library = build.load(build.compile_source(os.environ.get("CC", "cc"), "-U__AVX512F__"))
-        monkeypatch.setattr(spiking_kernels, "_library", lambda: library)
+        monkeypatch.setattr(build, "library", lambda: library)
     return spiking_kernels
 
 
@@ -474,7 +475,7 @@ def test_fused_deep_rewiring_draws_one_seed_for_a_step_that_needs_one(settings, 
 @needs_kernels
 @pytest.mark.parametrize("soft", [False, True])
 def test_fused_deep_rewiring_does_not_depend_on_the_number_of_threads(soft):
-    library, results = spiking_kernels._library(), []
+    library, results = build.library(), []
     before = library.omp_get_max_threads()
     try:
         for threads in (1, 2, 3, 7):
@@ -535,33 +536,253 @@ def test_the_kernels_leave_what_they_do_not_take_to_torch(monkeypatch):
     assert list(step(nn.Parameter(plain.clone()), plain, transpose)) == [True, True]
 
 
+# -- what the kernels are handed ---------------------------------------------------------------------
+
+
+def arguments_of(name):
+    """The tensors that a kernel takes, by their names, and a function that calls it with them."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "lif_linear_lif":
+        tensors = {"current": currents(4, 6), "weight": torch.randn(3, 6, generator=generator)}
+        tensors["spikes"] = torch.zeros(6, dtype=torch.int64)
+        return tensors, lambda t: spiking_kernels.lif_linear_lif(t["current"], t["weight"], 8, t["spikes"])
+    if name == "affine_lookup":
+        images = torch.randint(0, 256, (5, 1, 4, 4), generator=generator, dtype=torch.uint8)
+        tensors = {"images": images, "index": torch.tensor([3, 0]), "table": torch.arange(256.0)}
+        tensors["matrices"] = torch.tensor([[65536, 0, 0, 0, 65536, 0]] * 2, dtype=torch.int32)
+        return tensors, lambda t: spiking_kernels.affine_lookup(t["images"], t["index"], t["matrices"], t["table"])
+    names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "theta")
+    tensors = {key: torch.rand(3, 6, generator=generator) for key in names}
+    tensors["sign"] = torch.ones(3, 6, dtype=torch.int8)
+    settings = dict(betas=(0.9, 0.99), correction=0.5, eps=1e-8, eta=0.1, weight_decay=0.0, maximize=False)
+    if name == "grad_rewiring_step":
+        settings |= dict(prior=0.0, mu=0.0)
+    else:
+        settings |= dict(seed=0, max_s=0.5, penalty=0.0, temperature=0.0, theta_min=None)
+    return tensors, lambda t: getattr(spiking_kernels, name)(**t, **settings)
+
+
+def resized(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+SPOILT = {
+    "dtype": lambda x: x.to(torch.float16 if x.dtype != torch.float16 else torch.float32),
+    "float64": lambda x: x.double(),
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "array": lambda x: x.numpy(),
+    "nothing": lambda x: None,
+    "shape": lambda x: torch.cat([x, x], 1 if x.dim() > 1 else 0),
+    "axes": lambda x: x.unsqueeze(0),
+    "freed": resized,
+    "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+}
+KERNELS = ("lif_linear_lif", "affine_lookup", "grad_rewiring_step", "deep_rewiring_step")
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_tensors_that_the_kernels_cannot_take_are_refused_by_name(kernel, spoilt):
+    """They work on bare memory: nothing may reach them that they do not expect."""
+    tensors, call = arguments_of(kernel)
+    call({key: tensor.clone() for key, tensor in tensors.items()})
+    for name in tensors:
+        given = {key: tensor.clone() for key, tensor in tensors.items()}
+        given[name] = SPOILT[spoilt](given[name])
+        if given[name] is None and name in ("spikes", "max_exp_avg_sq", "theta" if kernel.startswith("deep") else ""):
+            continue  # it may be left out
+        with pytest.raises(spiking_kernels.Unfit, match=rf"^{name} |^\w+ has the shape|must be \[N, H\] and \[O, H\]$"):
+            call(given)
+        assert all(torch.equal(given[key], tensor) for key, tensor in tensors.items() if key != name)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["grad_rewiring_step", "deep_rewiring_step"])
+def test_tensors_that_share_memory_are_refused(kernel):
+    tensors, call = arguments_of(kernel)
+    memory = torch.rand(40)
+    for name in tensors.keys() - {"sign"}:
+        for other in tensors.keys() - {"sign", name}:
+            given = {key: tensor.clone() for key, tensor in tensors.items()}
+            given[name], given[other] = memory[:18].view(3, 6), memory[17:35].view(3, 6)
+            with pytest.raises(spiking_kernels.Unfit, match=rf"^{name} shares .* {other}$|^{other} shares .* {name}$"):
+                call(given)
+            given[other] = memory[18:36].view(3, 6)  # side by side
+            call(given)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["grad_rewiring_step", "deep_rewiring_step"])
+def test_an_update_by_a_kernel_is_a_change_to_autograd(kernel):
+    """A graph that needs the weights as they were must not go on with the new ones without a word."""
+    tensors, call = arguments_of(kernel)
+    tensors["param"].requires_grad_()
+    output = tensors["param"].square().sum()
+    call(tensors)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
 @needs_kernels
 @pytest.mark.parametrize(
-    "bad",
+    ("call", "message"),
     [
-        lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 3, dtype=torch.float64), torch.zeros(4, 3), 2),
-        lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 3), torch.zeros(4, 5), 2),
-        lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 3), torch.zeros(4, 3), 0),
-        lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 3), torch.zeros(4, 3), 255),
-        lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 3), torch.zeros(4, 3), 2, torch.zeros(3)),
-        lambda: spiking_kernels.affine_lookup(
-            torch.zeros(2, 1, 28, 28, dtype=torch.uint8),
-            torch.tensor([2]),
-            torch.zeros(1, 6, dtype=torch.int32),
-            torch.zeros(256),
-        ),
-        lambda: spiking_kernels.affine_lookup(
-            torch.zeros(2, 1, 28, 28, dtype=torch.uint8),
-            torch.tensor([1, 0]),
-            torch.zeros(1, 6, dtype=torch.int32),
-            torch.zeros(256),
-        ),
+        *[
+            (
+                lambda T=T: spiking_kernels.lif_linear_lif(torch.zeros(2, 3), torch.zeros(4, 3), T),
+                r"^T=.*from 1 to 65534$",
+            )
+            for T in (0, -1, 65535, 2**32 + 1, 2.0, True, None)
+        ],
+        (lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 3), torch.zeros(0, 3), 2), "^O=0 .* from 1 to"),
+        (lambda: spiking_kernels.lif_linear_lif(torch.zeros(2, 0), torch.zeros(4, 0), 2), "^H=0 .* from 1 to"),
+        (lambda: spiking_kernels.deep_rewiring_draws(-1, 0, 0.5), "^n=-1 "),
+        (lambda: spiking_kernels.deep_rewiring_draws(5, 2**64, 0.5), "^seed=18446744073709551616 "),
+        (lambda: spiking_kernels.deep_rewiring_draws(5, -1, 0.5), "^seed=-1 "),
+        (lambda: spiking_kernels.deep_rewiring_draws(5, 0, 0.0), "^probability=0.0 "),
+        (lambda: spiking_kernels.deep_rewiring_draws(5, 0, float("nan")), "^probability=nan "),
     ],
 )
-def test_what_the_kernels_cannot_take_is_refused(bad):
-    """They work on bare memory: nothing may reach them that they do not expect."""
-    with pytest.raises(ValueError, match=r"must|take|needs"):
-        bad()
+def test_numbers_that_the_kernels_cannot_take_are_refused_by_name(call, message):
+    with pytest.raises(spiking_kernels.Unfit, match=message):
+        call()
+
+
+@needs_kernels
+@pytest.mark.parametrize("index", [[5], [-1], [0, 2**40]])
+def test_an_index_of_no_image_is_refused(index):
+    tensors, call = arguments_of("affine_lookup")
+    tensors["matrices"] = tensors["matrices"][:1].repeat(len(index), 1)
+    with pytest.raises(spiking_kernels.Unfit, match=r"^index must be of images that are there, from 0 to 4$"):
+        call(tensors | {"index": torch.tensor(index)})
+
+
+@needs_kernels
+def test_tensors_in_another_order_of_memory_are_laid_out():
+    """Transposed, expanded, and those whose memory holds their negative."""
+    tensors, call = arguments_of("lif_linear_lif")
+    expected = call(tensors | {"spikes": None})
+    negative = [torch.complex(torch.zeros_like(x), -x).conj().imag for x in (tensors["current"], tensors["weight"])]
+    assert all(x.is_neg() for x in negative)
+    for current, weight in ([x.t().contiguous().t() for x in (tensors["current"], tensors["weight"])], negative):
+        assert torch.equal(spiking_kernels.lif_linear_lif(current, weight, 8), expected)
+    one = tensors["current"][:1]
+    repeated = spiking_kernels.lif_linear_lif(one.expand(3, 6), tensors["weight"], 8)
+    assert torch.equal(repeated, expected[:1].expand(3, 3))
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["float64", "bfloat16", "float16", "meta", "cpu"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernels_do_not_depend_on_torchs_defaults(kernel, kind):
+    """Nor does a pass backward; with other defaults the same numbers, and nothing beside what is theirs is written."""
+
+    def results():
+        tensors, call = made
+        given = {key: tensor.clone().requires_grad_(key in ("current", "weight")) for key, tensor in tensors.items()}
+        out = call(given)
+        if kernel == "lif_linear_lif":
+            out.sum().backward()
+            return [out.detach(), given["current"].grad, given["weight"].grad, given["spikes"]]
+        return [*given.values()] if out is None else [out]
+
+    made = arguments_of(kernel)
+    expected, dtype = results(), torch.get_default_dtype()
+    try:
+        if kind in ("meta", "cpu"):
+            torch.set_default_device(kind)
+        else:
+            torch.set_default_dtype(getattr(torch, kind))
+        found = results()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(dtype)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_kernels
+def test_where_torch_makes_no_plain_tensors_the_kernels_refuse():
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            return made.as_subclass(Subclass) if function is torch.ops.aten.empty.memory_format else made
+
+    tensors, call = arguments_of("lif_linear_lif")
+    with Mode(), pytest.raises(spiking_kernels.Unfit, match=r"torch\.empty makes a Subclass"):
+        call(tensors)
+    with pytest.raises(spiking_kernels.Unfit, match=r"^current belongs to a transform of torch\.func"):
+        torch.func.vmap(lambda x: spiking_kernels.lif_linear_lif(x, tensors["weight"], 8))(torch.zeros(2, 4, 6))
+
+
+@needs_kernels
+@pytest.mark.parametrize("T", [3, 40])
+def test_gradients_of_gradients_are_those_of_the_layers(T):
+    """Exact multiples of 1/64, as above: no spike may differ."""
+    weight = (torch.randn(3, 30, generator=torch.Generator().manual_seed(1)) * 32).round() / 64
+    results = []
+    for fused in (False, True):
+        current = currents(5, 30).clamp(-10, 10).requires_grad_()
+        if fused:
+            w = weight.clone().requires_grad_()
+            counts = spiking_kernels.lif_linear_lif(current, w, T)
+        else:
+            counts, _, w = reference(current, weight, T)
+        gradients = torch.autograd.grad(counts.square().sum(), (current, w), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), (current, w))
+        results.append([counts, *gradients, *second])
+    for a, b in zip(*results, strict=True):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.detach().abs().max()))
+
+
+@needs_kernels
+def test_gradients_of_every_kind_reach_the_layers():
+    """Expanded, negative in memory, of another dtype, and with what was saved turned into other tensors."""
+    tensors, _ = arguments_of("lif_linear_lif")
+
+    def gradients(grad, hooks=(lambda x: x, lambda x: x)):
+        current, weight = (tensors[key].clone().requires_grad_() for key in ("current", "weight"))
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            counts = spiking_kernels.lif_linear_lif(current, weight, 8)
+        counts.backward(grad)
+        return current.grad, weight.grad
+
+    ones = torch.ones(4, 3)
+    expected = gradients(ones)
+    negative = torch.complex(ones, -ones).conj().imag
+    assert negative.is_neg()
+    for grad in (torch.ones(()).expand(4, 3), negative, ones.double(), torch.ones(3, 4).t()):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(grad), expected, strict=True))
+    for back in (lambda x: x.as_subclass(Subclass), lambda x: x.t().contiguous().t() if x.dim() == 2 else x):
+        for a, b in zip(gradients(ones, (lambda x: x, back)), expected, strict=True):
+            torch.testing.assert_close(a.as_subclass(torch.Tensor), b, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernels
+def test_what_is_not_finite_is_as_in_the_layers():
+    """After an infinite potential a reset gives NaN: one spike, and no more."""
+    infinite = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1.5, 3e38]])
+    for current, weight in ((infinite, torch.eye(5) * 3), (torch.full((1, 2), 1.5), torch.tensor([[3e38, 3e38]]))):
+        ours, theirs = current.clone().requires_grad_(), current.clone().requires_grad_()
+        first = torch.zeros(current.shape[1], dtype=torch.int64)
+        counts, (expected, spikes, _) = (
+            spiking_kernels.lif_linear_lif(ours, weight, 5, first),
+            reference(theirs, weight, 5),
+        )
+        assert torch.equal(counts, expected)
+        assert torch.equal(first, spikes.sum((0, 1)).long())
+        counts.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True, rtol=1e-5, atol=0)
 
 
 def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):

@@ -1,0 +1,138 @@
+"""One step of Grad Rewiring or of Deep R on a tensor of weights, and the random numbers that Deep R takes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from spiking_kernels import build
+from spiking_kernels.tensors import Unfit, apart, check, empty, pointer, whole
+
+NOISE_GROUP = 512  # weights that share a sequence of normal numbers
+MOST_WEIGHTS, MOST_SEEDS = 1 << 48, 1 << 64
+
+
+def _pointers(sign: Tensor, grad: Tensor, **written: Tensor | None) -> list[int | None]:
+    """Those of the tensors that a step takes, in its order, once they have been checked.
+
+    Raises:
+        Unfit: a tensor is not accepted, or two share memory.
+    """
+    shape = getattr(written["param"], "shape", None)
+    check({name: (tensor, shape) for name, tensor in written.items()} | {"grad": (grad, shape)})
+    check({"sign": (sign, shape)}, torch.int8)
+    apart(written, {"grad": grad, "sign": sign})
+    torch.autograd.graph.increment_version(written["param"])  # or a graph that needs it would not know
+    tensors = written | {"grad": grad, "sign": sign}
+    order = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sign", "theta")
+    return [pointer(tensors.get(name)) for name in order]
+
+
+def grad_rewiring_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    sign: Tensor,
+    theta: Tensor,
+    *,
+    betas: tuple[float, float],
+    correction: float,
+    eps: float,
+    eta: float,
+    weight_decay: float,
+    maximize: bool,
+    prior: float,
+    mu: float,
+) -> None:
+    """One step of Grad Rewiring, in place, on contiguous float32 tensors of one shape (sign: int8).
+
+    Args:
+        correction: sqrt(1 - beta2^t).
+        eta: the step size, lr / (1 - beta1^t).
+        prior: alpha * eta, or 0 where the prior is off.
+        mu: where the prior changes its sign.
+
+    The other arguments are those of gradrewire.GradRewiring.
+
+    Raises:
+        Unfit: a tensor is not accepted, or two share memory; nothing has been changed.
+    """
+    maximum = {} if max_exp_avg_sq is None else {"max_exp_avg_sq": max_exp_avg_sq}
+    build.library().grad_rewiring_step(
+        *_pointers(sign, grad, param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, theta=theta, **maximum),
+        param.numel(),
+        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
+        *(-1.0 if maximize else 1.0, prior, mu),
+    )
+
+
+def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, Tensor]:
+    """The random numbers that :func:`deep_rewiring_step` uses for n weights and a seed, in [0, 2^64).
+
+    Returns:
+        normal: float32 [n], standard normal. Soft Deep R gives a weight the number at its place; Deep R gives,
+            in each group of NOISE_GROUP weights, the j-th active connection the j-th number of the group.
+        chosen: bool [n], each True with the probability, in (0, 1]: of the connections to re-activate.
+
+    Raises:
+        Unfit: a number is not accepted.
+    """
+    whole("n", n, 0, MOST_WEIGHTS)
+    whole("seed", seed, 0, MOST_SEEDS - 1)
+    if not 0 < probability <= 1:
+        raise Unfit(f"probability={probability!r} is not accepted: must be in (0, 1]")
+    normal, chosen = empty(n), empty(n, dtype=torch.bool)
+    build.library().deep_rewiring_draws(pointer(normal), pointer(chosen), n, seed, probability)
+    return normal, chosen
+
+
+def deep_rewiring_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    sign: Tensor,
+    theta: Tensor | None,
+    *,
+    seed: int,
+    max_s: float,
+    betas: tuple[float, float],
+    correction: float,
+    eps: float,
+    eta: float,
+    weight_decay: float,
+    maximize: bool,
+    penalty: float,
+    temperature: float,
+    theta_min: float | None,
+) -> None:
+    """One step of Deep R, soft where theta is given, in place, on contiguous float32 tensors of one shape (sign: int8).
+
+    With the numbers of :func:`deep_rewiring_draws`, every operation is rounded as in the plain update on a CPU
+    with fused multiply-add, but for torch's square root, which is not always the nearest float.
+
+    Args:
+        seed: of the step's random numbers, in [0, 2^64).
+        correction: sqrt(1 - beta2^t).
+        eta: the step size, lr / (1 - beta1^t).
+        penalty: l1 * eta.
+        temperature: of the noise, T * sqrt(eta); with 0, none is drawn.
+        theta_min: lower bound of theta, or None.
+
+    The other arguments are those of deeprewire.DeepRewiring.
+
+    Raises:
+        Unfit: a tensor or the seed is not accepted, or two tensors share memory; nothing has been changed.
+    """
+    whole("seed", seed, 0, MOST_SEEDS - 1)
+    optional = {"max_exp_avg_sq": max_exp_avg_sq, "theta": theta}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    build.library().deep_rewiring_step(
+        *_pointers(sign, grad, param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **given),
+        *(param.numel(), seed, max_s),
+        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
+        *(-1.0 if maximize else 1.0, penalty, temperature, -math.inf if theta_min is None else theta_min),
+    )
