@@ -1,95 +1,53 @@
-"""Compiles ``cpu.c`` at first use and loads what came of it."""
+"""Compiles ``cpu.c`` at first use and keeps the library for later processes."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
+from spiking_kernels import kept
+
 SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# Of each row the first that the compiler takes, or none. Without -fopenmp the kernels have one thread.
+ALTERNATIVES = (("-march=native", "-mcpu=native"), ("-fopenmp", "-fopenmp-simd"))
+PROBE = """int probe(int n) {
+    int sum = 0;
+    _Pragma("omp parallel for reduction(+ : sum)")
+    for (int i = 0; i < n; i++) sum += i;
+    return sum;
+}
+"""
+SECONDS = 120  # for one call of the compiler; cpu.c takes one or two
+
+_pointer, _int, _int64, _uint64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint64
+_float, _double = ctypes.c_float, ctypes.c_double
+ARGUMENTS = {  # of each function of cpu.c
+    "constant_lif_linear_forward": [_pointer] * 7 + [_int] * 5,
+    "constant_lif_linear_backward": [_pointer] * 8 + [_int] * 5,
+    "lif_count_forward": [_pointer] * 2 + [_int64, _int],
+    "lif_count_backward": [_pointer] * 3 + [_int64, _int],
+    "affine_lookup": [_pointer] * 5 + [_int64] + [_int] * 3,
+    "grad_rewiring_step": [_pointer] * 7 + [_int64] + [_float] * 11,
+    "deep_rewiring_draws": [_pointer] * 2 + [_int64, _uint64, _double],
+    "deep_rewiring_step": [_pointer] * 7 + [_int64, _uint64, _double] + [_float] * 12,
+}
 
 
 class Unavailable(RuntimeError):
     """The kernels cannot be built on this machine; the text says why, in one line."""
 
 
-def _cache_folder() -> Path:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradrewire"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):  # no home folder, or one that cannot be written to
-        return Path(tempfile.mkdtemp(prefix="gradrewire-"))
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-    except OSError:
-        return platform.processor()
-
-
-def compile_source(compiler: str = "cc", *options: str) -> Path:
-    """Compiles ``cpu.c`` for this processor, once, with options of the compiler; returns the library's path.
-
-    Raises:
-        Unavailable: there is no compiler, or it cannot compile the source.
-    """
-    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", *options]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *flags, _processor()]).encode()).hexdigest()
-    library = _cache_folder() / f"cpu-{key[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            built = Path(folder) / "cpu.so"  # renamed when complete: several processes may build at once
-            try:
-                subprocess.run(
-                    [compiler, *flags, "-o", built, SOURCE, "-lm"], check=True, capture_output=True, text=True
-                )
-            except FileNotFoundError:
-                raise Unavailable(f"there is no C compiler ({compiler})") from None
-            except subprocess.CalledProcessError as error:
-                message = (error.stderr.strip() or str(error)).splitlines()[0]
-                raise Unavailable(f"the C compiler fails ({message})") from None
-            os.replace(built, library)
-    return library
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    return load(compile_source(os.environ.get("CC", "cc")))
-
-
-def load(path: Path) -> ctypes.CDLL:
-    """The functions of a compiled ``cpu.c``, with the types of their arguments.
-
-    Raises:
-        Unavailable: the library does not load.
-    """
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"the compiled kernels do not load ({error})") from None
-    pointer, integer, wide, seed = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint64
-    real, double = ctypes.c_float, ctypes.c_double
-    for name, arguments in {
-        "constant_lif_linear_forward": [pointer] * 7 + [integer] * 5,
-        "constant_lif_linear_backward": [pointer] * 8 + [integer] * 5,
-        "lif_count_forward": [pointer] * 2 + [wide, integer],
-        "lif_count_backward": [pointer] * 3 + [wide, integer],
-        "affine_lookup": [pointer] * 5 + [wide] + [integer] * 3,
-        "grad_rewiring_step": [pointer] * 7 + [wide] + [real] * 11,
-        "deep_rewiring_draws": [pointer] * 2 + [wide, seed, double],
-        "deep_rewiring_step": [pointer] * 7 + [wide, seed, double] + [real] * 12,
-    }.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, integer if name == "affine_lookup" else None
-    return library
+class _OptionFails(Unavailable):
+    """The compiler runs, but makes nothing that loads: other options may help."""
 
 
 @functools.cache
@@ -100,3 +58,149 @@ def available() -> str | None:
     except Unavailable as error:
         return str(error)
     return None
+
+
+@functools.cache
+def library(*options: str) -> ctypes.CDLL:
+    """The functions of ``cpu.c``, compiled with options by the command in CC, or by cc where CC is not set.
+
+    Raises:
+        Unavailable: there is no compiler, or what it makes cannot be used.
+    """
+    compiler = _compiler()
+    loaded = _load_kept(_path(compiler, [row[0] for row in ALTERNATIVES], options)) or _build(compiler, options)
+    if not hasattr(loaded, "omp_get_max_threads"):
+        warnings.warn(f"{shlex.join(compiler)} has no OpenMP: the fused kernels run on one thread", stacklevel=2)
+    return loaded
+
+
+def _build(compiler: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
+    try:
+        with kept.workspace() as folder:
+            probe = folder / "probe.c"
+            probe.write_text(PROBE)
+            chosen = [_first_accepted(compiler, probe, row) for row in ALTERNATIVES]
+            path = _path(compiler, chosen, options)
+            if (loaded := _load_kept(path)) is not None:
+                return loaded
+            content = _compile(compiler, SOURCE, [*FLAGS, *filter(None, chosen), *options], folder)
+    except OSError as error:
+        raise Unavailable(f"they cannot be compiled ({error})") from None
+    loaded = _load(content)
+    reason = "there is no home folder"
+    try:
+        if path:
+            kept.write(content, path)
+            return loaded
+    except OSError as error:
+        reason = f"{path}: {error.strerror}"
+    warnings.warn(
+        f"the compiled kernels cannot be kept ({reason}): every process compiles them, "
+        "unless XDG_CACHE_HOME names another folder",
+        stacklevel=3,
+    )
+    return loaded
+
+
+def _path(compiler: list[str], chosen: list[str | None], options: tuple[str, ...]) -> Path | None:
+    """Where a library is kept; the name holds all that its content depends on."""
+    parts = (SOURCE.read_text(), compiler, FLAGS, chosen, options, platform.libc_ver(), _processor())
+    folder = kept.folder()
+    return folder and folder / f"cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.kernels"
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    told = ("model name", "flags", "Features", "features", "CPU implementer", "CPU part", "cpu\t", "isa")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(told)})])
+    except OSError:  # where it is not told what a processor can do, a library is for one machine
+        return "\n".join(platform.uname())
+
+
+# -- the compiler ------------------------------------------------------------------------------------
+
+
+def _compiler() -> list[str]:
+    """The words of CC, which may hold arguments."""
+    text = os.environ.get("CC", "cc")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Unavailable(f"there is no C compiler (CC={text!r}: {error})") from None
+    if not words:
+        raise Unavailable(f"there is no C compiler (CC={text!r})")
+    return words
+
+
+def _first_accepted(compiler: list[str], source: Path, options: tuple[str, ...]) -> str | None:
+    """The first option with which the compiler makes a library that loads: OpenMP's runtime may not be there."""
+    for option in options:
+        with contextlib.suppress(_OptionFails, OSError):
+            kept.load(_compile(compiler, source, ["-shared", "-fPIC", option], source.parent))
+            return option
+    return None
+
+
+def _compile(compiler: list[str], source: Path, flags: list[str], folder: Path) -> bytes:
+    built, name = Path(tempfile.mkdtemp(dir=folder)) / "built.so", shlex.join(compiler)
+    try:
+        process = subprocess.Popen(
+            [*compiler, *flags, "-o", str(built), str(source), "-lm"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)},  # its own files go with the folder
+            start_new_session=True,  # so that it can be ended with all that it has started
+        )
+    except FileNotFoundError:
+        raise Unavailable(f"there is no C compiler ({name})") from None
+    except OSError as error:
+        raise Unavailable(f"the C compiler does not run ({name}: {error.strerror})") from None
+    try:
+        _, message = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"the C compiler does not end ({name}, in {SECONDS} seconds)") from None
+    finally:
+        if process.returncode is None:
+            _kill(process)
+    if process.returncode:
+        lines = [line.strip() for line in message.splitlines() if line.strip()]
+        lines.append(f"{name}: status {process.returncode}")
+        raise _OptionFails(f"the C compiler fails ({next((line for line in lines if 'error' in line), lines[0])})")
+    try:
+        return built.read_bytes()
+    except OSError:
+        raise _OptionFails(f"the C compiler writes no library ({name})") from None
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+    process.stderr.close()
+    process.wait()
+
+
+# -- loading -----------------------------------------------------------------------------------------
+
+
+def _load_kept(path: Path | None) -> ctypes.CDLL | None:
+    content = path and kept.read(path)
+    try:
+        return _load(content) if content else None
+    except Unavailable:  # it was built on another system
+        return None
+
+
+def _load(content: bytes) -> ctypes.CDLL:
+    try:
+        loaded = kept.load(content)
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, _int if name == "affine_lookup" else None
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"the compiled kernels do not load ({error})") from None
+    return loaded

@@ -1,8 +1,5 @@
 """The fused kernels against the modules that they replace."""
 
-import os
-import subprocess
-
 import numpy as np
 import pytest
 import torch
@@ -188,7 +185,7 @@ def test_fused_grad_rewiring_hides_no_nan(size, amsgrad):
 def kernels(request, monkeypatch):
     """The kernels as built for this processor, and the plain C that they have without AVX-512."""
     if request.param == "portable":
-        library = build.load(build.compile_source(os.environ.get("CC", "cc"), "-U__AVX512F__"))
+        library = build.library("-U__AVX512F__")
         monkeypatch.setattr(build, "library", lambda: library)
     return spiking_kernels
 
@@ -476,6 +473,8 @@ def test_fused_deep_rewiring_draws_one_seed_for_a_step_that_needs_one(settings, 
 @pytest.mark.parametrize("soft", [False, True])
 def test_fused_deep_rewiring_does_not_depend_on_the_number_of_threads(soft):
     library, results = build.library(), []
+    if not hasattr(library, "omp_get_max_threads"):
+        pytest.skip("the C compiler has no OpenMP")
     before = library.omp_get_max_threads()
     try:
         for threads in (1, 2, 3, 7):
@@ -803,17 +802,6 @@ def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
     finally:
         for cached in (build.library, build.available):
             cached.cache_clear()
-
-
-def test_a_compiler_that_fails_is_reported_in_one_line(monkeypatch, tmp_path):
-    def fail(command, **kwargs):
-        raise subprocess.CalledProcessError(1, command, stderr="cpu.c:1: no OpenMP\nmore")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(spiking_kernels.Unavailable, match=r"^the C compiler fails \(cpu.c:1: no OpenMP\)$"):
-        build.compile_source()
-    assert list((tmp_path / "gradrewire").iterdir()) == []
 
 
 @needs_kernels
