@@ -11,7 +11,8 @@ from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
 from spiking import SpikingNetwork
 from training import data, measure
-from training.options import REPOSITORY, Parser, Refusal, command
+from training.command_line import Parser, Refusal, command
+from training.options import REPOSITORY
 
 __all__ = ["export", "load_pruned"]
 

@@ -22,7 +22,7 @@ import torch
 from analysis import pictures
 from analysis.pictures import Picture, printable
 from analysis.runs import CHECKPOINT, Run, find, number, short_names, weights_of
-from training.options import Parser, Refusal, command
+from training.command_line import Parser, Refusal, command
 from training.record import percent
 
 COLUMNS = (
@@ -46,13 +46,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(
         prog="python -m analysis.report",
         description="Shows runs, finished or still running: a table on the terminal, pictures on one HTML page.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="FOLDER",
-        help="dump folder (--dump-dir) with all its runs, or folder of one run in its logs or models",
+        help="dump folder (--dump-dir) with all its runs, folder of such folders, or of one run in logs or models",
     )
     parser.add_argument(
         "-o",

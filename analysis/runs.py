@@ -119,8 +119,8 @@ def number(entry: Any, *keys: str) -> float:
 def find(paths: Iterable[str | Path]) -> list[Run]:
     """Finds and reads the runs of dump folders and run folders, each once, sorted by name within a dump folder.
 
-    A path is a dump folder (with ``logs`` or ``models`` in it), one of these two folders, or the folder of one run in
-    either of them.
+    A path is a dump folder (with ``logs`` or ``models`` in it), a folder of dump folders (as the default ``runs`` is),
+    one of the two folders in a dump folder, or the folder of one run in either of them.
 
     Raises:
         Refusal: a path does not exist, or holds no run.
@@ -133,6 +133,9 @@ def find(paths: Iterable[str | Path]) -> list[Run]:
                 f"{text} is not a folder; give a dump folder, which holds logs and models, or folders of runs"
             )
         found = _places(path)
+        for folder in sorted(path.iterdir()):
+            if any((folder / part).is_dir() for part in ("logs", "models")):
+                found.update(_places(folder))
         if not found:
             raise Refusal(
                 f"there is no run in {text}: looked for folders logs/<name> and models/<name> in it, "

@@ -31,6 +31,7 @@ from gradrewire import GradRewiring
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
 from training import data, measure
+from training.command_line import Parser, command, whole_number
 from training.record import processor
 from training.step import TrainingStep, autocast, set_precision
 
@@ -406,10 +407,13 @@ def ceiling(device: torch.device) -> list[dict]:
     return [table("What this machine reaches (best of 7)", ("", "GFLOP/s"), rows)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset-dir", type=Path, help="folder with MNIST/raw (default: noise of MNIST's size)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=whole_number(1), default=5, help="how often each is measured (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     parser.add_argument(
         "--only",
@@ -418,7 +422,7 @@ def main() -> None:
         default=("mnist", "scaling", "optimizers", "equality", "c10"),
         help="what to measure (default: all)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "spikingjelly"))
@@ -442,7 +446,8 @@ def main() -> None:
     if arguments.json:
         head = {"date": str(date.today()), "hardware": hardware, "versions": versions}
         arguments.json.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ command line are measured beside them. All executions of a row run in turns, in 
 import argparse
 import json
 import platform
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import date
@@ -26,6 +27,7 @@ from benchmarks.bench import in_turns, median, mnist_images, table
 from mnist.mnist import RECIPE
 from mnist.model import MnistNet
 from training import data, measure
+from training.command_line import Parser, command, whole_number
 from training.record import processor
 
 SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
@@ -158,12 +160,15 @@ def bench_convolution(rounds: int) -> list[dict]:
     return [table(title, head, rows)]
 
 
+@command
 @torch.no_grad()
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="MNIST runs or exports of them to measure too")
     parser.add_argument("--dataset-dir", type=Path, help="folder with MNIST/raw (default: noise of MNIST's size)")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each is measured (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=whole_number(1), default=7, help="how often each is measured (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args(argv)
     names = ("torch", "scipy", "spikingjelly")
@@ -180,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     tables += bench_products(images, arguments.rounds) + bench_convolution(arguments.rounds)
     if arguments.json:
         arguments.json.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

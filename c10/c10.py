@@ -8,10 +8,11 @@ if not __package__:  # run as a file: its folder, where `c10` would be this scri
 
 from c10.model import Cifar10Net
 from training import checkpoint
+from training.command_line import command
 from training.data import RandomCropFlip, load
 from training.loop import Run
 from training.optimizers import build
-from training.options import Pace, Recipe, command, parse
+from training.options import Pace, Recipe, parse
 from training.randomness import seed
 
 RECIPE = Recipe(

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from reproduce import entries, grid, outcome, runner, slurm
 from reproduce.grid import Row
 from training import storage
-from training.options import REPOSITORY, Parser, Refusal, check_writable, command, folder_path, whole_number
+from training.command_line import Parser, Refusal, check_writable, command, folder_path, whole_number
+from training.options import REPOSITORY
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
@@ -17,7 +18,6 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m reproduce",
         description="Runs the grid of an experiment, row by row, each by its own command line, which is printed.",
         epilog="The same command skips finished rows and goes on with interrupted ones.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "experiment", choices=sorted(grid.RECIPES), help="whose grid to run: reproduce/<experiment>.toml"

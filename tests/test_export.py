@@ -598,7 +598,7 @@ def test_the_check_fails_where_counts_differ(tmp_path, capsys, mnist_folder, mon
     ("argv", "message"),
     [
         (["{run}"], "--format"),
-        (["{run}", "--format", "onnx"], "'safetensors', 'csr', 'nir'"),
+        (["{run}", "--format", "onnx"], "must be safetensors, csr or nir, not 'onnx'"),
         (["{folder}", "--format", "csr"], "has no checkpoint.pt"),
         (["{folder}/nothing", "--format", "csr"], "has no checkpoint.pt"),
         (["{run}", "--format", "csr", "-o", "{folder}"], "is a folder"),

@@ -14,8 +14,9 @@ import spiking_kernels
 from c10.c10 import RECIPE as C10
 from mnist.mnist import RECIPE as MNIST
 from mnist.mnist import main
+from training.command_line import Refusal, command
 from training.divergence import DivergedError
-from training.options import OPTION_NAMES, Pace, Refusal, arguments, command, format_number, parse
+from training.options import SPELLINGS, Pace, arguments, format_number, parse
 
 
 @pytest.fixture
@@ -31,12 +32,17 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
     common |= dict(precision=None, precision_used="fp32", deterministic=False, checkpoint_minutes=10.0)
     common |= dict(compile=spiking_kernels.available() is None)
-    common |= dict(dataset_dir=tmp_path / "data", dump_dir=tmp_path / "runs", device=torch.device("cpu"))
+    common |= dict(dataset_dir=tmp_path / "data", device=torch.device("cpu"))
     for recipe, own in (
         (MNIST, dict(batch_size=128, epoch=512, interval_test=32, dataset="mnist", name="lr-1e-4-b-128-T-8-no_prune")),
         (C10, dict(batch_size=16, epoch=2048, interval_test=128, dataset="cifar10", name="lr-1e-4-b-16-T-8-no_prune")),
     ):
-        assert vars(parse(recipe, [])) == {**common, **own, "experiment": recipe.name}
+        assert vars(parse(recipe, [])) == {
+            **common,
+            **own,
+            "experiment": recipe.name,
+            "dump_dir": tmp_path / "runs" / recipe.name,
+        }
         assert capsys.readouterr().out.startswith("No GPU found: running on the CPU.\n")
 
 
@@ -60,13 +66,14 @@ def test_the_target_sparsity_is_that_of_the_wanted_connectivity(run_options, con
 
 
 def test_both_spellings(run_options):
-    short = "-b 3 -lr 2e-3 -s 0.7 -N 4 -m grad -i1 5 -i2 6 -penalty 7e-4 -T 9"
-    long = "--batch-size 3 --learning-rate 2e-3 --sparsity 0.7 --epoch 4 --mode grad --interval-test 5"
-    long += " --interval-train 6 -penalty 7e-4 -T 9"
+    short = "-b 3 -lr 2e-3 -s 0.7 -N 4 -m deep -i1 5 -i2 6 -penalty 7e-4 -soft -temperature 3e-3 -test"
+    long = "--batch-size 3 --learning-rate 2e-3 --sparsity 0.7 --epoch 4 --mode deep --interval-test 5"
+    long += " --interval-train 6 --penalty 7e-4 --soft --temperature 3e-3 --test"
     assert run_options(*short.split()) == run_options(*long.split())
     options = run_options(*short.split())
     assert (options.batch_size, options.learning_rate, options.sparsity, options.epoch) == (3, 2e-3, 0.7, 4)
-    assert (options.interval_test, options.interval_train, options.penalty, options.T) == (5, 6, 7e-4, 9)
+    assert (options.interval_test, options.interval_train, options.penalty, options.mode) == (5, 6, 7e-4, "deep")
+    assert (options.temperature, options.soft, options.test) == (3e-3, True, True)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +179,17 @@ BAD = [
     ("--precision fp16", "--precision", "bf16"),
     ("--precision tf32", "--precision", "needs a GPU"),
     ("--dataset cifar", "--dataset", "digits"),
-    ("--sparse 0.9", "unrecognized arguments", "--sparse"),  # no abbreviations
-    ("--epochs 3", "unrecognized arguments", "--epochs"),
     ("surplus", "unrecognized arguments", "surplus"),
+    ("-s 95", "-s/--sparsity", "from 0 to 1, not '95'; 95 % is 0.95"),
+    ("-s 0.95%", "-s/--sparsity", "not '0.95%'; 0.95 % is 0.0095"),
+    ("--recipe fast -m grad --connectivity 5", "--connectivity", "5 % is 0.05"),
+    ("-s 0,95", "-s/--sparsity", r"did you mean 0\.95\?"),
+    ("-lr 1,5", "-lr/--learning-rate", r"not '1,5'; did you mean 1\.5\?"),
+    ("-gpu cpu", "-gpu/--gpu", "CUDA_VISIBLE_DEVICES="),
+    ("-m grad -s 0.9 -penalty", "-penalty/--penalty", "expected one argument"),
+    ("-m grad -s 0.9 --sparsity 0.95", "-s/--sparsity", "given twice, as 0.9 and as 0.95"),
+    ("-m grad -s 0.9 -m deep", "-m/--mode", "given twice, as grad and as deep"),
+    ("--compile --no-compile", "--compile", "given twice, as --compile and as --no-compile"),
     ("-test", "-test", "no saved model"),
 ]
 
@@ -191,6 +206,68 @@ def test_bad_options_give_one_line_and_status_2(argv, option, accepted, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+# what is typed, and the spellings of the options that it may have meant; no abbreviation is taken
+MISTYPED = [
+    ("--lr 1e-3", "-lr/--learning-rate"),
+    ("-n 5", "-N/--epoch"),
+    ("-t 4", "-T"),
+    ("-sparsity 0.9", "-s/--sparsity"),
+    ("-seed 3", "--seed"),  # not -s with the value eed
+    ("-mode grad", "-m/--mode"),
+    ("-batch-size 3", "-b/--batch-size"),
+    ("--batch_size=3", "-b/--batch-size"),
+    ("-so", "-soft/--soft"),
+    ("-pen 3", "-penalty/--penalty"),
+    ("-tes", "-test/--test"),
+    ("-mgard", ""),
+    ("--sparse 0.9", "-s/--sparsity"),
+    ("--epochs 3", "-N/--epoch"),
+    ("-penality 1e-3", "-penalty/--penalty"),
+    ("--temperatur 1e-3", "-temperature/--temperature"),
+    ("-gpus 0", "-gpu/--gpu"),
+    ("--data-dir x", "--dataset-dir"),
+    ("--interval 3", "-i1/--interval-test or -i2/--interval-train"),
+    ("--no-compil", "--compile/--no-compile"),
+    ("--nothing-like-it", ""),
+]
+
+
+@pytest.mark.parametrize(("argv", "meant"), MISTYPED, ids=[argv for argv, _ in MISTYPED])
+@pytest.mark.parametrize("recipe", [MNIST, C10])
+def test_a_mistyped_option_names_the_nearest_right_one(run_options, recipe, argv, meant):
+    typed = re.split("[ =]", argv)[0]
+    hint = f"; did you mean {meant}?" if meant else ""
+    with pytest.raises(Refusal) as refusal:
+        run_options(*argv.split(), recipe=recipe)
+    assert str(refusal.value) == f"unrecognized option {typed}{hint} (see --help)"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("-m gradr", "argument -m/--mode: must be deep, grad or no_prune, not 'gradr'; did you mean grad?"),
+        ("-m Grad", "argument -m/--mode: must be deep, grad or no_prune, not 'Grad'; did you mean grad?"),
+        ("-m no-prune", "argument -m/--mode: must be deep, grad or no_prune, not 'no-prune'; did you mean no_prune?"),
+        ("-m dense", "argument -m/--mode: must be deep, grad or no_prune, not 'dense'"),
+        ("--precision f32", "argument --precision: must be fp32, tf32 or bf16, not 'f32'; did you mean fp32 or tf32?"),
+        ("--dataset digit", "argument --dataset: must be mnist or digits, not 'digit'; did you mean digits?"),
+        ("grad -s 0.9", "unrecognized arguments: grad; did you mean -m grad?"),
+    ],
+)
+def test_a_mistyped_choice_names_the_nearest_right_one(run_options, argv, message):
+    with pytest.raises(Refusal) as refusal:
+        run_options(*argv.split())
+    assert str(refusal.value) == f"{message} (see --help)"
+
+
+def test_values_may_be_attached_and_an_option_repeated(run_options):
+    """As argparse takes them, and as a command that is put together from parts has them."""
+    parts = "-m grad -mgrad -s.9 -s 0.9 -lr=1e-3 -N5 -T4 -b=7 --compile --compile -penalty 1e-3 --penalty 0.001"
+    options = run_options(*parts.split())
+    assert (options.mode, options.sparsity, options.learning_rate, options.penalty) == ("grad", 0.9, 1e-3, 1e-3)
+    assert (options.epoch, options.T, options.batch_size) == (5, 4, 7)
+
+
 @pytest.mark.parametrize("folder", ["", "file/below", "file"])
 def test_a_dump_dir_that_cannot_be_written_is_refused(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
@@ -200,11 +277,57 @@ def test_a_dump_dir_that_cannot_be_written_is_refused(folder, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
+def test_a_run_begun_in_the_former_default_folder_goes_on_there(run, mnist_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.options.REPOSITORY", tmp_path)
+    argv = ["-m", "grad", "-s", "0.9", "-b", "20", "--dataset-dir", str(mnist_folder)]
+    run(*argv[:-2], "-N", "1", dump=tmp_path / "runs")
+    assert main([*argv, "-N", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"This run is in {tmp_path / 'runs'}, the default --dump-dir of before, and stays there" in out
+    assert "Going on after epoch 1, of 2 epochs." in out
+    assert main([*argv, "-test"]) == 0
+    assert "after 2 epochs" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "mnist").exists()
+    # as the line says, it can be moved
+    (tmp_path / "runs" / "mnist").mkdir()
+    for part in ("logs", "models"):
+        (tmp_path / "runs" / part).rename(tmp_path / "runs" / "mnist" / part)
+    assert main([*argv, "-N", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "This run is in" not in out
+    assert "Going on after epoch 2, of 3 epochs." in out
+    # and a run with other options is a new one
+    assert main([*argv, "-N", "1", "--seed", "1"]) == 0
+    assert "This run is in" not in capsys.readouterr().out
+    assert len(list((tmp_path / "runs" / "mnist" / "models").iterdir())) == 2
+
+
+def test_two_experiments_with_the_same_options_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.options.REPOSITORY", tmp_path)
+    former, argv = tmp_path / "runs", ["-b", "16"]
+    logs = former / "logs" / parse(MNIST, argv).name
+    logs.mkdir(parents=True)
+    (logs / "run.json").write_text('{"experiment": "mnist"}')
+    options = [parse(recipe, argv) for recipe in (MNIST, C10)]
+    assert options[0].name == options[1].name
+    assert [o.dump_dir for o in options] == [former, former / "c10"]
+    # a run in its own folder comes first
+    logs = former / "mnist" / "logs" / logs.name
+    logs.mkdir(parents=True)
+    (logs / "run.json").write_text('{"experiment": "mnist"}')
+    assert parse(MNIST, argv).dump_dir == former / "mnist"
+    # whose run it is cannot be told without run.json: the checkpoint says more
+    (former / "models" / parse(MNIST, ["--seed", "1"]).name).mkdir(parents=True)
+    assert parse(MNIST, ["--seed", "1"]).dump_dir == former / "mnist"
+    (former / "models" / parse(MNIST, ["--seed", "1"]).name / "checkpoint-previous.pt").touch()
+    assert parse(MNIST, ["--seed", "1"]).dump_dir == former
+
+
 def test_gpus(monkeypatch, run_options):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert run_options().device == torch.device("cuda", 0)
-    assert run_options("-gpu", "1").device == torch.device("cuda", 1)
+    assert run_options("-gpu", "1").device == run_options("--gpu", "1").device == torch.device("cuda", 1)
     with pytest.raises(Refusal, match=r"there is no GPU 2 on this machine \(the GPUs are 0 to 1\)"):
         run_options("-gpu", "2")
 
@@ -241,7 +364,7 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-test",
         ]:
             assert f" {option}" in text
-        assert text.count("(default: ") == (24 if recipe is MNIST else 23)
+        assert text.count("(default: ") == 24
         assert re.search(rf"-N.*{recipe.paper.epochs}; fast: {recipe.fast.epochs}\)", text)
 
 
@@ -309,9 +432,9 @@ def test_deterministic_algorithms_are_used_when_asked_for(run_options, monkeypat
 
 
 @pytest.mark.parametrize("name", ["Grüße 日本 with spaces", "-dash", "a'b\"c", "x" * 200])
-def test_unusual_folders(run_options, tmp_path, name):
+def test_unusual_folders(tmp_path, name):
     folder = tmp_path / name
-    options = run_options(f"--dump-dir={folder}")
+    options = parse(MNIST, [f"--dump-dir={folder}"])
     assert options.dump_dir == folder
     assert folder.is_dir()
 
@@ -319,7 +442,6 @@ def test_unusual_folders(run_options, tmp_path, name):
 PROPERTY = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
-SPELLINGS = [option for name in OPTION_NAMES.values() for option in name.split("/")]
 VALUES = st.one_of(
     st.text(max_size=20),
     st.integers().map(str),
@@ -328,7 +450,14 @@ VALUES = st.one_of(
 )
 
 
-@given(st.lists(st.tuples(st.sampled_from([*SPELLINGS, "-gpu", "-test", "--compile", "--x"]), VALUES), max_size=6))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*(option for both in SPELLINGS.values() for option in both), "--x", "-sparsity"]), VALUES
+        ),
+        max_size=6,
+    )
+)
 @settings(
     max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -357,7 +486,7 @@ def test_any_command_line_is_taken_or_refused_in_one_line(tmp_path, capsys, word
 
 def test_arguments_for_the_checkpoint_leave_out_where_a_run_happens(run_options, tmp_path):
     here = arguments(run_options("-m", "grad", "-s", "0.9"))
-    there = arguments(run_options("-m", "grad", "-s", "0.9", "--dump-dir", str(tmp_path / "x"), "-test"))
+    there = arguments(parse(MNIST, ["-m", "grad", "-s", "0.9", "--dump-dir", str(tmp_path / "x"), "-test"]))
     assert here == there
     assert here["sparsity"] == 0.9
     assert {"experiment", "epoch", "seed", "batch_size", "T"} <= here.keys()

@@ -82,6 +82,16 @@ def test_runs_of_one_name_are_told_apart(dump, tmp_path):
     assert names == [f"{dump}/a", "b", "c", f"{tmp_path}/other/a"]
 
 
+def test_the_runs_of_all_dump_folders_in_a_folder_are_found(dump, tmp_path):
+    """As in the default folder: those of each experiment in a folder of its own, and older ones beside these."""
+    write_run(tmp_path, "older", [result(1)])
+    write_run(tmp_path / "c10", "a", [result(1)])
+    (tmp_path / "other" / "folder").mkdir(parents=True)
+    names = [run.name for run in runs.find([tmp_path])]
+    assert names == ["older", f"{tmp_path}/c10/a", f"{dump}/a", "b", "c"]
+    assert [run.name for run in runs.find([tmp_path / "logs"])] == ["older"]
+
+
 def test_where_there_is_no_run(tmp_path):
     with pytest.raises(Refusal, match=r"no run in .*: looked for folders logs/<name> and models/<name> in it"):
         runs.find([tmp_path])
@@ -569,9 +579,9 @@ def test_made_up_runs_have_what_real_ones_have(tmp_path):
     ("argv", "message"),
     [
         ([], "the following arguments are required: FOLDER (see --help)"),
-        (["{dump}", "--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+        (["{dump}", "--nonsense"], "unrecognized option --nonsense (see --help)"),
         (["{dump}/nowhere"], "{dump}/nowhere is not a folder; give a dump folder"),
-        (["{dump}/.."], "there is no run in {dump}/..: looked for"),
+        (["{dump}/empty"], "there is no run in {dump}/empty: looked for"),
         (["{dump}", "-o", "{dump}"], "argument -o/--output: cannot write {dump}: it is a folder"),
         (
             ["{dump}", "-o", "{dump}/no/page.html"],
@@ -581,12 +591,13 @@ def test_made_up_runs_have_what_real_ones_have(tmp_path):
 )
 def test_refusals_are_one_line_and_status_2(dump, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(dump)
+    (dump / "empty").mkdir()
     assert call(*(argument.format(dump=dump) for argument in argv)) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert f"error: {message.format(dump=dump)}" in err
-    assert sorted(path.name for path in dump.iterdir()) == ["logs", "models"]  # no page, nothing temporary
+    assert sorted(path.name for path in dump.iterdir()) == ["empty", "logs", "models"]  # no page, nothing temporary
 
 
 def test_the_command(dump, tmp_path):

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis import export, report
+from benchmarks import bench, sparse
+from c10 import c10
+from mnist import mnist
+from reproduce import __main__ as reproduce
+
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {
     "no_prune": [],
@@ -78,6 +84,27 @@ def test_bad_input_is_one_line_and_status_2(call):
     assert result.stderr == (
         "mnist.py: error: argument -b/--batch-size: must be a whole number >= 1, not '0' (see --help)\n"
     )
+
+
+COMMAND_LINES = {
+    mnist.main: ("--dataset-dri", "--dataset-dir"),
+    c10.main: ("--dataset-dri", "--dataset-dir"),
+    report.main: ("--outptu", "-o/--output"),
+    export.main: ("-format", "--format"),
+    reproduce.main: ("--shards", "--shard"),
+    bench.main: ("-rounds", "--rounds"),
+    sparse.main: ("-rounds", "--rounds"),
+}
+
+
+@pytest.mark.parametrize("main", COMMAND_LINES, ids=lambda main: main.__module__)
+def test_every_command_line_names_the_nearest_right_option(main, capsys):
+    typed, meant = COMMAND_LINES[main]
+    assert main([typed, "3"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(f": error: unrecognized option {typed}; did you mean {meant}? (see --help)\n")
+    assert err.count("\n") == 1
 
 
 def test_importing_the_scripts_does_nothing():

@@ -213,9 +213,11 @@ def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
 )
 def test_every_option_of_the_outcome_changes_it(run, tmp_path, one, other):
     ends = []
-    for argv in (one, other):
+    for argv in (one.split(), other.split()):
         folder = tmp_path / str(len(ends))
-        assert run(*("-lr 1e-2 -b 8 -N 2 " + argv).split(), dump=folder).status == 0
+        for option, value in {"-lr": "1e-2", "-b": "8", "-N": "2"}.items():
+            argv += [] if option in argv else [option, value]
+        assert run(*argv, dump=folder).status == 0
         ends.append(load(folder)["network"])
     assert not same(*ends)
 

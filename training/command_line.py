@@ -1,0 +1,276 @@
+"""What all command lines share: a failure is one line, and a mistyped option or value names the nearest right one."""
+
+import argparse
+import difflib
+import functools
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from training.divergence import DivergedError
+from training.interrupt import Interrupted
+
+LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
+NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)  # a negative one
+
+
+class Refusal(Exception):
+    """Something the user asked for that is not accepted; its text is the one line to print."""
+
+
+# -- failures --------------------------------------------------------------------------------------------
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates a script's main: a failure becomes one line, with status 2 when it is the user's to mend.
+
+    A :class:`Refusal` gives status 2; a run that diverges, too little memory or an error of the operating
+    system 1; a signal that stops a run 128 and its number.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any) -> int:
+        try:
+            return main(*args)
+        except Refusal as refusal:
+            return _fail(str(refusal), 2)
+        except DivergedError as error:
+            return _fail(str(error), 1)
+        except OSError as error:
+            return _fail(f"{error}; what was saved before is as it was", 1)
+        except Interrupted as stop:
+            name = signal.Signals(stop.number).name
+            print(f"Stopped by {name} {stop}, and saved. To go on: {shlex.join(['python', *sys.argv])}", flush=True)
+            return 128 + stop.number
+        except KeyboardInterrupt:
+            return _fail("interrupted; what was saved before is as it was", 130)
+        except (MemoryError, RuntimeError) as error:
+            line = _explained(error)
+            if line is None:
+                raise
+            return _fail(line, 2 if "--deterministic" in line else 1)
+
+    return wrapped
+
+
+def _explained(error: Exception) -> str | None:
+    """The line for an error of torch that is not a fault of the program; None for all others."""
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return f"out of memory ({text.splitlines()[0] if text else 'no more is known'}); a smaller -b or -T takes less"
+    if operation := re.match(r"(\S+) does not have a deterministic implementation", text):
+        return f"argument --deterministic: {operation[1]} has no deterministic implementation on this device"
+    return None
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+# -- the parser ------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that refuses in one line, by Refusal, and names the nearest right option or choice.
+
+    Unlike argparse's own it takes no abbreviations, not of options with a single dash either; it takes negative numbers
+    of any form for values; and an option that is given twice must have the same value.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+        # argparse's own pattern takes -1e-3 and -inf for options, not for values that can be explained
+        self._negative_number_matcher = NUMBER
+        for name in (None, "store"):
+            self.register("action", name, _Store)
+        self.register("action", "switch", _Switch)
+        self.given: dict[str, Any] = {}  # on this command line
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else list(args)
+        options = words[: words.index("--")] if "--" in words else words
+        if not {"-h", "--help"} & set(options):
+            for word in options:
+                self._check_option(word)
+        self.given = {}
+        parsed, surplus = self.parse_known_args(words, namespace)
+        if surplus:
+            self._refuse_surplus(surplus)
+        return parsed
+
+    def _check_option(self, word: str) -> None:
+        """Refuses a word that looks like an option and is none; argparse would take -seed 3 for -s with eed."""
+        name, known = word.partition("=")[0], self._option_string_actions
+        if len(word) < 2 or word[0] != "-" or " " in word or NUMBER.match(word) or name in known:
+            return
+        near = nearest(name, known)
+        attached = known.get(word[:2])
+        same = bare(name) in map(bare, near)
+        if attached and attached.nargs != 0 and not same and _accepts(attached, word[2:]):
+            return
+        meant = dict.fromkeys("/".join(known[option].option_strings) for option in near)
+        self.error(f"unrecognized option {name}{_did_you_mean(meant)}")
+
+    def _refuse_surplus(self, words: Sequence[str]) -> NoReturn:
+        options = [action for action in self._actions if action.option_strings and action.choices]
+        meant = [f"{action.option_strings[0]} {words[0]}" for action in options if words[0] in action.choices]
+        self.error(f"unrecognized arguments: {' '.join(words)}{_did_you_mean(meant)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            meant = _did_you_mean(nearest(str(value), choices))
+            raise argparse.ArgumentError(action, f"must be {either(choices)}, not {shown(str(value))}{meant}")
+
+    def error(self, message: str) -> NoReturn:  # one line instead of the usage and a line
+        raise Refusal(f"{message} (see --help)")
+
+
+class _Store(argparse.Action):
+    """Stores a value, as argparse does; refuses another value for the same option."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string is not None:
+            _check_once(parser, self, values)
+        setattr(namespace, self.dest, values)
+
+
+class _Switch(argparse.BooleanOptionalAction):
+    """An option that --no-... turns off; refuses both on one command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        _check_once(parser, self, option_string)
+
+
+def _check_once(parser: Parser, action: argparse.Action, value: Any) -> None:
+    first = parser.given.setdefault(action.dest, value)
+    if first != value:
+        raise argparse.ArgumentError(action, f"given twice, as {first} and as {value}")
+
+
+def _accepts(action: argparse.Action, text: str) -> bool:
+    """Whether a text that is attached to an option is its value; a number is, be it a bad one."""
+    if re.match(r"[-+.]?\d", text):
+        return True
+    try:
+        value = (action.type or str)(text)
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        return False
+    return action.choices is None or value in action.choices
+
+
+def bare(word: str) -> str:
+    """A word without what is mistaken most easily: dashes before it, the case of its letters, _ for -."""
+    return word.lstrip("-").lower().replace("_", "-")
+
+
+def nearest(word: str, words: Iterable[str]) -> list[str]:
+    """Those of ``words`` that a mistyped one may mean: as good as the same, beginning with it, or else the most alike.
+
+    Several where they have equal right; none where none is near.
+    """
+    words, typed = list(words), bare(word)
+    same = [right for right in words if bare(right) == typed]
+    longer = [right for right in words if typed and bare(right).startswith(typed)]
+    if same or 0 < len(longer) <= 3:
+        return same or longer
+    alike = {right: difflib.SequenceMatcher(None, typed, bare(right)).ratio() for right in words}
+    best = max(0.7, *alike.values()) if alike else 1.0
+    return [right for right in words if alike[right] == best]
+
+
+def either(words: Iterable[str]) -> str:
+    """Joins words as in "a, b or c"."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _did_you_mean(words: Iterable[str]) -> str:
+    words = list(words)
+    return f"; did you mean {either(words)}?" if words else ""
+
+
+# -- types of options ------------------------------------------------------------------------------------
+
+
+def whole_number(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """The type of an option that takes a whole number in [least, most]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # this, or it has thousands of digits
+            value = None
+        if value is None or not least <= value <= most:
+            from_least = f">= {least}" if value is None or value < least else "below 2^63"
+            accepted = from_least if most == LARGEST else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {accepted}, not {shown(text)}")
+        return value
+
+    return parse
+
+
+def number(accepted: str, condition: Callable[[float], bool], share: bool = False) -> Callable[[str], float]:
+    """The type of an option that takes a finite number that a condition accepts; ``accepted`` says which, in words.
+
+    A number that was meant in percent is explained where the option takes a ``share``, and a decimal comma everywhere.
+    """
+
+    def parse(text: str) -> float:
+        value = _float(text)
+        if not math.isfinite(value) or not condition(value):
+            percent = _float(text.strip().removesuffix("%"))
+            hint = ""
+            if share and 0 <= percent <= 100 and (percent > 1 or "%" in text):
+                hint = f"; {percent:g} % is {percent / 100:.12g}"
+            elif math.isfinite(value := _float(text.replace(",", "."))) and condition(value):
+                hint = f"; did you mean {text.replace(',', '.')}?"
+            raise argparse.ArgumentTypeError(f"must be a finite number {accepted}, not {shown(text)}{hint}")
+        return value
+
+    return parse
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def shown(text: str) -> str:
+    """What was typed, in quotes, cut short where it is long."""
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def folder_path(text: str) -> Path:
+    """The type of an option that takes a folder, which need not exist."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be the path of a folder, not an empty text")
+    return Path(text).expanduser()
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Makes the folder that an option names.
+
+    Raises:
+        Refusal: there is none afterwards in which files can be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise Refusal(f"argument {option}: cannot write to {folder}: {reason}") from None

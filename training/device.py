@@ -1,0 +1,60 @@
+"""Where a run computes, and how: the device, the precision, deterministic algorithms, fused kernels."""
+
+import os
+from argparse import Namespace
+
+import torch
+
+import spiking_kernels
+from training.command_line import Refusal
+
+
+def choose(options: Namespace) -> None:
+    """Sets ``device`` and ``precision_used``, and what ``compile`` and ``deterministic`` come to on this machine.
+
+    ``precision`` becomes None where it is the device's default, for a run to change devices.
+
+    Raises:
+        Refusal: an option cannot work on this machine.
+    """
+    options.device = _device(options.gpu)
+    default = "tf32" if options.device.type == "cuda" else "fp32"
+    if options.precision == "tf32" and options.device.type != "cuda":
+        raise Refusal("argument --precision: tf32 needs a GPU; the CPU takes fp32 or bf16")
+    options.precision_used = options.precision or default
+    if options.precision == default:
+        options.precision = None
+    if options.deterministic:
+        _be_deterministic()
+    options.compile = options.compile and _can_compile(options.device)
+
+
+def name(device: torch.device) -> str:
+    """The GPU's name, or the CPU with the number of threads that compute."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _device(gpu: int | None) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu is not None and gpu >= count:
+        there = "there is no GPU" if count == 0 else f"the GPUs are 0 to {count - 1}"
+        raise Refusal(f"argument -gpu/--gpu: there is no GPU {gpu} on this machine ({there})")
+    if count == 0:
+        print("No GPU found: running on the CPU.", flush=True)
+        return torch.device("cpu")
+    return torch.device("cuda", gpu or 0)
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and nothing here reads such
+    torch.backends.cudnn.benchmark = False
+
+
+def _can_compile(device: torch.device) -> bool:
+    missing = spiking_kernels.available() if device.type == "cpu" else None
+    if missing:
+        print(f"No fused kernels, {missing}: running the plain layers.", flush=True)
+    return not missing

@@ -1,0 +1,33 @@
+"""Where a run's folders are when --dump-dir does not say it."""
+
+import json
+from pathlib import Path
+
+
+def default(runs: Path, experiment: str, name: str) -> Path:
+    """The dump folder of a run: ``runs/<experiment>``, or ``runs`` for a run that was begun there.
+
+    All experiments had ``runs`` for their default before; the same command has to go on with such a run, and not to
+    train it once more. A line on the console says so.
+    """
+    own = runs / experiment
+    if _begun(own, name) or not _begun(runs, name) or _experiment(runs, name) not in (experiment, None):
+        return own
+    print(
+        f"This run is in {runs}, the default --dump-dir of before, and stays there; "
+        f"to have it in {own}, move its folders logs/{name} and models/{name} there.",
+        flush=True,
+    )
+    return runs
+
+
+def _begun(dump: Path, name: str) -> bool:
+    return (dump / "logs" / name / "run.json").exists() or any((dump / "models" / name).glob("checkpoint*.pt"))
+
+
+def _experiment(dump: Path, name: str) -> str | None:
+    """Whose run it is; None where that cannot be told."""
+    try:
+        return json.loads((dump / "logs" / name / "run.json").read_bytes())["experiment"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
