@@ -13,14 +13,16 @@ from c10.c10 import RECIPE as C10
 from c10.model import Cifar10Net
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
-from spiking import SpikingNetwork
-from training import storage
-from training.options import Recipe, Refusal
+from spiking import LIFNode, SpikingNetwork
+from training import checks, measure, storage
+from training.command_line import Refusal
+from training.options import Recipe
 
 EXPERIMENTS: dict[str, tuple[type[SpikingNetwork], Recipe]] = {
     recipe.name: (network, recipe) for network, recipe in ((MnistNet, MNIST), (Cifar10Net, C10))
 }
 CHECKPOINT = "checkpoint.pt"
+NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 
 
 class Unreadable(Refusal, ValueError):
@@ -53,37 +55,61 @@ class Snapshot:
     def recipe(self) -> Recipe:
         return EXPERIMENTS[self.experiment][1]
 
+    def check(self) -> None:
+        """Raises ValueError unless everything but the state is of its type and in its range."""
+        if type(self.experiment) is not str or self.experiment not in EXPERIMENTS:
+            raise ValueError(f"experiment is {str(self.experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
+        if type(self.dataset) is not str or self.dataset not in self.recipe.datasets:
+            raise ValueError(f"dataset is {str(self.dataset)[:100]!r}, not one of {', '.join(self.recipe.datasets)}")
+        checks.time_steps("T", self.T)
+        checks.text("run", self.run)
+        checks.whole_number("epoch", self.epoch)
+
+    def plan(self) -> SpikingNetwork:
+        """The network without its tensors, which are on the device meta. Draws no random number."""
+        with torch.device("meta"):
+            return EXPERIMENTS[self.experiment][0](self.T)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight that can be pruned: that of this program's network, whatever a file says."""
+        return {name: tuple(weight.shape) for name, weight in measure.prunable(self.plan()).items()}
+
     def network(self) -> SpikingNetwork:
         """The network with this state, in eval mode; it shares the tensors, and asks for no gradients.
 
         Draws no random number.
 
         Raises:
-            ValueError: the state is not one of this experiment's network.
+            ValueError: the state is not one of this experiment's network, or has values that are not finite.
         """
-        with torch.device("meta"):  # nothing to initialise: every tensor comes from the state
-            network = EXPERIMENTS[self.experiment][0](self.T)
+        network = self.plan()  # nothing to initialise: every tensor comes from the state
         check_state(network, self.state)
         network.load_state_dict(self.state, assign=True)
         return network.eval().requires_grad_(False)
 
     def neuron(self) -> dict[str, Any]:
-        """The parameters of the network's neurons, which are all alike."""
-        with torch.device("meta"):
-            network = EXPERIMENTS[self.experiment][0](self.T)
-        lif = next(module for module in network.modules() if isinstance(module, neuron.LIFNode))
-        return {key: getattr(lif, key) for key in ("tau", "v_threshold", "v_reset", "decay_input")}
+        """The settings of the network's neurons, which are all alike.
+
+        Raises:
+            Refusal: they are not, or not LIF neurons with a hard reset: exports cannot say what they compute.
+        """
+        nodes = [module for module in self.plan().modules() if isinstance(module, neuron.BaseNode)]
+        settings = [{key: getattr(node, key, None) for key in NEURON} for node in nodes]
+        if any(type(node) is not LIFNode or node.v_reset is None for node in nodes):
+            raise Refusal(f"{self.experiment} has neurons other than LIF neurons with a hard reset: not described")
+        if any(other != settings[0] for other in settings):
+            raise Refusal(
+                f"{self.experiment} has neurons of different settings, and an export describes one: {settings}"
+            )
+        return settings[0]
 
 
 def check_state(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises ValueError unless a state has the network's tensors, each of its shape and type."""
-    expected = network.state_dict()
-    for name in sorted(expected.keys() ^ state.keys()):
-        raise ValueError(f"{name} is {'missing' if name in expected else 'not a tensor of this network'}")
+    """Raises ValueError unless a state has the network's tensors, with values that they can have."""
+    checks.tensors("the network", state, network.state_dict())
     for name, tensor in state.items():
-        there, wanted = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (tensor, expected[name]))
-        if there != wanted:
-            raise ValueError(f"{name} is {there}, not {wanted}")
+        if name.endswith(("running_var", "num_batches_tracked")) and bool((tensor < 0).any()):
+            raise ValueError(f"{name} has values below 0")
 
 
 def batch_norms(network: nn.Module) -> dict[str, str]:
@@ -119,12 +145,16 @@ def from_checkpoint(path: Path) -> Snapshot:
     """
     try:
         checkpoint = storage.read(path)
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"a {type(checkpoint).__name__}")
+        if type(checkpoint) is not dict or type(checkpoint.get("arguments")) is not dict:
+            raise ValueError("no arguments")
+        if not isinstance(checkpoint.get("network"), dict):
+            raise ValueError("no network")
         arguments, state = checkpoint["arguments"], dict(checkpoint["network"])
-        names = (arguments["experiment"], arguments["dataset"])
-        snapshot = Snapshot(*names, arguments["T"], path.resolve().parent.name, checkpoint["epoch"], state)
+        run = "".join(c if c.isprintable() else "?" for c in path.resolve().parent.name)
+        names = (arguments.get("experiment"), arguments.get("dataset"), arguments.get("T"))
+        snapshot = Snapshot(*names, run, checkpoint.get("epoch"), state)
+        snapshot.check()
         snapshot.network()
-    except (storage.DamagedError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (storage.DamagedError, ValueError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from None
     return snapshot

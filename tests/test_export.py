@@ -19,12 +19,13 @@ import c10.model
 from analysis import export as export_module
 from analysis import formats
 from analysis.export import differing_counts, export, load_pruned, main
+from analysis.formats import csr, description, nir, safetensors
 from analysis.snapshot import EXPERIMENTS, Snapshot, Unreadable, from_checkpoint, models_folder
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from spiking import SpikingNetwork
 from training import measure, storage
-from training.options import Refusal
+from training.command_line import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
@@ -38,6 +39,7 @@ def form(request) -> str:
     return request.param
 
 
+MODULES = {"safetensors": safetensors, "csr": csr, "nir": nir}
 forms = pytest.mark.parametrize("form", ["safetensors", "csr", "nir"], indirect=True)
 exact_forms = pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
 
@@ -209,8 +211,8 @@ def test_csr_is_plain_numpy_and_scipy(tmp_path, narrow):
 def test_gaps_by_hand():
     connected = np.zeros(800, dtype=bool)
     connected[[0, 1, 5, 5 + 255, 5 + 255 + 256, 799]] = True  # gaps 0, 0, 3, 254, 255, 282
-    assert formats._gaps(connected).tolist() == [0, 0, 3, 254, 255, 0, 255, 27]
-    np.testing.assert_array_equal(formats._positions(formats._gaps(connected)), np.flatnonzero(connected))
+    assert safetensors._gaps(connected).tolist() == [0, 0, 3, 254, 255, 0, 255, 27]
+    np.testing.assert_array_equal(safetensors._positions(safetensors._gaps(connected)), np.flatnonzero(connected))
 
 
 @pytest.mark.parametrize("sparsity", [*SPARSITIES, 0.9999])
@@ -219,8 +221,8 @@ def test_layouts_keep_every_bit(shape, sparsity):
     rng = np.random.default_rng(0)
     weight = (rng.normal(size=shape) * (rng.random(shape) >= sparsity)).astype(np.float32)
     weight.flat[-1] = 1e-38 if sparsity < 1 else 0  # as connected as any other
-    layout, arrays = formats._pack(weight)
-    found = formats._unpack(layout, arrays.__getitem__, shape)
+    layout, arrays = safetensors._pack(weight)
+    found = safetensors._unpack(layout, arrays.__getitem__, shape)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, weight)
     connected = np.count_nonzero(weight)
@@ -312,7 +314,7 @@ def test_no_pickle_runs(tmp_path):
         np.savez(file, network=np.array([Trap(trap)], dtype=object))
     with open(files["member"], "wb") as file:
         snapshot = snapshot_of(mnist())
-        text = formats.describe(snapshot, {})
+        text = description.describe(snapshot, {})
         np.savez(file, network=np.array(text), **{"static_fc.1.weight/data": np.array([Trap(trap)], dtype=object)})
     for path in files.values():
         refused(path)
@@ -371,7 +373,7 @@ def test_a_foreign_safetensors_file(tmp_path):
 
 CHANGES = {
     "another program's": lambda d: d.update(format="another"),
-    "a later version": lambda d: d.update(version=2),
+    "a later version": lambda d: d.update(version=3),
     "an unknown experiment": lambda d: d.update(experiment="imagenet"),
     "an unhashable experiment": lambda d: d.update(experiment=["mnist"]),
     "another experiment": lambda d: d.update(experiment="c10"),
@@ -386,14 +388,14 @@ CHANGES = {
 @forms
 @pytest.mark.parametrize("change", CHANGES)
 def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
-    describe = formats.describe
+    describe = description.describe
 
     def changed(snapshot, layers):
         description = json.loads(describe(snapshot, layers))
         CHANGES[change](description)
         return json.dumps(description)
 
-    monkeypatch.setattr(formats, "describe", changed)
+    monkeypatch.setattr(MODULES[form], "describe", changed)
     (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
     refused(tmp_path / "file")
 
@@ -452,7 +454,7 @@ def test_csr_unchanged_is_accepted(tmp_path):
 )
 def test_packed_weights_that_do_not_fit(sparsity, change, tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
-    pack = formats._pack
+    pack = safetensors._pack
 
     def changed(weight):
         layout, arrays = pack(weight)
@@ -460,7 +462,7 @@ def test_packed_weights_that_do_not_fit(sparsity, change, tmp_path, monkeypatch)
             arrays = {k: np.ascontiguousarray(change.get(k, lambda a: a)(a)) for k, a in arrays.items()}
         return layout, arrays
 
-    monkeypatch.setattr(formats, "_pack", changed)
+    monkeypatch.setattr(safetensors, "_pack", changed)
     (tmp_path / "file").write_bytes(formats.write_safetensors(snapshot_of(mnist(sparsity))))
     refused(tmp_path / "file")
 

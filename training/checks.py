@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-T_LIMIT = 1 << 16  # time steps; results need tens of them, and memory grows with them
+T_LIMIT = 4096  # time steps; results need tens of them, and memory grows with them
 MEMBERS = 4096  # of an archive; the CIFAR-10 checkpoint has 100
 PICKLE_LIMIT = 1 << 19  # bytes of a checkpoint without its tensors; the CIFAR-10 one has 30 000
 ITEMS, DEPTH = 1 << 17, 16  # values in a checkpoint without its tensors, and how far they are nested

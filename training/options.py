@@ -7,7 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training import device, dump_dir
+from training import checks, device, dump_dir
 from training.command_line import Parser, Refusal, check_writable, folder_path, number, whole_number
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         help="learning rate of all optimizers; fast: its peak "
         f"(default: {format_number(paper.learning_rate)}; fast: {format_number(fast.learning_rate)})",
     )
-    add("T", type=whole_number(1, 4096), default=8, help="number of time steps (default: %(default)s)")
+    add("T", type=whole_number(1, checks.T_LIMIT), default=8, help="number of time steps (default: %(default)s)")
     add(
         "epoch",
         type=least_one,

@@ -1,0 +1,133 @@
+"""The description that every export carries, and the digest of what is in it: see :mod:`analysis.formats`."""
+
+import hashlib
+import importlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from analysis.snapshot import Snapshot
+from training import checks, measure
+from training.command_line import Refusal
+
+FORMAT, VERSION = "gradrewire network", 2
+LENGTH = 1 << 16  # characters of a description; it has a few hundred
+
+
+def describe(snapshot: Snapshot, layers: dict[str, Any]) -> str:
+    """The JSON text that every export carries."""
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "experiment": snapshot.experiment,
+        "dataset": snapshot.dataset,
+        "T": snapshot.T,
+        "run": snapshot.run,
+        "epoch": snapshot.epoch,
+        "neuron": snapshot.neuron(),
+        "normalisation": _normalisation(snapshot),
+        "layers": layers,
+    }
+    return json.dumps(description)
+
+
+def _normalisation(snapshot: Snapshot) -> dict[str, Any]:
+    return {"mean": list(snapshot.recipe.mean), "std": list(snapshot.recipe.std)}
+
+
+def digest(text: str, arrays: Mapping[str, NDArray]) -> str:
+    """SHA-256 of a description and of the arrays with it, as hexadecimal digits: see :mod:`analysis.formats`."""
+    content = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        content.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
+        content.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8))
+    return content.hexdigest()
+
+
+def check_digest(text: str, arrays: Mapping[str, NDArray], sha256: str | None) -> None:
+    """Raises ValueError unless the digest that a file has, None in version 1, is that of its content."""
+    if sha256 is not None and digest(text, arrays) != sha256:
+        raise ValueError("its content does not match its digest")
+
+
+def parse(text: str) -> Any:
+    """JSON in which no name is twice, and every number is finite."""
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("its JSON has two members of one name")
+        return found
+
+    def constant(name: str) -> None:
+        raise ValueError(f"its JSON has the number {name}")
+
+    return json.loads(text, object_pairs_hook=members, parse_constant=constant)
+
+
+def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict[str, Any]]:
+    """A snapshot without its tensors, and the layers, from an export's description.
+
+    Args:
+        path: of the export, for the warning that it is of version 1.
+        text: the description.
+        sha256: the digest beside it, None where there is none.
+    """
+    if len(text) > LENGTH:
+        raise ValueError(f"its description has {len(text)} characters, more than {LENGTH}")
+    description = parse(text)
+    if type(description) is not dict or description.get("format") != FORMAT:
+        raise ValueError(f"it has no description of a {FORMAT}")
+    checks.whole_number("its version", description.get("version"), 1, VERSION)
+    names = ("format", "version", "experiment", "dataset", "T", "run", "epoch", "neuron", "normalisation", "layers")
+    checks.keys("its description", description, names)
+    if (description["version"] == 1) != (sha256 is None):
+        raise ValueError(f"its version is {description['version']}, {'without' if sha256 is None else 'with'} a digest")
+    snapshot = Snapshot(*(description[key] for key in ("experiment", "dataset", "T", "run", "epoch")), state={})
+    snapshot.check()
+    for key, there in (("neuron", snapshot.neuron()), ("normalisation", _normalisation(snapshot))):
+        if json.dumps(description[key], sort_keys=True) != json.dumps(there, sort_keys=True):  # 1.0 is not true
+            raise ValueError(f"its {key} is {str(description[key])[:200]}, but that of this network is {there}")
+    if description["version"] == 1:
+        warnings.warn(
+            f"{path} is an export of version 1, which has no digest: a changed byte may go unnoticed; "
+            "export the network again where its run is still there",
+            stacklevel=2,
+        )
+    return snapshot, description["layers"]
+
+
+def check_layers(layers: Any, expected: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError unless a description's layers are those of the network, as the format writes them."""
+    if json.dumps(layers, sort_keys=True) != json.dumps(expected, sort_keys=True):
+        raise ValueError(f"its layers are {str(layers)[:200]}, not those of this network")
+
+
+def arrays_of(snapshot: Snapshot) -> tuple[dict[str, NDArray], dict[str, NDArray]]:
+    """The weights that can be pruned, and the other tensors, by name."""
+    prunable = measure.prunable(snapshot.network())
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in snapshot.state.items()}
+    return {k: v for k, v in arrays.items() if k in prunable}, {k: v for k, v in arrays.items() if k not in prunable}
+
+
+def complete(snapshot: Snapshot, arrays: dict[str, NDArray]) -> Snapshot:
+    """The snapshot with its tensors; raises ValueError unless they are those of its network."""
+    snapshot = replace(snapshot, state={name: torch.from_numpy(array) for name, array in arrays.items()})
+    snapshot.network()
+    return snapshot
+
+
+def imported(module: str, packages: str) -> Any:
+    """A package that only one format needs; a Refusal says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        missing = module.partition(".")[0]
+        raise Refusal(f"this format needs {missing}, which is not installed (pip install {packages})") from None

@@ -1,0 +1,124 @@
+"""The format nir, the graph of one time step for other simulators and for chips. See :mod:`analysis.formats`."""
+
+import io
+from collections import OrderedDict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from spikingjelly.activation_based import layer, neuron
+from torch import nn
+
+from analysis.formats import hdf5
+from analysis.formats.description import check_digest, check_layers, complete, describe, described, digest, imported
+from analysis.snapshot import Snapshot
+from training import checks
+from training.command_line import Refusal
+
+DT = 1e-4  # what NIR's frameworks take for a step; tau * DT and back is exact
+NODES = ("flatten", "static_fc_1", "fc_0", "fc_1", "fc_2")  # after the layers of MnistNet
+WEIGHTS = {"static_fc_1": "static_fc.1.weight", "fc_1": "fc.1.weight"}
+ENDS = ("Input", "Output")
+IMAGE = (1, 28, 28)
+
+
+def one_step(snapshot: Snapshot) -> nn.Sequential:
+    """MnistNet for one time step, in SpikingJelly's own layers: images [N, 1, 28, 28] to output spikes [N, 10]."""
+    weights, settings = snapshot.state, snapshot.neuron()
+    layers: list[nn.Module] = [layer.Flatten()]
+    for name in WEIGHTS.values():
+        linear = layer.Linear(*reversed(weights[name].shape), bias=False)
+        linear.weight = nn.Parameter(weights[name], requires_grad=False)
+        layers += [linear, neuron.LIFNode(**settings, detach_reset=True)]
+    return nn.Sequential(OrderedDict(zip(NODES, layers, strict=True)))
+
+
+def write_nir(snapshot: Snapshot) -> bytes:
+    if snapshot.experiment != "mnist":
+        raise Refusal(
+            "argument --format: nir cannot hold the c10 network, which has max pooling, for which NIR has no node; "
+            "safetensors and csr can"
+        )
+    nir = imported("nir", "nir nirtorch")
+    imported("nirtorch", "nir nirtorch")
+    from spikingjelly.activation_based.nir_exchange import export_to_nir
+
+    for name in snapshot.state.keys() - set(WEIGHTS.values()):
+        raise Refusal(f"argument --format: nir has no place for {name}; safetensors has")
+    graph = export_to_nir(one_step(snapshot), torch.zeros(1, *IMAGE), dt=DT)
+    text = describe(snapshot, {})
+    arrays = {name: tensor.numpy() for name, tensor in snapshot.state.items()}
+    graph.metadata = {"network": text, "sha256": digest(text, arrays), "dt": DT}
+    file = io.BytesIO()
+    nir.write(file, graph)
+    return file.getvalue()
+
+
+def read_nir(path: Path) -> Snapshot:
+    """Reads the graph that :func:`write_nir` makes, and no other, as data: a general importer makes code of it."""
+    imported("h5py", "nir nirtorch")
+    found = hdf5.read(path)
+    texts = [found.pop(f"node/metadata/{key}", None) for key in ("network", "sha256")]
+    if any(text is not None and (text.shape != () or text.dtype.kind != "U") for text in texts) or texts[0] is None:
+        raise ValueError("its node/metadata/network is no text")
+    text, sha256 = (None if text is None else str(text) for text in texts)
+    snapshot, layers = described(path, text, sha256)
+    if snapshot.experiment != "mnist":
+        raise ValueError(f"it has a network of {snapshot.experiment}, which nir cannot hold")
+    check_layers(layers, {})
+    stored = {name: found.pop(f"node/nodes/{node}/weight", None) for node, name in WEIGHTS.items()}
+    for name, shape in snapshot.shapes().items():
+        weight = stored[name]
+        if weight is None or weight.dtype != np.float32 or weight.shape != shape:
+            raise ValueError(f"{name} is not float32 {list(shape)}")
+    _check_graph(snapshot, found)
+    check_digest(text, stored, sha256)
+    return complete(snapshot, stored)
+
+
+def _check_graph(snapshot: Snapshot, found: dict[str, NDArray]) -> None:
+    """Raises ValueError unless all in a file but the weights is as :func:`write_nir` writes it."""
+    found.pop("version", None)  # of the package that wrote it
+    others = {path.split("/")[2] for path in found if path.startswith("node/nodes/")} - set(NODES)
+    ends = [
+        [node for node in others if np.array_equal(found.get(f"node/nodes/{node}/type", ""), kind)] for kind in ENDS
+    ]
+    if any(len(nodes) != 1 for nodes in ends):
+        raise ValueError(f"it has not one {ENDS[0]} and one {ENDS[1]}")
+    wanted = _graph(snapshot, *(node for (node,) in ends))
+    checks.keys("it", found, wanted)
+    found["node/edges"] = np.array(sorted(map(tuple, found["node/edges"].tolist())))
+    for path, array in wanted.items():
+        there = found[path]
+        if there.shape != array.shape or there.dtype.kind != array.dtype.kind or not (there == array).all():
+            raise ValueError(f"{path.removeprefix('node/nodes/')} is not {array.reshape(-1)[:6].tolist()}")
+
+
+def _graph(snapshot: Snapshot, source: str, sink: str) -> dict[str, NDArray]:
+    """What a file of a network holds besides the weights, by its path in the file."""
+    settings, shapes = snapshot.neuron(), snapshot.shapes()
+    lif = {
+        "type": "LIF",
+        "tau": settings["tau"] * DT,
+        "r": 1.0 if settings["decay_input"] else settings["tau"],
+        "v_leak": settings["v_reset"],
+        "v_threshold": settings["v_threshold"],
+        "v_reset": settings["v_reset"],
+    }
+    hidden, outputs = (shapes[name][0] for name in WEIGHTS.values())
+    nodes: dict[str, dict[str, Any]] = {
+        source: {"type": ENDS[0], "shape": IMAGE},
+        "flatten": {"type": "Flatten", "start_dim": 0, "end_dim": -1, "input_type": IMAGE},
+        "static_fc_1": {"type": "Linear"},
+        "fc_0": {key: value if key == "type" else np.full(hidden, value) for key, value in lif.items()},
+        "fc_1": {"type": "Linear"},
+        "fc_2": {key: value if key == "type" else np.full(outputs, value) for key, value in lif.items()},
+        sink: {"type": ENDS[1], "shape": (outputs,)},
+    }
+    edges = sorted(pairwise([source, *NODES, sink]))
+    graph = {"node/type": "NIRGraph", "node/metadata/dt": DT, "node/edges": edges}
+    graph |= {f"node/nodes/{node}/{key}": value for node, keys in nodes.items() for key, value in keys.items()}
+    return {path: np.array(value) for path, value in graph.items()}
