@@ -1,5 +1,11 @@
+import getpass
 import os
+import tempfile
 import threading
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch keeps what it compiles by all but this variable
+    cache = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 # Read once, when torch is loaded: threads that wait actively make small tests slow on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
