@@ -31,8 +31,10 @@ def choose(options: Namespace) -> None:
 
 def name(device: torch.device) -> str:
     """The GPU's name, or the CPU with the number of threads that compute."""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _device(gpu: int | None) -> torch.device:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from spiking import SpikingNetwork
-from training import checkpoint, evaluation, measure, randomness, record, schedule
+from training import checkpoint, console, evaluation, measure, randomness, record, schedule
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.divergence import DivergedError
 from training.interrupt import Interrupted, Signals, StopRequested
@@ -71,6 +71,9 @@ class Run:
         self.lengths: dict[str, int] = {}  # of the log files, at the checkpoint
         self._begin_epoch()
         self.first_step = 0  # that this process takes
+        self.time_left = console.TimeLeft(
+            options.epoch, len(self.training), options.interval_test, wait=lambda: float(self.loss)
+        )
         if store.saved is not None:
             self._restore(store.saved)
 
@@ -170,6 +173,7 @@ class Run:
         if self.epoch >= epochs:
             print(f"The run has finished its {epochs} epochs; a greater -N prolongs it, -test evaluates it.")
             return
+        print("\n".join(console.first_lines(self.options, self.folder, self.store.folder)), flush=True)
         if self.step:
             print(f"Going on {self._place()}, of {epochs} epochs.")
         with Signals() as self.signals, record.Recorder(self.folder, self.lengths) as self.recorder:
@@ -214,6 +218,7 @@ class Run:
             disable=not sys.stderr.isatty(),
         )
         shown = start
+        self.time_left.start()
         with bar:
             for images, labels in bar:
                 if self.schedule.advance(self.step):
@@ -233,7 +238,12 @@ class Run:
                 saved = self.seconds["checkpoint"] - saving
                 self.seconds["train"] = spent + time.perf_counter() - start - saved
                 self._heed()
-        self._check_finite()
+                if self.time_left.step():
+                    tqdm.write(self.time_left.line(self.epoch, self.position, self.options))
+                    sys.stdout.flush()
+        self._check_finite()  # and here
+        self.seconds["train"] = spent + time.perf_counter() - start - (self.seconds["checkpoint"] - saving)
+        self.time_left.trained()
 
     def _heed(self) -> None:
         """Between two steps: stops or saves, if a signal or the time asks for it."""
@@ -286,12 +296,15 @@ class Run:
             seconds=self.seconds,
         )
         self.recorder.results({**results, **extra})
-        line = record.epoch_line(
-            epoch, self.options.epoch, accuracy, self.best_accuracy, measure.total(layers), sum(self.seconds.values())
-        )
+        seconds = sum(self.seconds.values())
         self.epoch = epoch
         self._begin_epoch()
         self._save()
+        self.time_left.tested(full)
+        left = self.time_left.left(epoch)
+        line = console.epoch_line(
+            epoch, self.options.epoch, accuracy, self.best_accuracy, measure.total(layers), seconds, left
+        )
         print(line, flush=True)
 
     # -- testing -------------------------------------------------------------------------------------

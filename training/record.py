@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, the console, and the files of a test.
+"""What a run records: TensorBoard, its results, and the files of a test.
 
 The tags are those of the published implementation. Steps count the updates, epochs the finished
 epochs, at the time of measuring: train/loss at step 0 is the loss before the first update.
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from training import storage
+from training import device, storage
 from training.measure import Connections, prunable, total
 from training.options import REPOSITORY, arguments
 
@@ -253,7 +253,6 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
     """What ``run.json`` says of a run: its arguments, versions, device, processor, commit and parameters."""
     weights = prunable(network)
     prunable_weights = sum(weight.numel() for weight in weights.values())
-    on_gpu = options.device.type == "cuda"
     return {
         "format": 1,
         "experiment": options.experiment,
@@ -261,7 +260,7 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
         "command": shlex.join(["python", *sys.argv]),
         "arguments": arguments(options),
         "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
-        "device": torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": device.name(options.device),
         "cpu": processor(),
         "git_commit": _git_commit(),
         "parameters": {
@@ -299,14 +298,6 @@ def write_json(path: Path, content: Any) -> None:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
-
-
-def epoch_line(epoch: int, epochs: int, accuracy: float, best: float, connections: Connections, seconds: float) -> str:
-    """The line that the console shows after an epoch."""
-    return (
-        f"epoch {epoch}/{epochs}  test accuracy {percent(accuracy)}  best {percent(best)}  "
-        f"sparsity {percent(connections.sparsity)}  connectivity {percent(connections.connectivity)}  {seconds:.1f} s"
-    )
 
 
 def store_test(folder: Path, epoch: int, lines: list[str], numbers: dict[str, Any], rates: dict[str, Tensor]) -> None:

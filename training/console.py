@@ -1,0 +1,172 @@
+"""What a training run tells on the console: what runs and where, how an epoch has ended, how long the rest takes."""
+
+import statistics
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from training import device
+from training.command_line import either
+from training.measure import Connections
+from training.options import format_number
+from training.record import percent
+
+METHODS = {"no_prune": "Dense training", "grad": "Grad R", "deep": "Deep R"}
+UNITS = (  # of durations: the name, its seconds, and the number of them from which on the next unit is used
+    ("second", 1.0, 100),
+    ("minute", 60.0, 100),
+    ("hour", 3600.0, 48),
+    ("day", 86400.0, 400),
+    ("year", 365.25 * 86400, float("inf")),
+)
+LONG = 86400.0  # seconds from which on a run is told what would be shorter
+
+
+def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
+    """What runs, where, and what its -s means."""
+    method = f"Soft {METHODS['deep']}" if options.soft else METHODS[options.mode]
+    settings = [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
+    settings += [f"{options.T} time steps", f"{options.epoch} epochs", f"seed {options.seed}"]
+    if options.temperature:
+        settings.insert(0, f"temperature {format_number(options.temperature)}")
+    if options.penalty is not None:
+        settings.insert(0, f"penalty {format_number(options.penalty)}")
+    recipe = " by the fast recipe" if options.recipe == "fast" else ""
+    plain = " without its redefined gradient" if options.plain_gradient else ""
+    lines = [
+        f"{method}{plain} on {options.dataset}{recipe}: {', '.join(settings)}.",
+        f"On {device.name(options.device)}, in {options.precision_used}; logs go to {logs}, the model to {model}.",
+    ]
+    if options.connectivity is not None:
+        lines.append(
+            f"The penalty is scheduled to leave {100 * options.connectivity:g} % of the connections at the end."
+        )
+    elif options.mode == "grad" or options.soft:
+        others = "-penalty, -lr and -N" if options.mode == "grad" else "-penalty, -temperature, -lr and -N"
+        lines.append(
+            f"-s {options.sparsity:g} is the target of the prior, not the sparsity that is reached, which depends on "
+            f"{others}; --connectivity sets it, with -m grad --recipe fast."
+        )
+    elif options.mode == "deep":
+        lines.append(
+            f"-s {options.sparsity:g} is the most that stays pruned, not the sparsity that is reached: what is pruned "
+            "beyond it is re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
+        )
+    return lines
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    accuracy: float,
+    best: float,
+    connections: Connections,
+    seconds: float,
+    left: float | None,
+) -> str:
+    """The line after an epoch, which took so many seconds; ``left`` are those until the end, None if not known."""
+    rest = "" if left is None else f"  {duration(left)} left"
+    return (
+        f"epoch {epoch}/{epochs}  test accuracy {percent(accuracy)}  best {percent(best)}  "
+        f"sparsity {percent(connections.sparsity)}  connectivity {percent(connections.connectivity)}  "
+        f"{seconds:.1f} s{rest}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit in which it reads best: 45 seconds, 12 minutes, 3.5 hours, 13 days, 1.4 years."""
+    for unit, length, most in UNITS:
+        value = seconds / length
+        text = f"{value:.0f}" if unit == "second" or value >= 9.95 else f"{value:.1f}".removesuffix(".0")
+        if float(text) < most:
+            break
+    return f"{float(text):,g} {unit}{'' if text == '1' else 's'}"
+
+
+class TimeLeft:
+    """How long a run still takes, by the speed of this process: training and what follows each epoch apart.
+
+    Args:
+        epochs: of the whole run.
+        batches: steps in an epoch.
+        interval: epochs between full tests, which take longer; the first epoch has one, too.
+        wait: waits for the device; time is taken after it.
+    """
+
+    WARM_UP = 4, 10.0  # steps, or seconds, that are measured apart: kernels are built, a CUDA graph is captured
+    ENOUGH = 5.0  # seconds of training after these, by which the speed is known
+
+    def __init__(self, epochs: int, batches: int, interval: int, wait: Callable[[], object]):
+        self.epochs, self.batches, self.interval, self.wait = epochs, batches, interval, wait
+        self.steps = 0  # taken by this process
+        self.warm = False
+        self.warming: list[float] = []  # seconds per step
+        self.laps: deque[float] = deque(maxlen=5)
+        self.after: dict[bool, float] = {}  # seconds from the last step of an epoch on, by whether it is tested in full
+
+    def start(self) -> None:
+        """The training of an epoch begins, or goes on."""
+        self._look()
+        self.lap, self.begun = 0, self.now
+
+    def step(self) -> bool:
+        """Counts a step; says whether the speed has become known by it, inside the first epoch of this process."""
+        self.steps += 1
+        self.lap += 1
+        passed, (most_steps, most_seconds) = time.perf_counter() - self.begun, self.WARM_UP
+        if not self.warm and (self.steps == most_steps or passed >= most_seconds):
+            self.trained()
+            self.warm = True
+            self.start()
+        elif self.warm and not self.laps and passed >= self.ENOUGH:
+            self.trained()
+            return True
+        return False
+
+    def trained(self) -> None:
+        """The training of an epoch ends."""
+        self._look()
+        if self.lap:
+            laps = self.laps if self.warm else self.warming
+            laps.append((self.now - self.begun) / self.lap)
+
+    def tested(self, full: bool) -> None:
+        """What follows the training of an epoch ends."""
+        trained = self.now
+        self._look()
+        self.after[full] = self.now - trained
+
+    def _look(self) -> None:
+        self.wait()
+        self.now = time.perf_counter()
+
+    @property
+    def per_epoch(self) -> float | None:
+        """Seconds of training in an epoch; None if no step was measured."""
+        laps = self.laps or self.warming
+        return statistics.median(laps) * self.batches if laps else None
+
+    def left(self, epoch: int, position: int = 0) -> float | None:
+        """Seconds from batch ``position`` on after ``epoch`` epochs, tests included if any was measured."""
+        if self.per_epoch is None:
+            return None
+        full = self.epochs // self.interval - epoch // self.interval + (epoch == 0 and self.interval > 1)
+        plain = self.epochs - epoch - full
+        known = list(self.after.values()) or [0.0]
+        after = full * self.after.get(True, known[0]) + plain * self.after.get(False, known[0])
+        return self.per_epoch * (self.epochs - epoch - position / self.batches) + after
+
+    def line(self, epoch: int, position: int, options: Namespace) -> str:
+        """What is told when the speed has become known."""
+        left, epochs = self.left(epoch, position), self.epochs - epoch
+        line = (
+            f"An epoch takes about {duration(self.per_epoch)} of training here, the "
+            f"{f'{epochs} epochs' if epochs > 1 else 'epoch'} to go about {duration(left)}, without tests"
+        )
+        if left < LONG:
+            return f"{line}."
+        ways = ["a GPU"] if options.device.type == "cpu" else []
+        ways += ["--recipe fast"] if options.recipe == "paper" else []
+        return f"{line}; {either([*ways, 'a smaller -N'])} makes it shorter."
