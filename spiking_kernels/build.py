@@ -67,23 +67,21 @@ def library(*options: str) -> ctypes.CDLL:
     Raises:
         Unavailable: there is no compiler, or what it makes cannot be used.
     """
-    compiler = _compiler()
-    loaded = _load_kept(_path(compiler, [row[0] for row in ALTERNATIVES], options)) or _build(compiler, options)
+    command = compiler()
+    loaded = _load_kept(_path(command, [row[0] for row in ALTERNATIVES], options)) or _build(command, options)
     if not hasattr(loaded, "omp_get_max_threads"):
-        warnings.warn(f"{shlex.join(compiler)} has no OpenMP: the fused kernels run on one thread", stacklevel=2)
+        warnings.warn(f"{shlex.join(command)} has no OpenMP: the fused kernels run on one thread", stacklevel=2)
     return loaded
 
 
-def _build(compiler: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
+def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
     try:
         with kept.workspace() as folder:
-            probe = folder / "probe.c"
-            probe.write_text(PROBE)
-            chosen = [_first_accepted(compiler, probe, row) for row in ALTERNATIVES]
-            path = _path(compiler, chosen, options)
+            chosen = [first_accepted(command, row, folder) for row in ALTERNATIVES]
+            path = _path(command, chosen, options)
             if (loaded := _load_kept(path)) is not None:
                 return loaded
-            content = _compile(compiler, SOURCE, [*FLAGS, *filter(None, chosen), *options], folder)
+            content = compile_file(command, SOURCE, [*FLAGS, *filter(None, chosen), *options], folder)
     except OSError as error:
         raise Unavailable(f"they cannot be compiled ({error})") from None
     loaded = _load(content)
@@ -102,9 +100,9 @@ def _build(compiler: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
     return loaded
 
 
-def _path(compiler: list[str], chosen: list[str | None], options: tuple[str, ...]) -> Path | None:
+def _path(command: list[str], chosen: list[str | None], options: tuple[str, ...]) -> Path | None:
     """Where a library is kept; the name holds all that its content depends on."""
-    parts = (SOURCE.read_text(), compiler, FLAGS, chosen, options, platform.libc_ver(), _processor())
+    parts = (SOURCE.read_text(), command, FLAGS, chosen, options, platform.libc_ver(), _processor())
     folder = kept.folder()
     return folder and folder / f"cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.kernels"
 
@@ -122,7 +120,7 @@ def _processor() -> str:
 # -- the compiler ------------------------------------------------------------------------------------
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The words of CC, which may hold arguments."""
     text = os.environ.get("CC", "cc")
     try:
@@ -134,20 +132,27 @@ def _compiler() -> list[str]:
     return words
 
 
-def _first_accepted(compiler: list[str], source: Path, options: tuple[str, ...]) -> str | None:
-    """The first option with which the compiler makes a library that loads: OpenMP's runtime may not be there."""
+def first_accepted(command: list[str], options: tuple[str, ...], folder: Path) -> str | None:
+    """The first option with which a compiler makes a library that loads: OpenMP's runtime may not be there."""
+    source = folder / "probe.c"
+    source.write_text(PROBE)
     for option in options:
         with contextlib.suppress(_OptionFails, OSError):
-            kept.load(_compile(compiler, source, ["-shared", "-fPIC", option], source.parent))
+            kept.load(compile_file(command, source, ["-shared", "-fPIC", option], folder))
             return option
     return None
 
 
-def _compile(compiler: list[str], source: Path, flags: list[str], folder: Path) -> bytes:
-    built, name = Path(tempfile.mkdtemp(dir=folder)) / "built.so", shlex.join(compiler)
+def compile_file(command: list[str], source: Path, flags: list[str], folder: Path) -> bytes:
+    """What a compiler makes of a file; ``folder`` is for files of its own.
+
+    Raises:
+        Unavailable: it fails, is missing, or takes more than SECONDS.
+    """
+    built, name = Path(tempfile.mkdtemp(dir=folder)) / "built.so", shlex.join(command)
     try:
         process = subprocess.Popen(
-            [*compiler, *flags, "-o", str(built), str(source), "-lm"],
+            [*command, *flags, "-o", str(built), str(source), "-lm"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -197,10 +202,14 @@ def _load_kept(path: Path | None) -> ctypes.CDLL | None:
 
 def _load(content: bytes) -> ctypes.CDLL:
     try:
-        loaded = kept.load(content)
-        for name, arguments in ARGUMENTS.items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, _int if name == "affine_lookup" else None
+        return declared(kept.load(content))
     except (OSError, AttributeError) as error:
         raise Unavailable(f"the compiled kernels do not load ({error})") from None
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """A library of cpu.c, with the types of its functions' arguments."""
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, _int if name == "affine_lookup" else None
     return loaded

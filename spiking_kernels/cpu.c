@@ -484,7 +484,6 @@ static int choose(uint64_t seed, int64_t chunk, int n, double probability, uint1
 /* What the steps of Deep R below draw for n weights: the normal numbers of each group, in sequence, and which weights
  * are chosen with a probability. */
 void deep_rewiring_draws(float *normal, uint8_t *chosen, int64_t n, uint64_t seed, double probability) {
-    memset(chosen, 0, n);
     for (int64_t start = 0; start < n; start += GROUP) {
         float z[GROUP];
         normals(seed, start / GROUP, GROUP, 1.0f, z);
@@ -494,6 +493,7 @@ void deep_rewiring_draws(float *normal, uint8_t *chosen, int64_t n, uint64_t see
         uint16_t places[CHUNK];
         const int size = (int)(n - start < CHUNK ? n - start : CHUNK);
         const int count = choose(seed, start / CHUNK, size, probability, places);
+        memset(chosen + start, 0, size);
         for (int i = 0; i < count; i++) chosen[start + places[i]] = 1;
     }
 }

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* has no OpenMP")
 def compiled(tmp_path_factory) -> bytes:
     """A library of cpu.c, compiled quickly."""
     try:
-        return build._compile(
-            build._compiler(), build.SOURCE, ["-O0", "-shared", "-fPIC"], tmp_path_factory.mktemp("compiled")
+        return build.compile_file(
+            build.compiler(), build.SOURCE, ["-O0", "-shared", "-fPIC"], tmp_path_factory.mktemp("compiled")
         )
     except build.Unavailable as error:
         pytest.skip(str(error))

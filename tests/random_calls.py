@@ -1,0 +1,159 @@
+"""Calls every kernel with shapes, values and settings that hypothesis makes: python -m tests.random_calls LIBRARY.
+
+LIBRARY is a compiled cpu.c, as tests/sanitize.py makes it. The calls go through the functions of spiking_kernels, so
+that the memory is what these allocate: exactly as much as the C code is promised.
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import spiking_kernels
+from spiking_kernels import build
+
+EDGES = (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097)
+F32 = np.finfo(np.float32)
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, F32.max, F32.min, F32.tiny, F32.smallest_subnormal])
+seeds = st.integers(0, 2**32 - 1)
+numbers = st.sampled_from([0.0, 1e-8, 1e-3, 0.5, 0.9, 0.999, 1.0]) | st.floats(width=32)
+
+
+def sizes(most, least=0):
+    return st.sampled_from([size for size in EDGES if least <= size <= most]) | st.integers(least, most)
+
+
+def placed(values, lead):
+    """A tensor of the values but the first ``lead``, which stand before it in its memory; nothing stands behind it."""
+    tensor = torch.empty(len(values), dtype=torch.from_numpy(values).dtype)
+    tensor.copy_(torch.from_numpy(values))
+    return tensor[lead:]
+
+
+@st.composite
+def floats(draw, *shape):
+    lead, rng = draw(st.sampled_from([0, 0, 1, 3, 16])), np.random.default_rng(draw(seeds))
+    values = rng.standard_normal(lead + math.prod(shape)) * 10.0 ** draw(st.integers(-3, 3))
+    special = rng.random(len(values)) < draw(st.sampled_from([0, 0, 0.1, 1]))
+    values[special] = rng.choice(SPECIAL, special.sum())
+    return placed(values.astype(np.float32), lead).view(shape)
+
+
+@st.composite
+def integers(draw, dtype, low, high, *shape):
+    lead, rng = draw(st.sampled_from([0, 0, 1, 3, 16])), np.random.default_rng(draw(seeds))
+    return placed(rng.integers(low, high, lead + math.prod(shape), dtype, endpoint=True), lead).view(shape)
+
+
+def lif_linear_lif(data):
+    long = data.draw(st.sampled_from([False] * 19 + [True]))
+    T = data.draw(st.integers(255, spiking_kernels.MAX_T) if long else st.integers(1, 20) | st.integers(1, 300))
+    n = data.draw(sizes(1 if long else 9))
+    h, o = data.draw(sizes(9 if long else 140, 1)), data.draw(sizes(17 if long else 40, 1))
+    current, weight = data.draw(floats(n, h)).requires_grad_(), data.draw(floats(o, h)).requires_grad_()
+    spikes = data.draw(st.none() | integers(np.int64, -5, 5, h))
+    rounding = data.draw(st.sampled_from([None, None, torch.bfloat16, torch.float16]))
+    counts = spiking_kernels.lif_linear_lif(current, weight, T, spikes, rounding)
+    counts.backward(data.draw(floats(n, o)))
+
+
+def affine_lookup(data):
+    many, n, height, width = (data.draw(sizes(most)) for most in (5, 20, 40, 40))
+    images = data.draw(integers(np.uint8, 0, 255, many, 1, height, width))
+    if not many:
+        n = min(n, 1)
+    index = data.draw(integers(np.int64, 0, max(many - 1, 0), n))
+    foreign = data.draw(st.sampled_from([0, -1, many, -(2**63), 2**63 - 1]))
+    if foreign and n:
+        index[data.draw(st.integers(0, n - 1))] = foreign
+    largest = data.draw(st.sampled_from([1 << 16, 1 << 22, (1 << 31) - 1]))
+    matrices = data.draw(integers(np.int32, -largest, largest, n, 6))
+    try:
+        spiking_kernels.affine_lookup(images, index, matrices, data.draw(floats(256)))
+    except spiking_kernels.Unfit:
+        assert foreign or not many
+
+
+def adam(data, n):
+    """What both updates take."""
+    param, grad, exp_avg, exp_avg_sq = (data.draw(floats(n)) for _ in range(4))
+    maximum, theta = data.draw(st.none() | floats(n)), data.draw(floats(n))
+    largest = data.draw(st.sampled_from([1, 1, 1, 127]))
+    tensors = param, grad, exp_avg, exp_avg_sq, maximum, data.draw(integers(np.int8, -largest, largest, n)), theta
+    names = ("correction", "eps", "eta", "weight_decay")
+    chosen = {name: data.draw(numbers) for name in names} | dict(maximize=data.draw(st.booleans()))
+    return tensors, chosen | dict(betas=(data.draw(numbers), data.draw(numbers)))
+
+
+def grad_rewiring_step(data):
+    tensors, chosen = adam(data, data.draw(sizes(5000)))
+    spiking_kernels.grad_rewiring_step(*tensors, **chosen, prior=data.draw(numbers), mu=data.draw(numbers))
+
+
+def deep_rewiring_step(data):
+    (*tensors, theta), chosen = adam(data, data.draw(sizes(9000)))
+    chosen |= dict(seed=data.draw(st.integers(0, 2**64 - 1)), max_s=data.draw(st.floats(0, 1) | st.floats()))
+    chosen |= {name: data.draw(numbers) for name in ("penalty", "temperature")}
+    chosen |= dict(theta_min=data.draw(st.none() | numbers))
+    spiking_kernels.deep_rewiring_step(*tensors, theta if data.draw(st.booleans()) else None, **chosen)
+
+
+def deep_rewiring_draws(data):
+    probability = data.draw(st.sampled_from([5e-324, 1e-9, 1.0]) | st.floats(0, 1, exclude_min=True))
+    spiking_kernels.deep_rewiring_draws(data.draw(sizes(9000)), data.draw(st.integers(0, 2**64 - 1)), probability)
+
+
+CALLS = (lif_linear_lif, affine_lookup, grad_rewiring_step, deep_rewiring_draws, deep_rewiring_step)
+
+
+class Counted:
+    """A library whose calls are counted, and written down before they are made."""
+
+    def __init__(self, library, last: Path):
+        self.library, self.last, self.calls = library, last, Counter()
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls[name] += 1
+            self.last.write_text(f"call {self.calls[name]}: {name}{arguments}\n")
+            return getattr(self.library, name)(*arguments)
+
+        return call
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("library")
+    parser.add_argument("--calls", type=int, default=500, help="of each kernel")
+    parser.add_argument("--only", choices=[call.__name__ for call in CALLS], help="one function of spiking_kernels")
+    parser.add_argument("--last", type=Path, default=os.devnull, help="file in which the last call stands")
+    options = parser.parse_args()
+    counted = Counted(build.declared(ctypes.CDLL(options.library)), options.last)
+    build.library = lambda: counted
+    for function in CALLS:
+        if options.only in (None, function.__name__):
+            limits = settings(
+                max_examples=options.calls,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            limits(given(st.data())(function))()
+    for name in build.ARGUMENTS:
+        if counted.calls[name]:
+            print(f"{name:30} {counted.calls[name]} calls, no error", flush=True)
+    missing = [name for name in build.ARGUMENTS if counted.calls[name] < options.calls]
+    return int(bool(missing) and options.only is None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""make sanitize: random calls of every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+CC names the compiler, which must have both: gcc and clang do.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from spiking_kernels import build
+
+FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+ROOT = Path(__file__).parents[1]
+VARIANTS = {"native": [], "portable": ["-U__AVX512F__"]}
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+class Sanitizer:
+    """A compiler's sanitizers; ``folder`` is for the files that they need.
+
+    Raises:
+        build.Unavailable: there is no such compiler, or it has none.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.command = folder, build.compiler()
+        clang = "clang" in self._answer("--version")
+        accepted = [build.first_accepted(self.command, row, folder) for row in build.ALTERNATIVES]
+        self.flags = [*FLAGS, *SANITIZERS, *filter(None, accepted), *(["-shared-libasan"] if clang else [])]
+        of_clang = [f"libclang_rt.asan{suffix}.so" for suffix in (f"-{platform.machine()}", "")]
+        # and the C++ library, without which no exception of torch's finds its handler
+        self.preloaded = [self._file(*(of_clang if clang else ["libasan.so"])), self._file("libstdc++.so.6")]
+
+    def _answer(self, option: str) -> str:
+        try:
+            return subprocess.run([*self.command, option], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise build.Unavailable(f"there is no C compiler ({error})") from None
+
+    def _file(self, *names: str) -> str:
+        for name in names:
+            if os.path.isabs(path := self._answer(f"-print-file-name={name}")):
+                return path
+        raise build.Unavailable(f"the C compiler has no {names[0]}")
+
+    def run(self, source: Path, variant: str, *arguments: str, output: int | None = None) -> tuple[int, str]:
+        """Makes the random calls of tests/random_calls.py; returns their exit status, and what the sanitizers say."""
+        library, last = self.folder / "cpu.so", self.folder / "last"
+        library.write_bytes(build.compile_file(self.command, source, [*self.flags, *VARIANTS[variant]], self.folder))
+        found = subprocess.run(
+            [sys.executable, "-m", "tests.random_calls", library, "--last", last, *arguments],
+            cwd=ROOT,
+            env={"OMP_NUM_THREADS": "2", **os.environ, **OPTIONS, "LD_PRELOAD": " ".join(self.preloaded)},
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        told = f"{found.stderr}\nin {last.read_text()}" if found.returncode else ""
+        return found.returncode, told
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            sanitizer = Sanitizer(Path(folder))
+            for variant in VARIANTS:
+                print(f"{' '.join(sanitizer.command)}, {variant}:", flush=True)
+                status, told = sanitizer.run(build.SOURCE, variant)
+                if status:
+                    print(told, file=sys.stderr)
+                    return 1
+        except build.Unavailable as error:
+            print(f"No sanitizers: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The sanitizers find a fault that is put into the C code (make sanitize finds none in it)."""
+
+import re
+
+import pytest
+from sanitize import Sanitizer
+
+from spiking_kernels import build
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sanitizer(tmp_path_factory):
+    try:
+        return Sanitizer(tmp_path_factory.mktemp("sanitized"))
+    except build.Unavailable as error:
+        pytest.skip(f"no sanitizers: {error}")
+
+
+@pytest.mark.parametrize(
+    ("function", "right", "wrong", "told"),
+    [
+        (
+            "grad_rewiring_step",
+            "for (int64_t i = done; i < n; i++)",
+            "for (int64_t i = done; i <= n; i++)",
+            "heap-buffer|null pointer",
+        ),
+        (
+            "lif_linear_lif",
+            "memcpy(counts + start, count, sizeof(float) * m)",
+            "memcpy(counts + start, count, 4 * BLOCK)",
+            "heap-buffer",
+        ),
+        ("lif_linear_lif", "k[i] = T + 1;", "k[i] = T + 2;", "buffer-overflow"),
+        ("affine_lookup", "index[n] >= D) return", "index[n] > D) return", "heap-buffer|null pointer"),
+        ("affine_lookup", "m[0] * (uint32_t)x", "m[0] * x", "signed integer overflow"),
+        ("deep_rewiring_draws", "uint16_t places[CHUNK];", "uint16_t places[CHUNK / 2];", "stack-buffer"),
+        ("deep_rewiring_step", "signs[i] = (float)sign[i]", "signs[i] = (float)sign[i + 1]", "heap-buffer"),
+    ],
+)
+def test_a_fault_is_found(sanitizer, tmp_path, function, right, wrong, told):
+    source = build.SOURCE.read_text()
+    assert right in source
+    faulty = tmp_path / "cpu.c"
+    faulty.write_text(source.replace(right, wrong))
+    status, report = sanitizer.run(faulty, "portable", "--only", function)
+    assert status != 0
+    assert re.search(told, report)
+    assert "\nin call " in report
+
+
+def test_the_code_as_it_is_passes(sanitizer, capfd):
+    status, report = sanitizer.run(build.SOURCE, "native", "--calls", "20")
+    assert (status, report) == (0, "")
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == list(build.ARGUMENTS)
