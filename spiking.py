@@ -3,6 +3,9 @@
 Chen et al., "Pruning of Deep Spiking Neural Networks through Gradient Rewiring", IJCAI 2021.
 """
 
+import warnings
+from typing import Any
+
 import torch
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import Tensor, nn
@@ -77,10 +80,12 @@ class SpikingNetwork(nn.Module):
             time step by time step. The same network, with the same results within rounding.
 
     Attributes:
-        fused: let fused kernels run what they can, in 'm' mode; the same results within rounding, but
-            hooks of the layers that they replace are not called. Off at first.
-        spike_counts: while it is a dictionary, such kernels add to it the spikes of every neuron by the
-            name of its LIF layer, int64 of the layer's shape (see training.measure.SpikeCounter).
+        fused: let fused kernels run on the CPU what they provably can (:mod:`spiking_fused`): the same results
+            within rounding. Where there is one for this network, but it does not apply, a warning says why,
+            once for each reason, and the plain layers run. Off at first.
+        spike_counts: to each of these dictionaries such kernels add the spikes of every neuron by the name of
+            its LIF layer, int64 of the layer's shape; a hook with such a dictionary as its attribute
+            ``spike_counts`` need not be called then (see training.measure.SpikeCounter).
 
     Raises:
         ValueError: T or step_mode is not accepted.
@@ -95,7 +100,8 @@ class SpikingNetwork(nn.Module):
         self.T = T
         self.step_mode = step_mode
         self.fused = False
-        self.spike_counts: dict[str, Tensor] | None = None
+        self.spike_counts: list[dict[str, Tensor]] = []
+        self._said: set[str] = set()
 
     def static(self, images: Tensor) -> Tensor:
         """The first layer: images to the input current of the first neurons."""
@@ -111,27 +117,43 @@ class SpikingNetwork(nn.Module):
 
     def simulate(self, images: Tensor) -> Tensor:
         """:meth:`forward` from the present membrane potentials on, leaving them as they are after T steps."""
-        current = self.static(images)
+        return self._counts(self.static(images))
+
+    def _counts(self, current: Tensor) -> Tensor:
         if self.step_mode == "m":
             spikes = self.spiking(current.expand(self.T, *current.shape))
         else:
             spikes = torch.stack([self.spiking(current) for _ in range(self.T)])
         return self.readout(spikes.sum(0, dtype=torch.promote_types(spikes.dtype, torch.float32)))
 
-    def simulate_fused(self, images: Tensor) -> Tensor | None:
-        """:meth:`forward` by fused kernels; None where there are none for this network, these images, this machine."""
+    def fused_counts(self, current: Tensor) -> Tensor | None:
+        """What :meth:`forward` makes of :meth:`static`'s output on the CPU, by a kernel; None where none applies."""
         return None
+
+    def counts_for(self, hook: Any) -> bool:
+        """Whether a hook has its numbers from :attr:`spike_counts`."""
+        return any(getattr(hook, "spike_counts", None) is counts for counts in self.spike_counts)
+
+    def add_spikes(self, spikes: dict[str, Tensor]) -> None:
+        for counts in self.spike_counts:
+            for name, number in spikes.items():
+                counts[name] = counts.get(name, 0) + number
+
+    def say_plain(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"{type(self).__name__} runs its plain layers, not the fused kernel: {reason}", stacklevel=2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.
 
         Membrane potentials and the dropout mask are reset before, and released after.
         """
-        if self.fused:
-            counts = self.simulate_fused(images)
-            if counts is not None:
-                return counts
         functional.reset_net(self)
-        counts = self.simulate(images)
-        functional.reset_net(self)  # their graph would hold the activations until the next batch
+        current, counts = self.static(images), None
+        if self.fused and isinstance(current, Tensor) and current.is_cpu and not torch.compiler.is_compiling():
+            counts = self.fused_counts(current)
+        if counts is None:
+            counts = self._counts(current)
+            functional.reset_net(self)  # their graph would hold the activations until the next batch
         return counts

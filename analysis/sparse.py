@@ -10,10 +10,12 @@ import torch
 from scipy.sparse import csr_matrix  # on a par with torch.sparse's CSR (benchmarks.sparse), which is in beta state
 from torch import Tensor
 
+import spiking_fused
 import spiking_kernels
 from mnist.model import MnistNet
-from spiking import SpikingNetwork
-from training.measure import connected
+from spiking import LIFNode, SpikingNetwork
+from spiking_kernels.tensors import flaw
+from training import measure
 
 __all__ = ["EventDrivenMnist", "event_driven"]
 
@@ -28,12 +30,33 @@ def event_driven(network: SpikingNetwork) -> "EventDrivenMnist":
             sparse product has to gather its input for every position of the kernel at every time step; this
             was not even twice as fast as the dense convolution at 95 % sparsity (benchmarks.sparse).
     """
-    if not isinstance(network, MnistNet):
+    if type(network) is not MnistNet:
         raise ValueError(
             f"{type(network).__name__} has no event-driven evaluation, only MnistNet has one: "
             "sparse convolutions gain too little on a CPU (benchmarks/RESULTS.md)"
         )
     return EventDrivenMnist(network)
+
+
+def _obstacle(network: MnistNet) -> str | None:
+    """Why a network computes otherwise than :class:`EventDrivenMnist`, in words; None where it does not."""
+    if own := spiking_fused.overridden(network):
+        return f"it has a {own} of its own"
+    with torch.device("meta"):
+        like = MnistNet(network.T)
+    # what a spike is worth backward, and how the layers are run, changes no spike
+    free = {"tau", "v_threshold", "detach_reset", "alpha", "_step_mode", *spiking_fused.SIZES, *spiking_fused.STATE}
+    for name, layers in like.named_children():
+        if reason := spiking_fused.difference(getattr(network, name), layers, name, free):
+            return reason
+    if network.fc[0] is network.fc[2]:
+        return "fc has one layer of neurons in two places"
+    for name, weight in measure.prunable(network).items():
+        if weight.dtype != torch.float32 or weight.layout != torch.strided:
+            return f"{name} is {weight.dtype}, {weight.layout}, not torch.float32, torch.strided"
+        if not weight.isfinite().all():
+            return f"{name} is not finite"
+    return None
 
 
 class EventDrivenMnist:
@@ -51,32 +74,36 @@ class EventDrivenMnist:
             is one for this network and machine; otherwise the events are a sparse product too.
 
     Raises:
-        ValueError: a weight is not finite, or the neurons are not reset to 0, or decay without their input.
+        ValueError: the network is not MnistNet as it is made, but for its sizes and its neurons' tau and threshold,
+            or a weight is not float32, or not finite.
     """
 
     def __init__(self, network: MnistNet):
+        if reason := _obstacle(network):
+            raise ValueError(f"there is no event-driven evaluation of this network: {reason}")
         self.hidden, linear, self.output = network.fc
-        for node in (self.hidden, self.output):
-            if node.v_reset != 0 or not node.decay_input:
-                raise ValueError("neurons with v_reset other than 0, or without decay_input, are not accepted")
         self.T = network.T
         # v after k steps of a current x is x (1 - (1 - 1/tau)^k): the least x that spikes by step T, ..., 1
-        charge = 1 - (1 - 1 / self.hidden.tau) ** torch.arange(self.T, 0, -1, dtype=torch.float64)
+        charge = 1 - (1 - 1 / self.hidden.tau) ** torch.arange(self.T, 0, -1, dtype=torch.float64, device="cpu")
         self.firing = (self.hidden.v_threshold / charge).float()
         first, second = network.static_fc[1].weight.detach(), linear.weight.detach()
-        leads_on = connected(second).any(0)  # a hidden neuron without a connection to an output changes nothing
-        if not (first.isfinite().all() and second.isfinite().all()):
-            raise ValueError("a network with weights that are not finite is not accepted")
+        leads_on = measure.connected(second).any(0)  # a hidden neuron without a connection to an output changes nothing
         self.first = csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
         self.second = second[:, leads_on].cpu().float().contiguous()  # [10, H]
-        # the kernel knows the paper's neurons only
-        known = all((node.tau, node.v_threshold) == (2.0, 1.0) for node in (self.hidden, self.output))
-        known = known and self.T <= spiking_kernels.MAX_T and bool(leads_on.any())
-        self.fused = known and not spiking_kernels.available()
+        # the step mode and the neurons' state are none of the kernel's concern here
+        free = {"_step_mode", *spiking_fused.STATE}
+        obstacle = spiking_fused.layers_obstacle(network.fc, "fc", LIFNode, self.T, free)
+        self.fused = obstacle is None and bool(leads_on.any())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 1, 28, 28], float32 on the CPU, to spike counts [N, 10]."""
+        """Normalised images [N, 1, 28, 28], float32 on the CPU, to spike counts [N, 10].
+
+        Raises:
+            ValueError: the images are something else.
+        """
+        if reason := flaw(images, torch.float32, contiguous=False):
+            raise ValueError(f"images {reason}")
         return torch.cat([self._block(block) for block in images.flatten(1).split(BLOCK)])
 
     def _block(self, images: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
         images, labels = timed("batch: pick, augment, normalise", lambda: next(batches))
         current = timed("first layer (product)", lambda x=images: network.static(x))
         leaf = current.detach().requires_grad_()
-        if network.simulate_fused(images) is None:
+        if network.obstacle(current) is not None:
             counts = timed("LIF, linear, LIF", lambda x=leaf: network.spiking(x.expand(8, *x.shape)).sum(0))
             functional.reset_net(network)
         else:

@@ -4,8 +4,9 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
+import spiking_fused
 import spiking_kernels
-from spiking import SpikingNetwork, lif
+from spiking import LIFNode, SpikingNetwork, lif
 
 
 class MnistNet(SpikingNetwork):
@@ -23,16 +24,30 @@ class MnistNet(SpikingNetwork):
     def spiking(self, current: Tensor) -> Tensor:
         return self.fc(current)
 
-    def simulate_fused(self, images: Tensor) -> Tensor | None:
-        weight, tensors = self.fc[1].weight, (images, self.static_fc[1].weight, self.fc[1].weight)
-        plain = any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors)
-        if plain or self.step_mode != "m" or self.T > spiking_kernels.MAX_T or spiking_kernels.available():
+    def obstacle(self, current: Tensor) -> str | None:
+        """Why the fused kernel is not what these layers compute of a current, in words; None where it is."""
+        if type(self) is not MnistNet:
+            return f"{type(self).__name__} is not MnistNet itself"
+        if own := spiking_fused.overridden(self):
+            return f"it has a {own} of its own"
+        if self.step_mode != "m":
+            return "it runs step by step"
+        return (
+            spiking_fused.context_obstacle()
+            or spiking_fused.layers_obstacle(self.fc, "fc", LIFNode, self.T, harmless=self.counts_for)
+            or spiking_fused.current_obstacle(current)
+        )
+
+    def fused_counts(self, current: Tensor) -> Tensor | None:
+        if reason := self.obstacle(current):
+            self.say_plain(reason)
             return None
-        hidden = None
-        if self.spike_counts is not None:
-            hidden = self.spike_counts.setdefault("fc.0", torch.zeros(800, dtype=torch.int64))
-        counts = spiking_kernels.lif_linear_lif(self.static(images).float(), weight, self.T, hidden)  # [N, 10]
-        if self.spike_counts is not None:
-            output = self.spike_counts.setdefault("fc.2", torch.zeros(10, dtype=torch.int64))
-            output += counts.detach().sum(0).long()
+        weight, hidden = self.fc[1].weight, None
+        if self.spike_counts:
+            hidden = torch.zeros(weight.shape[1], dtype=torch.int64, device="cpu")
+        rounding = spiking_fused.autocast_dtype()
+        counts = spiking_kernels.lif_linear_lif(current.float(), weight, self.T, hidden, rounding)  # [N, 10]
+        if hidden is not None:
+            first, _, last = self.fc._modules
+            self.add_spikes({f"fc.{first}": hidden, f"fc.{last}": counts.detach().sum(0).long()})
         return counts

@@ -1,7 +1,10 @@
 """The event-driven evaluation: the dense network's spikes, at every sparsity; and its benchmark's parts."""
 
+import re
+
 import pytest
 import torch
+from spikingjelly.activation_based import functional
 
 import spiking_kernels
 from analysis.sparse import BLOCK, EventDrivenMnist, event_driven
@@ -128,22 +131,84 @@ def test_it_keeps_weights_of_its_own_and_only_what_is_connected():
     assert torch.equal(evaluation(images_of(5)), before)
 
 
-def test_what_is_refused():
+def add_bias(network):
+    network.fc[1].bias = torch.nn.Parameter(torch.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: setattr(n.fc[0], "v_reset", None), "fc.0 has v_reset None, not 0.0"),
+        (lambda n: setattr(n.fc[2], "v_reset", -0.1), "fc.2 has v_reset -0.1, not 0.0"),
+        (lambda n: setattr(n.fc[0], "decay_input", False), "fc.0 has decay_input False, not True"),
+        (lambda n: setattr(n.fc[2].surrogate_function, "spiking", False), "surrogate_function has spiking False"),
+        (add_bias, "fc.1 has the parameters bias, weight, not weight"),
+        (lambda n: n.fc.append(torch.nn.Hardtanh()), "fc has 4 layers, not 3"),
+        (lambda n: n.static_fc.append(torch.nn.ReLU()), "static_fc has 3 layers, not 2"),
+        (lambda n: n.fc[1].register_forward_pre_hook(lambda m, i: (2 * i[0],)), "fc.1 has hooks"),
+        (lambda n: setattr(n, "readout", lambda counts: counts + 1), "it has a readout of its own"),
+        (lambda n: n.double(), "static_fc.1.weight is torch.float64"),
+        (lambda n: n.bfloat16(), "static_fc.1.weight is torch.bfloat16"),
+        (lambda n: n.fc[1].weight.data.__setitem__((0, 0), torch.nan), "fc.1.weight is not finite"),
+        (lambda n: n.static_fc[1].weight.data.__setitem__((0, 0), torch.inf), "static_fc.1.weight is not finite"),
+    ],
+)
+def test_networks_that_are_refused(change, message):
+    """Each would be evaluated as another network."""
+    network = network_of(0.5, 0.0)
+    change(network)
+    with pytest.raises(
+        ValueError, match=f"^there is no event-driven evaluation of this network: .*{re.escape(message)}"
+    ):
+        event_driven(network)
+
+
+def test_other_networks_are_refused():
     with torch.device("meta"):
         network = Cifar10Net()
     with pytest.raises(ValueError, match="Cifar10Net has no event-driven evaluation"):
         event_driven(network)
-    for change, message in (
-        (lambda n: setattr(n.fc[0], "v_reset", None), "v_reset"),
-        (lambda n: setattr(n.fc[2], "v_reset", -0.1), "v_reset"),
-        (lambda n: setattr(n.fc[0], "decay_input", False), "decay_input"),
-        (lambda n: n.fc[1].weight.data.__setitem__((0, 0), torch.nan), "not finite"),
-        (lambda n: n.static_fc[1].weight.data.__setitem__((0, 0), torch.inf), "not finite"),
-    ):
-        network = network_of(0.5, 0.0)
-        change(network)
-        with pytest.raises(ValueError, match=message):
-            event_driven(network)
+    network = network_of(0.5, 0.0)
+    network.__class__ = type("Mine", (MnistNet,), {})
+    with pytest.raises(ValueError, match="Mine has no event-driven evaluation"):
+        event_driven(network)
+
+
+@pytest.mark.parametrize("kind", ["to", "double", "meta", "sparse"])
+def test_images_that_are_refused(kind):
+    images = images_of(3)
+    bad = {"to": images.bfloat16(), "double": images.double(), "meta": images.to("meta"), "sparse": images.to_sparse()}
+    with pytest.raises(ValueError, match=r"^images is torch\."):
+        event_driven(network_of(0.5, 0.0))(bad[kind])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("place", "key"), [(0, "tau"), (2, "tau"), (0, "v_threshold"), (2, "v_threshold")])
+def test_the_kernel_runs_the_papers_neurons_only(place, key):
+    network = network_of(0.9, 0.5, gain=6)
+    plain = network(images_of(300))
+    setattr(network.fc[place], key, 1.5)
+    dense = network(images_of(300))
+    assert int((dense != plain).sum()) > 100
+    evaluation = event_driven(network)
+    assert not evaluation.fused
+    assert int((evaluation(images_of(300)) != dense).sum()) <= 2
+
+
+@torch.no_grad()
+@pytest.mark.skipif(spiking_kernels.available() is not None, reason="no fused kernels")
+def test_how_a_network_is_run_changes_no_spike():
+    """Step by step, with another surrogate derivative, and with potentials left behind."""
+    network = network_of(0.9, 0.5)
+    expected = event_driven(network)(images_of(20))
+    network.step_mode = "s"
+    functional.set_step_mode(network.fc, "s")
+    network.fc[0].v = torch.ones(4)
+    evaluation = event_driven(network)
+    assert evaluation.fused
+    assert torch.equal(evaluation(images_of(20)), expected)
+    network.fc[2].surrogate_function.alpha = 5.0
+    assert int((event_driven(network)(images_of(20)) != expected).sum()) <= 1
 
 
 @torch.no_grad()

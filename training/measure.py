@@ -5,7 +5,7 @@ weights, connectivity = 1 - sparsity the share of connected ones.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,13 +100,18 @@ class SpikeCounter:
         layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, neuron.LIFNode)]
         self._hooks = [module.register_forward_hook(self._count_layer(name)) for name, module in layers]
         self._hooks.append(self.network.register_forward_hook(self._count_images))
-        self.network.spike_counts = self._counts  # for what runs fused, without the layers' hooks
+        self.network.spike_counts.append(self._counts)  # for what runs fused, without the layers' hooks
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.network.spike_counts = None
+        self.network.spike_counts = [counts for counts in self.network.spike_counts if counts is not self._counts]
         for hook in self._hooks:
             hook.remove()
+
+    def _counted(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """Marks a layer's hook as one that need not be called where a fused kernel adds to the counts."""
+        hook.spike_counts = self._counts
+        return hook
 
     def _count_images(self, network: SpikingNetwork, inputs: Any, counts: Tensor) -> None:
         self._images += len(counts)
@@ -118,7 +123,7 @@ class SpikeCounter:
             # one batch's sum is exact in float32, the sum of all in int64
             self._counts[name] = self._counts.get(name, 0) + spikes.detach().sum(0, dtype=torch.float32).long()
 
-        return count_spikes
+        return self._counted(count_spikes)
 
     def rates(self) -> dict[str, Tensor]:
         outputs = self._images * self.network.T
@@ -179,7 +184,7 @@ class Evaluation:
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     """Runs the network, in eval mode, once over all batches; the host waits for the device at the end only."""
     network.eval()
-    matrix = torch.zeros((), dtype=torch.int64)
+    matrix = torch.zeros((), dtype=torch.int64, device="cpu")
     for inputs, labels in batches:
         matrix = matrix.to(labels.device) + confusion(network(inputs), labels)
     return Evaluation(matrix.cpu())

@@ -1,0 +1,171 @@
+"""The proof that a fused kernel computes what a network's layers do: compared setting by setting, not assumed."""
+
+import functools
+import math
+from collections.abc import Callable, Collection
+from numbers import Number
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import functional, layer, surrogate
+from torch import Tensor, nn
+
+import spiking_kernels
+from spiking_kernels.tensors import flaw
+
+STATE = frozenset({"_memories", "v_seq"})  # of a neuron
+# Tensors and layers are compared as such; the rest changes nothing that is computed.
+APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook"})
+SIZES = frozenset({"in_features", "out_features"})  # a linear layer goes by its weight
+_MISSING = object()
+
+
+def _no_hook(hook: Any) -> bool:
+    return False
+
+
+def difference(
+    module: nn.Module,
+    like: nn.Module,
+    name: str,
+    free: Collection[str] = (),
+    harmless: Callable[[Any], bool] = _no_hook,
+) -> str | None:
+    """In what a module computes otherwise than another one, in words; None where in nothing.
+
+    Compared are the exact types, all attributes, hooks, and layers within, and which parameters and buffers
+    there are, but not what is in them.
+
+    Args:
+        name: what the module is called.
+        free: attributes that may differ.
+        harmless: whether a hook is known to change nothing, and to miss nothing where it is not called.
+    """
+    if type(module) is not type(like):
+        return f"{name} is a {_type_name(module)}, not a {_type_name(like)}"
+    own, other = vars(module), vars(like)
+    for key, expected in other.items():
+        value = own.get(key, _MISSING)
+        if value is expected or key in APART or key in free or "state_dict" in key or _same(value, expected):
+            continue
+        if value is _MISSING:
+            return f"{name} has no {key.lstrip('_')}"
+        if "hooks" not in key:
+            return f"{name} has {key.lstrip('_')} {_shown(value)}, not {_shown(expected)}"
+        if not all(map(harmless, value.values())):
+            return f"{name} has hooks"
+    if len(own) > len(other) and (key := overridden(module)):
+        return f"{name} has a {key} of its own"
+    for kind, of in (("_parameters", "parameters"), ("_buffers", "buffers")):
+        ours, theirs = ({key for key, tensor in d[kind].items() if tensor is not None} for d in (own, other))
+        if ours != theirs:
+            return f"{name} has the {of} {', '.join(sorted(ours)) or 'none'}, not {', '.join(sorted(theirs)) or 'none'}"
+    layers, others = own["_modules"], other["_modules"]
+    if len(layers) != len(others):
+        return f"{name} has {len(layers)} layers, not {len(others)}"
+    for (key, child), expected in zip(layers.items(), others.values(), strict=True):
+        if reason := difference(child, expected, f"{name}.{key}", free, harmless):
+            return reason
+    return None
+
+
+def overridden(instance: object) -> str | None:
+    """An attribute of an object that stands in the place of what its class has; None where there is none."""
+    return next((key for key in vars(instance) if hasattr(type(instance), key)), None)
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"{type(value).__name__}(...)"
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal beyond doubt."""
+    if isinstance(a, Number) and isinstance(b, Number):
+        return a == b
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return isinstance(a, (str, tuple, set)) and a == b
+
+
+@functools.cache
+def paper_layers(node: type[nn.Module]) -> nn.Sequential:
+    """LIF, linear, LIF as :func:`spiking_kernels.lif_linear_lif` knows them, with neurons of a type; of no size."""
+
+    def lif() -> nn.Module:
+        return node(
+            tau=2.0,
+            decay_input=True,
+            v_threshold=1.0,
+            v_reset=0.0,
+            surrogate_function=surrogate.ATan(alpha=2.0),
+            detach_reset=True,
+        )
+
+    with torch.device("meta"):
+        layers = nn.Sequential(lif(), layer.Linear(1, 1, bias=False), lif())
+    functional.set_step_mode(layers, "m")
+    return layers
+
+
+def layers_obstacle(
+    layers: nn.Module,
+    name: str,
+    node: type[nn.Module],
+    T: int,
+    free: Collection[str] = (),
+    harmless: Callable[[Any], bool] = _no_hook,
+) -> str | None:
+    """Why :func:`spiking_kernels.lif_linear_lif` is not what layers compute in T steps from rest; None where it is.
+
+    Args:
+        layers: they must be LIF, linear without bias, LIF, with the paper's neurons, in 'm' mode.
+        name: what the layers are called.
+        node: the exact type of the neurons.
+        free: attributes that may differ.
+        harmless: whether a hook need not be called.
+    """
+    if reason := difference(layers, paper_layers(node), name, {*SIZES, *free}, harmless):
+        return reason
+    first, linear, last = layers
+    if first is last:
+        return f"{name} has one layer of neurons in two places"  # it would keep its potentials from one to the other
+    if reason := flaw(linear.weight, torch.float32, contiguous=False):
+        return f"the weight in {name} {reason}"
+    if not linear.weight.numel() or not math.isfinite(float(linear.weight.detach().sum())):
+        return f"the weights in {name} are none, or not all finite"  # layers multiply them by 0, too
+    if type(T) is not int or not 1 <= T <= spiking_kernels.MAX_T:
+        return f"T is {T!r}, not from 1 to {spiking_kernels.MAX_T}"
+    return spiking_kernels.available()
+
+
+def context_obstacle() -> str | None:
+    """What looks at single operations now, which a kernel would hide from it; None where nothing does."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are hooks of all modules"
+    if torch.jit.is_tracing():
+        return "torch.jit traces the network"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a mode of torch's dispatcher is active"
+    return None
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """What products on the CPU take now, other than their inputs' dtype."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def current_obstacle(current: Tensor) -> str | None:
+    """Why a current is not one that :func:`spiking_kernels.lif_linear_lif` takes, as it is or in a lower precision."""
+    dtype = autocast_dtype() if getattr(current, "dtype", None) != torch.float32 else torch.float32
+    if reason := flaw(current, dtype or torch.float32, contiguous=False):
+        return f"the first neurons' input {reason}"
+    return None if current.dim() == 2 else f"the first neurons' input has {current.dim()} axes, not 2"
