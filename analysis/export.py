@@ -12,11 +12,13 @@ from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_fold
 from spiking import SpikingNetwork
 from training import data, measure
 from training.command_line import Parser, Refusal, command
+from training.defaults import torch_defaults
 from training.options import REPOSITORY
 
 __all__ = ["export", "load_pruned"]
 
 
+@torch_defaults()
 def load_pruned(path: str | Path) -> SpikingNetwork:
     """Loads a network for evaluation: in eval mode, on the CPU, its parameters without gradients.
 
@@ -37,6 +39,7 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
     return (from_checkpoint(models_folder(path) / CHECKPOINT) if path.is_dir() else read(path)).network()
 
 
+@torch_defaults()
 def export(snapshot: Snapshot, form: str, path: Path) -> None:
     """Writes a network to ``path`` in one of the forms of :mod:`analysis.formats`.
 

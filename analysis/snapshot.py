@@ -16,6 +16,7 @@ from mnist.model import MnistNet
 from spiking import LIFNode, SpikingNetwork
 from training import checks, measure, storage
 from training.command_line import Refusal
+from training.defaults import torch_defaults
 from training.options import Recipe
 
 EXPERIMENTS: dict[str, tuple[type[SpikingNetwork], Recipe]] = {
@@ -74,6 +75,7 @@ class Snapshot:
         """The shape of every weight that can be pruned: that of this program's network, whatever a file says."""
         return {name: tuple(weight.shape) for name, weight in measure.prunable(self.plan()).items()}
 
+    @torch_defaults()
     def network(self) -> SpikingNetwork:
         """The network with this state, in eval mode; it shares the tensors, and asks for no gradients.
 

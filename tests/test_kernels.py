@@ -95,6 +95,48 @@ def test_fused_batches_are_bitwise_the_plain_ones(monkeypatch):
         assert torch.equal(y, b)
 
 
+class Turned(data.RandomAffine):
+    @staticmethod
+    def apply(images, matrices):
+        return data.RandomAffine.apply(images, matrices).flip(-1)
+
+
+class Halved(data.Normalisation):
+    def __call__(self, images):
+        return super().__call__(images) / (2 if images.shape[-2] == 28 else 1)  # the table is made of one row
+
+
+def test_batches_that_the_kernel_would_make_otherwise_are_left_to_torch(monkeypatch):
+    """Changed augmentations and normalisations, images of other layouts, and a machine without kernels."""
+    images = torch.randint(0, 256, (20, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    affine, cpu = dict(degrees=30, translate=(0.1, 0.1), scale=(0.9, 1.1)), torch.device("cpu")
+    plain, normalise = data.RandomAffine(**affine), data.Normalisation((0.1,), (0.3,), cpu)
+    own = data.RandomAffine(**affine)
+    own.apply = lambda images, matrices: images
+    strided = images.flatten(2).transpose(0, 2).contiguous().transpose(0, 2).unflatten(2, (28, 28))
+    assert not strided.is_contiguous()
+    assert torch.equal(strided, images)
+
+    def batches(images, augmentation, normalisation, fused):
+        generator, split = torch.Generator().manual_seed(3), data.Split(images, torch.arange(20) % 10)
+        return data.TrainingBatches(split, 8, augmentation, normalisation, generator, fused=fused)
+
+    for given in (
+        (images, Turned(**affine), normalise),
+        (images, own, normalise),
+        (images, plain, Halved((0.1,), (0.3,), cpu)),
+        (images.expand(-1, 3, -1, -1).contiguous(), plain, data.Normalisation((0.1,) * 3, (0.3,) * 3, cpu)),
+        (strided, plain, normalise),
+    ):
+        fused = batches(*given, fused=True)
+        assert not fused.fused
+        for (x, _), (y, _) in zip(fused, batches(*given, fused=False), strict=True):
+            assert torch.equal(x, y)
+    assert batches(images, plain, normalise, fused=True).fused == (spiking_kernels.available() is None)
+    monkeypatch.setattr(spiking_kernels, "available", lambda: "there is none")
+    assert not batches(images, plain, normalise, fused=True).fused
+
+
 @needs_kernels
 @pytest.mark.parametrize("T", [1, 8, 300])
 @pytest.mark.parametrize("batch", [1, 6])

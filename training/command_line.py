@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from training.defaults import torch_defaults
 from training.divergence import DivergedError
 from training.interrupt import Interrupted
 
@@ -40,7 +41,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*args: Any) -> int:
         try:
-            return main(*args)
+            with torch_defaults():
+                return main(*args)
         except Refusal as refusal:
             return _fail(str(refusal), 2)
         except DivergedError as error:

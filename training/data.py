@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 import spiking_kernels
+from spiking_kernels.tensors import flaw
 from training.datasets import CIFAR10_CLASSES, Dataset, Split, load
 from training.options import Refusal
 
@@ -43,7 +44,7 @@ class RandomAffine:
     def draw(self, images: Tensor, generator: Generator) -> Tensor:
         """Draws the transform of every image [N, C, H, W]; returns int32 [N, 6], for :meth:`apply`."""
         n, _, height, width = images.shape
-        uniform = torch.rand(4, n, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(4, n, generator=generator, dtype=torch.float64, device="cpu")
         angle = (2 * uniform[0] - 1) * self.degrees
         shift_x = ((2 * uniform[1] - 1) * (self.translate[0] * width)).round()
         shift_y = ((2 * uniform[2] - 1) * (self.translate[1] * height)).round()
@@ -100,8 +101,8 @@ class RandomCropFlip:
     def draw(self, images: Tensor, generator: Generator) -> Tensor:
         """Draws the transform of every image; returns top, left (of the padded image) and flip, int32 [N, 3]."""
         n = len(images)
-        corner = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator)
-        flip = torch.randint(0, 2, (n, 1), generator=generator)
+        corner = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator, device="cpu")
+        flip = torch.randint(0, 2, (n, 1), generator=generator, device="cpu")
         return torch.cat([corner, flip], dim=1).to(torch.int32)
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
@@ -123,8 +124,8 @@ class Normalisation:
     """Maps uint8 pixels to (pixel / 255 - mean) / std, per channel, as ToTensor and Normalize do."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device):
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
 
     def table(self) -> Tensor:
         """What each pixel value becomes, float32 [256]; for images of one channel."""
@@ -164,12 +165,19 @@ class TrainingBatches:
             )
         self.split, self.batch_size, self.generator = split, batch_size, generator
         self.augmentation, self.normalisation = augmentation, normalisation
-        on_cpu, channels = split.images.device.type == "cpu", split.images.shape[1]
-        self.fused = fused and on_cpu and channels == 1 and isinstance(augmentation, RandomAffine)
+        self.fused = fused and self._kernel_applies()
         self.table = normalisation.table() if self.fused else None
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size
+
+    def _kernel_applies(self) -> bool:
+        """Whether affine_lookup computes what _inputs does otherwise."""
+        images, parts = self.split.images, (self.augmentation, self.normalisation)
+        known = [type(part) for part in parts] == [RandomAffine, Normalisation]
+        as_made = not any(hasattr(type(part), key) for part in parts for key in vars(part))
+        takes = flaw(images, torch.uint8) is None and images.dim() == 4 and images.shape[1] == 1
+        return known and as_made and takes and spiking_kernels.available() is None
 
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
         """The images of one batch, as the network takes them."""
@@ -180,7 +188,7 @@ class TrainingBatches:
     def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the (images, labels) of one epoch from batch ``start`` on: float32 [B, C, H, W] and int64 [B]."""
         device = self.split.images.device
-        self.order = torch.randperm(len(self.split), generator=self.generator)
+        self.order = torch.randperm(len(self.split), generator=self.generator, device="cpu")
         order = self.order.to(device)
         transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
         labels = self.split.labels[order]

@@ -172,7 +172,9 @@ def _load_cifar10(folder: Path) -> Dataset:
     )
     return Dataset(
         *(
-            Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+            Split(
+                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets, device="cpu")
+            )
             for part in parts
         )
     )
@@ -216,7 +218,7 @@ def load_class_folders(folder: Path) -> Split:
         images = np.stack(list(pool.map(read, (path for path, _ in paths))))
     return Split(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor([label for _, label in paths]),
+        torch.tensor([label for _, label in paths], device="cpu"),
     )
 
 
@@ -245,5 +247,5 @@ def _load_digits(folder: Path) -> Dataset:
     small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)  # [1797, 1, 8, 8]
     images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
-    is_test = torch.arange(len(labels)) % 6 == 5
+    is_test = torch.arange(len(labels), device="cpu") % 6 == 5
     return Dataset(Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test]))

@@ -50,7 +50,7 @@ class Run:
         self.fingerprint = dataset.fingerprint()
         device = options.device
         normalisation = Normalisation(recipe.mean, recipe.std, device)
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.generator = torch.Generator("cpu").manual_seed(options.seed)
         self.training = TrainingBatches(
             dataset.train.to(device),
             options.batch_size,

@@ -206,7 +206,7 @@ def _copy(value: Any, into: Any) -> Any:
         value = value.detach()
         if isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype:
             return into.copy_(value, non_blocking=True)
-        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
         return copy.copy_(value, non_blocking=True)
     if isinstance(value, dict):
         into = into if isinstance(into, dict) else {}
