@@ -1,5 +1,6 @@
 # make demo: train a small spiking network with Grad Rewiring; make test: run the tests, but those that take minutes;
 # make test-all: run all; make bench: measure speed; make kill-test: kill a run 50 times;
+# make fuzz: 2000 damaged files of each format, each refused or loaded as the same network;
 # make sanitize: random calls of the C code under AddressSanitizer and UBSan (CC=clang for clang's).
 # Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all kill-test sanitize lint bench clean
+.PHONY: demo test test-all kill-test fuzz sanitize lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -28,6 +29,10 @@ bench: .venv/ready
 # kill -9 at random moments, 50 times, and the same result
 kill-test: .venv/ready
 	KILLS=50 $(BIN)/python -m pytest -s tests/test_kill.py
+
+# some formats alone: make fuzz FUZZ="nir --mutations 100"
+fuzz: .venv/ready
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(FUZZ)
 
 sanitize: .venv/ready
 	$(BIN)/python -m tests.sanitize
