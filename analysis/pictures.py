@@ -60,6 +60,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same runs give the same page
 }
+MOST_EDGES = 4097  # of a recorded distribution; a run records 65
 LEFT, WIDTH = 0.9, 8.0  # inches: where the axes begin, how far they reach; the legend is at their right
 PIXELS_PER_INCH = 100  # text of 9 points is 12.5 pixels high then
 THEME = (
@@ -478,20 +479,20 @@ def _histogram(entry: Any, what: str) -> tuple[np.ndarray, np.ndarray] | None:
     entry = nested(entry, what)
     try:
         edges, counts = (np.asarray(entry[key], dtype=np.float64) for key in ("edges", "counts"))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return None
-    if edges.ndim != 1 or len(edges) != len(counts) + 1 or not counts.sum() > 0 or not (np.diff(edges) > 0).all():
+    if counts.ndim != 1 or edges.shape != (len(counts) + 1,) or len(edges) > MOST_EDGES:
         return None
-    density = counts / (counts.sum() * np.diff(edges))
-    return edges, np.where(density > 0, density, np.nan)
+    if not (np.isfinite(edges).all() and np.isfinite(counts).all() and counts.sum() > 0 and (np.diff(edges) > 0).all()):
+        return None
+    with np.errstate(all="ignore"):  # of edges and counts near the largest floats
+        density = counts / (counts.sum() * np.diff(edges))
+    return edges, np.where((density > 0) & np.isfinite(density), density, np.nan)
 
 
-def _distributions(run: Run, most: int = 7) -> Picture | None:
-    """Some of the recordings, from the first to the last, drawn over each other."""
-    recorded = [epoch for epoch in run.epochs if nested(epoch, "distributions")]
-    if not recorded:
-        return None
-    chosen = [recorded[i] for i in sorted(set(np.linspace(0, len(recorded) - 1, most).round().astype(int)))]
+def _distributions(run: Run) -> Picture | None:
+    """The recordings that are kept, from the first to the last, drawn over each other."""
+    chosen = [epoch for epoch in run.epochs if nested(epoch, "distributions")]
     names = run.names_in("distributions")
     columns = [
         what for what in ("w", "theta") if any(nested(e, "distributions", n, what) for e in chosen for n in names)

@@ -4,16 +4,18 @@ python -m analysis.report runs -o report.html
 """
 
 import base64
-import contextlib
 import gc
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jinja2
@@ -21,8 +23,9 @@ import torch
 
 from analysis import pictures
 from analysis.pictures import Picture, printable
-from analysis.runs import CHECKPOINT, Run, find, number, short_names, weights_of
-from training.command_line import Parser, Refusal, command
+from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, nested, number, short_names, shown, weights_of
+from training import storage
+from training.command_line import Parser, Refusal, command, whole_number
 from training.record import percent
 
 COLUMNS = (
@@ -61,32 +64,31 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         metavar="FILE",
         help="HTML page to write, in place of one that is there (default: %(default)s)",
     )
+    parser.add_argument(
+        "--details",
+        type=whole_number(0),
+        default=40,
+        metavar="N",
+        help="draw pictures of their own for the N runs that changed last (default: %(default)s); those that compare "
+        "show all runs",
+    )
     return parser.parse_args(argv)
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place in the end, so that the page is there whole or not at all.
+def _check_output(path: Path) -> Path:
+    """The path of the page, once it is known that it can be written there.
 
     Raises:
-        Refusal: ``path`` cannot be written.
+        Refusal: it cannot.
     """
+    path = path.expanduser()
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        handle, name = tempfile.mkstemp(suffix=".tmp", prefix=f".{path.name}-"[:200], dir=path.parent)
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is a folder" if path.is_dir() else "it is no regular file")
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
     except OSError as error:
         raise Refusal(f"argument -o/--output: cannot write {path}: {error.strerror or error}") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's is for the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def row(run: Run) -> dict[str, str]:
@@ -96,7 +98,7 @@ def row(run: Run) -> dict[str, str]:
         value = number(run.last, key)
         return UNKNOWN if math.isnan(value) else percent(value)
 
-    connections, seconds, planned = run.connections, run.seconds_per_epoch, run.arguments.get("epoch")
+    connections, seconds, planned = run.connections, run.seconds_per_epoch, shown(run.arguments.get("epoch"))
     cells = (
         run.name,
         run.mode or UNKNOWN,
@@ -106,8 +108,8 @@ def row(run: Run) -> dict[str, str]:
         share("connectivity"),
         f"{connections.connected:,} of {connections.weights:,}" if connections else UNKNOWN,
         UNKNOWN if math.isnan(seconds) else f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}",
-        run.info.get("device") or UNKNOWN,
-        str(run.info.get("git_commit") or UNKNOWN)[:10],
+        shown(run.info.get("device")) or UNKNOWN,
+        shown(run.info.get("git_commit"))[:10] or UNKNOWN,
     )
     return dict(zip(COLUMNS, (printable(str(cell)) for cell in cells), strict=True))
 
@@ -121,14 +123,12 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
 
 def facts(run: Run) -> dict[str, str]:
     """What else the page says of a run: where it is, how it was made, what it is made of."""
-    parameters, versions = run.info.get("parameters"), run.info.get("versions")
-    parameters = parameters if isinstance(parameters, dict) else {}
     counts = [
         f"{int(value):,} {what}"
         for key, what in (("prunable", "prunable weights"), ("others", "others"))
-        if not math.isnan(value := number(parameters, key))
+        if not math.isnan(value := number(run.info, "parameters", key))
     ]
-    versions = [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
+    versions = [f"{name} {shown(version)}" for name, version in (nested(run.info, "versions") or {}).items()]
     rate = number(run.last, "learning_rate")
     found = {
         "command": run.info.get("command"),
@@ -141,7 +141,8 @@ def facts(run: Run) -> dict[str, str]:
         "device": run.info.get("device"),
         "commit": run.info.get("git_commit"),
     }
-    return {key: printable(str(value)) for key, value in found.items() if value not in (None, "")}
+    texts = {key: shown(str(value) if isinstance(value, Path) else value, 2000) for key, value in found.items()}
+    return {key: printable(text) for key, text in texts.items() if text}
 
 
 def _section(run: Run) -> tuple[list[Picture], list[str]]:
@@ -152,22 +153,46 @@ def _section(run: Run) -> tuple[list[Picture], list[str]]:
 
 def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     gc.freeze()  # all that the imports made stays; looking through it again and again would take a tenth of the time
 
 
+def _end_with_parent() -> None:
+    """Ends this worker when its parent has ended, by whatever signal: nobody waits for its pictures then."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _sections(runs: Sequence[Run]) -> list[tuple[list[Picture], list[str]]]:
+    if not runs:
+        return []
     workers = min(os.cpu_count() or 1, len(runs), 8)
-    with ProcessPoolExecutor(workers, initializer=_prepare_worker) as pool:
-        return list(pool.map(_section, runs))
+    try:
+        with ProcessPoolExecutor(workers, initializer=_prepare_worker) as pool:
+            return list(pool.map(_section, runs))
+    except BrokenProcessPool:
+        raise MemoryError("a process that drew pictures has been ended") from None
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The HTML page of these runs; what is damaged in their checkpoints is added to their problems."""
+def _changed(run: Run) -> float:
+    """When the run's files changed last, in seconds; 0 for one without files."""
+    paths = (run.logs / RESULTS, run.logs / INFO, run.models / CHECKPOINT)
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+
+
+def page(runs: Sequence[Run], details: int) -> str:
+    """The HTML page of these runs; what is damaged in their checkpoints is added to their problems.
+
+    The ``details`` runs that changed last have pictures of their own: to draw them takes nearly all of the time.
+    """
+    newest = sorted(range(len(runs)), key=lambda i: _changed(runs[i]), reverse=True)[:details]
+    detailed = dict(zip(newest, _sections([runs[i] for i in newest]), strict=True))
     sections = []
-    for i, (run, (made, problems)) in enumerate(zip(runs, _sections(runs), strict=True)):
-        run.problems[:] = problems
-        sections.append(dict(id=f"run-{i + 1}", row=row(run), facts=facts(run), pictures=made))
+    for i, run in enumerate(runs):
+        made, run.problems[:] = detailed.get(i, ([], run.problems))
+        about = dict(id=f"run-{i + 1}", row=row(run), facts=facts(run), pictures=made, detailed=i in detailed)
+        sections.append(about)
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault(run.experiment, []).append(run)
@@ -200,17 +225,19 @@ def _data_uri(svg: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    with _replacing(options.output) as temporary:
-        runs = find(options.runs)
-        print_table([row(run) for run in runs])
-        sys.stdout.flush()
-        text = page(runs)
-        temporary.write_text(text, encoding="utf-8")
+    output = _check_output(options.output)
+    runs = find(options.runs)
+    print_table([row(run) for run in runs])
+    sys.stdout.flush()
+    text = page(runs, options.details)
+    storage.write_whole(output, text)
     for run in runs:
         for problem in run.problems:
             print(f"report.py: warning: {printable(problem)}", file=sys.stderr)
     noun = "run" if len(runs) == 1 else "runs"
-    print(f"\nReport of {len(runs)} {noun}: {options.output} ({len(text) / 1e6:.1f} MB)")
+    print(f"\nReport of {len(runs)} {noun}: {output} ({len(text) / 1e6:.1f} MB)")
+    if options.details < len(runs):
+        print(f"{options.details} of them have pictures of their own; --details {len(runs)} draws those of all.")
     return 0
 
 

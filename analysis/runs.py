@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,16 @@ from torch import Tensor
 
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
-from training import measure, storage
+from training import checks, measure, storage
 from training.options import Refusal
 
+LARGEST = 1 << 24  # bytes of a JSON file, many times what any run writes
+LARGEST_RESULTS, MOST_EPOCHS = 1 << 28, 1 << 17  # bytes and lines of results.jsonl
+MOST_NAMES = 256  # of layers, those of LIF neurons among them
+MOST_PROBLEMS = 20  # named of one file
+RECORDINGS = 7  # of the distributions, that are kept
+
+NEWLINE = b"\n"
 RESULTS, INFO, CHECKPOINT = "results.jsonl", "run.json", "checkpoint.pt"
 NETWORKS = {"mnist": MnistNet, "c10": Cifar10Net}
 
@@ -35,7 +43,8 @@ class Run:
         name: of its folders; with the dump folder before it where two runs share a name.
         logs, models: its folders, which need not exist.
         info: ``run.json``; empty when there is none.
-        epochs: the lines of ``results.jsonl``, one dictionary per finished epoch, in order.
+        epochs: the lines of ``results.jsonl``, one dictionary per finished epoch, in order. Of the recordings of
+            distributions, which are nearly all of the file, :data:`RECORDINGS` are kept, from the first to the last.
         problems: one line for everything that was damaged and left out.
     """
 
@@ -55,15 +64,13 @@ class Run:
     def experiment(self) -> tuple[str, str]:
         """Experiment and data set: only runs that share both can be compared. Unknown ones are empty texts."""
         experiment = self.info.get("experiment") or self.arguments.get("experiment") or ""
-        return str(experiment), str(self.arguments.get("dataset") or "")
+        return shown(experiment), shown(self.arguments.get("dataset"))
 
     @property
     def mode(self) -> str | None:
         """What the run does: grad, deep, soft deep or no_prune; None when not known."""
-        mode = self.arguments.get("mode")
-        if mode is None:
-            return None
-        return f"soft {mode}" if self.arguments.get("soft") else str(mode)
+        mode = shown(self.arguments.get("mode"))
+        return (f"soft {mode}" if self.arguments.get("soft") else mode) if mode else None
 
     @property
     def last(self) -> dict[str, Any]:
@@ -114,6 +121,43 @@ def number(entry: Any, *keys: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2**63:
         return math.nan
     return float(value)
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A text or a number as it is shown, cut to ``most`` characters; empty for anything else."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        return ""
+    text = str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def read_file(path: Path, most: int = LARGEST) -> bytes:
+    """Reads a regular file of at most ``most`` bytes.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise ValueError("not a regular file")
+    if status.st_size > most:
+        raise ValueError(f"{status.st_size:,} bytes, more than {most:,}")
+    return path.read_bytes()
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON object from a file; None where there is no file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else; the text is the reason.
+    """
+    try:
+        return _object(read_file(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(_reason(error)) from None
 
 
 def find(paths: Iterable[str | Path]) -> list[Run]:
@@ -168,20 +212,23 @@ def read(name: str, logs: Path, models: Path) -> Run:
     """Reads a run's ``run.json`` and ``results.jsonl``, whichever are there."""
     run = Run(name, logs, models)
     try:
-        run.info = _object((logs / INFO).read_bytes())
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        run.problems.append(f"{logs / INFO}: {_reason(error)}; its arguments are not shown")
+        run.info = read_object(logs / INFO) or {}
+    except ValueError as error:
+        run.problems.append(f"{logs / INFO}: {error}; its arguments are not shown")
     try:
-        content = (logs / RESULTS).read_bytes()
+        content = read_file(logs / RESULTS, LARGEST_RESULTS)
+        if content.count(NEWLINE) > MOST_EPOCHS:
+            raise ValueError(f"{content.count(NEWLINE):,} lines, more than {MOST_EPOCHS:,}")
     except FileNotFoundError:
         return run
-    except OSError as error:
+    except (OSError, ValueError) as error:
         run.problems.append(f"{logs / RESULTS}: {_reason(error)}")
         return run
     epochs: dict[int, dict[str, Any]] = {}
-    complete = content.split(b"\n")[:-1]  # what follows the last newline is still being written
+    recorded: dict[int, bytes] = {}  # the lines with distributions
+    names: set[str] = set()
+    problems = []
+    complete = content.split(NEWLINE)[:-1]  # what follows the last newline is still being written
     for line_number, line in enumerate(complete, 1):
         if not line.strip():
             continue
@@ -192,12 +239,29 @@ def read(name: str, logs: Path, models: Path) -> Run:
                 raise ValueError("no epoch, a whole number >= 1")
             if epoch in epochs:
                 raise ValueError(f"epoch {epoch} was there before")
+            more = names.union(*(nested(entry, key) or {} for key in ("layers", "neurons", "distributions")))
+            if len(more) > MOST_NAMES:
+                raise ValueError(f"more than {MOST_NAMES} names of layers")
         except ValueError as error:
-            run.problems.append(f"{logs / RESULTS}, line {line_number}: {_reason(error)}; the line is left out")
+            problems.append(f"{logs / RESULTS}, line {line_number}: {_reason(error)}; the line is left out")
         else:
+            names = more
             epochs[epoch] = entry
+            if entry.pop("distributions", None):
+                recorded[epoch] = line
     run.epochs = [epochs[epoch] for epoch in sorted(epochs)]
+    for epoch in evenly(sorted(recorded), RECORDINGS):
+        epochs[epoch]["distributions"] = _object(recorded[epoch])["distributions"]
+    run.problems += problems[:MOST_PROBLEMS]
+    if len(problems) > MOST_PROBLEMS:
+        run.problems.append(f"{logs / RESULTS}: {len(problems) - MOST_PROBLEMS:,} more lines are left out")
     return run
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, from the first to the last."""
+    chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in chosen]
 
 
 def _object(content: bytes) -> dict[str, Any]:
@@ -229,10 +293,10 @@ def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
         with torch.device("meta"):  # for the names alone: no memory, no random numbers
             names = list(measure.prunable(NETWORKS[experiment]()))
         weights = {name: state["network"][name] for name in names}
-        flat = [name for name, weight in weights.items() if weight.dim() < 2]
-        if flat:
-            raise ValueError(f"{flat[0]} is not of a layer")
-        return int(state["epoch"]), weights
+        for name, weight in weights.items():  # that they are dense and of the file's size, storage.read has checked
+            if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():
+                raise ValueError(f"{name} is not of a layer")
+        return checks.whole_number("epoch", state["epoch"]), weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
         run.problems.append(
             f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({_reason(error)})"

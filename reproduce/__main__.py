@@ -85,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
             raise Refusal(f"argument --without: no outcome of finished rows in {options.without}")
         rows = [row for row in rows if row.command not in known]
     rows = grid.shard(rows, *options.shard)
+    if not options.slurm:
+        for line in runner.damaged(options.dump_dir, rows):
+            print(line, file=sys.stderr)
     if options.outcome:
         check_writable("--outcome", options.outcome)
         for path in outcome.write(options.dump_dir, rows, options.outcome):

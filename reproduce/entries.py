@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.runs import number
+from analysis.runs import LARGEST_RESULTS, nested, number, read_file, shown
 from reproduce import runner
 from reproduce.grid import RECIPES, Row
 from training.options import Refusal, format_number, read
@@ -73,13 +73,24 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
         record, line = runner.finished(dump, row), earlier.get(row.command)
         if record is not None:
             results = [result for result in runner.state(dump, row).epochs if result["epoch"] <= row.epochs]
-            epochs = [{key: number(result, key) for key in EPOCH} for result in results]
+            epochs = _all_epochs({line["epoch"]: {key: number(line, key) for key in EPOCH} for line in results})
             entries.append(Entry(row, options, _numbers(record, results), _made(record), epochs))
         elif line is not None:
-            epochs = [{key: _value(folder / EPOCHS, text[key]) for key in EPOCH} for text in lines_of[row.key]]
+            by_epoch = {}
+            for text in lines_of[row.key]:
+                epoch = _value(folder / EPOCHS, text["epoch"])
+                if epoch not in range(1, row.epochs + 1):
+                    raise Refusal(f"{folder / EPOCHS}: not an epoch of {row.key}: {text['epoch']!r}")
+                by_epoch[int(epoch)] = {key: _value(folder / EPOCHS, text[key]) for key in EPOCH}
+            epochs = _all_epochs(by_epoch)
             numbers = {key: _value(folder / ROWS, line[key]) for key in _numbers({}, [])}
             entries.append(Entry(row, options, numbers, {key: line[key] for key in MADE}, epochs))
     return entries
+
+
+def _all_epochs(lines: dict[int, dict[str, float]]) -> list[dict[str, float]]:
+    """The numbers after each epoch from the first on, NaN after one whose line is lost."""
+    return [lines.get(epoch, dict.fromkeys(EPOCH, math.nan)) for epoch in range(1, max(lines, default=0) + 1)]
 
 
 def recorded(folder: Path) -> list[dict[str, str]]:
@@ -93,8 +104,8 @@ def recorded(folder: Path) -> list[dict[str, str]]:
 
 def _lines(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file, strict=True))
+        text = read_file(path, LARGEST_RESULTS).decode()
+        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
@@ -118,14 +129,13 @@ def _value(path: Path, text: str) -> float:
 
 def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What a row gave, from its record and the lines of its run's results; NaN where it is not known."""
-    layers = ((record.get("result") or {}).get("layers") or {}).values()
-    operations = ((record.get("test") or {}).get("operations") or {}).values()
+    layers, operations = nested(record, "result", "layers") or {}, nested(record, "test", "operations") or {}
 
     def of_layers(key: str) -> float:
-        return sum(layer[key] for layer in layers) if layers else math.nan
+        return sum(number(layer, key) for layer in layers.values()) if layers else math.nan
 
     def of_operations(kind: str) -> float:
-        found = [layer["pruned"] for layer in operations if layer["kind"] == kind]
+        found = [number(layer, "pruned") for layer in operations.values() if (nested(layer) or {}).get("kind") == kind]
         return sum(found) if found else math.nan
 
     def of_epochs(key: str) -> float:
@@ -148,9 +158,10 @@ def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[
 
 
 def _made(record: dict[str, Any]) -> dict[str, str]:
-    run = record["run"]
-    versions = ", ".join(f"{name} {version}" for name, version in sorted((run.get("versions") or {}).items()))
-    return {key: versions if key == "versions" else str(run.get(key) or "") for key in MADE}
+    versions = ", ".join(
+        f"{name} {shown(value)}" for name, value in sorted((nested(record, "run", "versions") or {}).items())
+    )
+    return {key: versions if key == "versions" else shown(record["run"].get(key)) for key in MADE}
 
 
 def rows_csv(entries: Sequence[Entry]) -> str:

@@ -4,7 +4,6 @@ A row is finished when its record ``<dump-dir>/rows/<key>.json`` is there: it is
 its ``-test``. Rows may run on several machines that share the dump folder: a run's lock keeps the others away from it.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -38,11 +37,44 @@ def log_of(dump: Path, row: Row) -> Path:
 
 
 def finished(dump: Path, row: Row) -> dict[str, Any] | None:
-    """The row's record, or None as long as it is not finished."""
+    """The row's record, or None as long as it is not finished; one that is damaged is none, see :func:`damaged`."""
     try:
-        return json.loads(record_of(dump, row).read_bytes())
-    except FileNotFoundError:
+        return _read_record(dump, row)
+    except ValueError:
         return None
+
+
+def damaged(dump: Path, rows: Sequence[Row]) -> list[str]:
+    """A line for every record that is there, but is not one of its row, with the reason."""
+    lines = []
+    for row in rows:
+        try:
+            _read_record(dump, row)
+        except ValueError as error:
+            lines.append(f"{record_of(dump, row)} is damaged ({error}): the row is not done until it is run again")
+    return lines
+
+
+def _read_record(dump: Path, row: Row) -> dict[str, Any] | None:
+    """The row's record, None where there is none; ValueError for what is no record of this row."""
+    record = runs.read_object(record_of(dump, row))
+    if record is not None:
+        _check_record(record, row)
+    return record
+
+
+def _check_record(record: dict[str, Any], row: Row) -> None:
+    """Raises ValueError unless a record has what an outcome is made of."""
+    if (record.get("row"), record.get("epochs")) != (row.key, row.epochs):
+        raise ValueError("it is not of this row")
+    for key in ("test_accuracy", "connectivity"):
+        if not 0 <= runs.number(record, "result", key) <= 1:
+            raise ValueError(f"it has no {key} from 0 to 1")
+    parts = {"run": ("run",), "layers": ("result", "layers"), "test": ("test",), "operations": ("test", "operations")}
+    for name, (*path, key) in parts.items():
+        value = (runs.nested(record, *path) or {}).get(key)
+        if not isinstance(value, dict) and (value is not None or name == "run"):
+            raise ValueError(f"its {name} is not a JSON object")
 
 
 def state(dump: Path, row: Row) -> runs.Run:
@@ -80,7 +112,7 @@ def progress(dump: Path, rows: Sequence[Row]) -> Progress:
     for name in dict.fromkeys(row.name for row in rows):
         mine = [row for row in rows if row.name == name]
         run = state(dump, mine[0])
-        left += max([row.epochs - len(run.epochs) for row in mine if row not in done] + [0])
+        left += max([row.epochs - run.last.get("epoch", 0) for row in mine if row not in done] + [0])
         if run.seconds_per_epoch == run.seconds_per_epoch:
             seconds.append(run.seconds_per_epoch)
     return Progress(done, len(rows), left, statistics.median(seconds) if seconds else float("nan"))
@@ -109,12 +141,16 @@ class Runner:
         """
         (self.dump / "rows").mkdir(parents=True, exist_ok=True)
         waiting = [row for row in rows if finished(self.dump, row) is None]
-        for row in [row for row in waiting if len(state(self.dump, row).epochs) > row.epochs]:
-            self._record(row)  # its run was prolonged before
-            waiting.remove(row)
         running: dict[int, tuple[Row, Iterator[subprocess.Popen]]] = {}  # by slot
         processes: dict[int, subprocess.Popen] = {}
         failed, taken = [], []
+        for row in [row for row in waiting if state(self.dump, row).last.get("epoch", 0) > row.epochs]:
+            waiting.remove(row)  # its run was prolonged before
+            try:
+                self._record(row)
+            except (OSError, ValueError) as error:
+                failed.append(row)
+                self._say(row, f"failed: {error}", rows)
         before = {number: signal.signal(number, self._hand_on(processes)) for number in _SIGNALS}
         try:
             while running or (waiting and self.stopped is None):
@@ -131,21 +167,26 @@ class Runner:
                 for slot, (row, steps) in list(running.items()):
                     if processes[slot].poll() is None:
                         continue
-                    process = processes.pop(slot)
-                    following = next(steps, None) if process.returncode == 0 else None
-                    if following is not None:
-                        processes[slot] = following
-                        continue
+                    process, fault = processes.pop(slot), None
+                    if process.returncode != 0:
+                        fault = f" with status {process.returncode}: {_last_line(log_of(self.dump, row))}"
+                    else:
+                        try:
+                            processes[slot] = next(steps)
+                            continue
+                        except StopIteration:
+                            pass
+                        except (OSError, ValueError) as error:  # what it gave cannot be recorded
+                            fault = f": {error}"
                     del running[slot]
-                    if process.returncode == 0:
+                    if fault is None:
                         self._say(row, f"finished: {_outcome(finished(self.dump, row))}", rows)
-                    elif TAKEN in _last_line(log_of(self.dump, row)):
+                    elif TAKEN in fault:
                         taken.append(row)
                         self._say(row, "left to the process that runs it", rows)
                     elif self.stopped is None:
                         failed.append(row)
-                        reason = f"status {process.returncode}: {_last_line(log_of(self.dump, row))}"
-                        self._say(row, f"failed with {reason}", rows)
+                        self._say(row, f"failed{fault}", rows)
                 time.sleep(0.1)
         finally:
             for number, handler in before.items():
@@ -186,14 +227,17 @@ class Runner:
             )
 
     def _record(self, row: Row) -> None:
+        """Writes the row's record; ValueError where its run has not left what belongs in one."""
         run = state(self.dump, row)
         try:
-            test = json.loads((run.logs / "test.json").read_bytes())
-        except FileNotFoundError:
+            test = runs.read_object(run.logs / "test.json")
+        except ValueError as error:
+            raise ValueError(f"{run.logs / 'test.json'}: {error}") from None
+        if test is not None and test.get("epoch") != row.epochs:  # of a run that was prolonged since
             test = None
-        if test is not None and test["epoch"] != row.epochs:  # of a run that was prolonged since
-            test = None
-        result = next(line for line in run.epochs if line["epoch"] == row.epochs)
+        result = next((line for line in run.epochs if line["epoch"] == row.epochs), None)
+        if result is None:
+            raise ValueError("; ".join([f"{run.logs / runs.RESULTS} has no epoch {row.epochs}", *run.problems]))
         keys = ("versions", "device", "cpu", "git_commit")
         record = {
             "row": row.key,
@@ -205,6 +249,7 @@ class Runner:
             "test": test,
             "run": {key: run.info.get(key) for key in keys},
         }
+        _check_record(record, row)
         write_json(record_of(self.dump, row), record)
 
     def _say(self, row: Row, what: str, rows: Sequence[Row]) -> None:
@@ -222,5 +267,7 @@ def _outcome(record: dict[str, Any] | None) -> str:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else ""

@@ -19,6 +19,7 @@ import torch
 from report_runs import result, write_checkpoint, write_run, write_runs
 
 from analysis import pictures, report, runs
+from training import storage
 from training.options import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +156,42 @@ def test_a_damaged_run_json_hides_nothing_else(tmp_path):
     assert run.problems == [f"{logs}/run.json: damaged, not JSON; its arguments are not shown"]
 
 
+def test_a_file_that_no_run_writes_is_not_read(tmp_path, monkeypatch):
+    """Its size, lines, names and kind are looked at before anything is made of it; other files go on."""
+    monkeypatch.setattr(runs, "LARGEST_RESULTS", 1 << 20)
+    for name, size in (("run.json", runs.LARGEST + 1), ("results.jsonl", (1 << 20) + 1)):
+        logs = write_run(tmp_path / name, "x", [result(1)])
+        os.truncate(logs / name, size)
+        run = runs.read("x", logs, logs)
+        assert (run.info == {}, run.epochs == []) == ((True, False) if name == "run.json" else (False, True))
+        (problem,) = run.problems
+        assert problem.startswith(f"{logs / name}: {size:,} bytes, more than {size - 1:,}")
+    run = read(tmp_path / "lines", b"\n" * (runs.MOST_EPOCHS + 1))
+    assert run.problems == [f"{run.logs}/results.jsonl: 131,073 lines, more than 131,072"]
+    many = json.dumps({"epoch": 2, "layers": {str(i): {} for i in range(1000)}}).encode()
+    run = read(tmp_path / "names", b'{"epoch": 1}\n' + many + b"\n")
+    assert run.problems == [f"{run.logs}/results.jsonl, line 2: more than 256 names of layers; the line is left out"]
+    lines = [json.dumps({"epoch": i + 1, "layers": {f"{i}-{j}": {} for j in range(100)}}) for i in range(9)]
+    run = read(tmp_path / "new names in every line", "\n".join([*lines, ""]).encode())
+    assert (len(run.epochs), len(run.names_in("layers")), len(run.problems)) == (2, 200, 7)
+    run = read(tmp_path / "damage", b"x\n" * 1000)
+    assert len(run.problems) == runs.MOST_PROBLEMS + 1
+    assert run.problems[-1] == f"{run.logs}/results.jsonl: 980 more lines are left out"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    logs = write_run(tmp_path, "x")
+    for name in ("run.json", "results.jsonl"):
+        (logs / name).unlink()
+        os.mkfifo(logs / name)
+    problems = runs.read("x", logs, logs).problems
+    assert problems == [
+        f"{logs}/run.json: not a regular file; its arguments are not shown",
+        f"{logs}/results.jsonl: not a regular file",
+    ]
+
+
 def test_numbers_are_numbers():
     entry = {"a": {"b": 0.5, "c": "0.5", "d": True, "e": None, "f": float("inf"), "g": 10**400, "h": 3}, "i": [1]}
     assert [runs.number(entry, "a", key) for key in "bh"] == [0.5, 3.0]
@@ -225,6 +262,31 @@ def test_weights_of_a_checkpoint(dump):
     (problem,) = b.problems
     assert problem.startswith(f"{path}: damaged or not a checkpoint of this program (")
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"epoch": "2"}, "epoch is '2', not a whole number"),
+        ({"arguments": {"experiment": ["mnist"]}}, "unhashable"),
+        ({"network": {"static_fc.1.weight": torch.zeros(800, 784)}}, "fc.1.weight"),
+        ({"network": {"static_fc.1.weight": torch.zeros(5), "fc.1.weight": torch.zeros(5, 5)}}, "not of a layer"),
+        ({"network": {"static_fc.1.weight": torch.zeros(0, 784), "fc.1.weight": torch.zeros(5, 5)}}, "not of a layer"),
+        (
+            {"network": {"static_fc.1.weight": torch.zeros(5, 5).int(), "fc.1.weight": torch.zeros(5, 5)}},
+            "not of a layer",
+        ),
+        ({"network": {"static_fc.1.weight": torch.zeros(1).expand(10**9, 784)}}, "not accepted"),  # of 4 bytes
+    ],
+)
+def test_a_checkpoint_of_something_else_is_a_problem(tmp_path, change, reason):
+    path = small_checkpoint(tmp_path, "x")
+    storage.write(path, {**storage.read(path), **change})
+    (run,) = runs.find([tmp_path])
+    assert runs.weights_of(run) == (0, {})
+    (problem,) = run.problems
+    assert problem.startswith(f"{path}: damaged or not a checkpoint of this program (")
+    assert reason in problem
 
 
 def test_a_checkpoint_without_batchnorms_weights(tmp_path):
@@ -352,6 +414,34 @@ def test_a_run_that_diverged_has_its_pictures(recwarn):
     assert not recwarn.list, [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.parametrize("number", [10**18, -(10**18), 2**62, -1, 0, 1e-300])
+def test_numbers_that_no_run_has_are_drawn_without_a_word(tmp_path, recwarn, number):
+    lines = [result(1, full=True), result(2) | {"epoch": 10**18}, result(3)]
+    for key in ("test_accuracy", "connectivity", "pruned", "regrown", "train_seconds"):
+        lines[2][key] = number
+    lines[2]["layers"]["fc.1.weight"] = dict.fromkeys(("connected", "weights", "connectivity", "pruned"), number)
+    lines[0]["neurons"]["fc.0"] = {"firing_rate": number, "silent": number}
+    lines[0]["distributions"]["fc.1.weight"]["w"] = {"edges": [0, abs(number) or 1], "counts": [1]}
+    write_run(tmp_path, "x", lines, arguments={"T": number, "epoch": number})
+    (run,) = runs.find([tmp_path])
+    assert len(pictures.of_run(run, 10**18, {}) + pictures.overall([run], ["r"])) == 8
+    report.row(run), report.facts(run)
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]
+
+
+def test_values_that_are_no_text_and_no_number_are_not_shown(tmp_path):
+    nested = json.loads("[" * 500 + "]" * 500)
+    write_run(tmp_path, "x", arguments={"epoch": nested, "mode": nested, "seed": nested, "dataset": "d" * 10_000})
+    path = tmp_path / "logs" / "x" / "run.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"device": nested, "command": "c" * 10_000, "versions": {"torch": nested}}))
+    (run,) = runs.find([tmp_path])
+    assert list(report.row(run).values()) == ["x", "–", "0/?", "–", "–", "–", "–", "–", "–", "0123456789"]
+    assert [len(text) for text in run.experiment] == [5, 200]
+    facts = report.facts(run)
+    assert (len(facts["command"]), facts["versions"], "seed" in facts) == (2000, "torch ", False)
+
+
 def test_density_by_hand():
     edges, density = pictures._histogram({"w": {"edges": [0, 1, 3, 4], "counts": [2, 6, 0]}}, "w")
     assert edges.tolist() == [0, 1, 3, 4]
@@ -361,14 +451,23 @@ def test_density_by_hand():
         {"edges": [0, 0, 1], "counts": [1, 2]},
         {"edges": [0, 1], "counts": [0]},
         {"edges": "ab", "counts": [1]},
+        {"edges": 1, "counts": 2},
+        {"edges": [0, 10**400], "counts": [1]},
+        {"edges": [0, 1], "counts": [math.inf]},
+        {"edges": list(range(5000)), "counts": [1] * 4999},
         {"counts": [1]},
         [],
     ):
         assert pictures._histogram({"w": broken}, "w") is None
 
 
-def test_distributions_are_few_and_reach_from_first_to_last(drawn):
-    run = run_of([result(epoch, full=True) for epoch in range(1, 30)])
+def test_distributions_are_few_and_reach_from_first_to_last(drawn, tmp_path):
+    lines = [result(epoch, full=epoch % 2 == 1) for epoch in range(1, 30)]
+    write_run(tmp_path, "x", lines)
+    (run,) = runs.find([tmp_path])
+    kept = [epoch for epoch in run.epochs if "distributions" in epoch]  # in memory: they are nearly all of a file
+    assert [epoch["epoch"] for epoch in kept] == [1, 5, 11, 15, 19, 25, 29]
+    assert kept == [lines[epoch["epoch"] - 1] for epoch in kept]
     made = pictures._distributions(run)
     assert [title for title, *_ in drawn] == [
         f"{name}, {symbol}" for name in ("static_fc.1.weight", "fc.1.weight") for symbol in ("w", "θ")
@@ -376,7 +475,7 @@ def test_distributions_are_few_and_reach_from_first_to_last(drawn):
     assert all(len(points) == 7 for *_, points in drawn)
     assert "epoch 1, " in made.alt
     assert made.alt.endswith("epoch 29.")
-    for epoch in run.epochs:
+    for epoch in kept:
         for entry in epoch["distributions"].values():
             del entry["theta"]
     made = pictures._distributions(run)
@@ -568,6 +667,64 @@ def test_the_same_runs_give_the_same_page(dump, tmp_path):
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
 
 
+def test_only_the_runs_that_changed_last_have_pictures_of_their_own(dump, tmp_path, capsys):
+    """To draw them takes nearly all of the time: a report of hundreds of runs would take minutes."""
+    for age, name in ((300, "a"), (200, "c"), (100, "b")):
+        for path in [*dump.glob(f"logs/{name}/*"), *dump.glob(f"models/{name}/*")]:
+            os.utime(path, (10**9 - age, 10**9 - age))
+    pages = {}
+    for details in (0, 1, 2, 3):
+        assert call(dump, "-o", tmp_path / "page.html", "--details", details) == 0
+        page = pages[details] = Page(tmp_path / "page.html")
+        headings = [text.strip() for text in page.text]
+        assert headings.count("Receptive fields of the first layer") == min(details, 2)  # of b and c
+        assert headings.count("Connectivity per layer") == min(details, 1) + (details == 3)  # of b and a
+        assert sum("not one of the runs that changed last" in text for text in page.text) == 3 - details
+        assert headings.count("Test accuracy against epoch") == 1
+        said = f"{details} of them have pictures of their own; --details 3 draws those of all."
+        assert (said in capsys.readouterr().out) == (details < 3)
+    assert report.parse([str(dump)]).details >= 3
+
+
+def test_workers_end_with_the_report(dump, tmp_path):
+    """Whatever ends it: here a signal that nobody can handle."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from analysis import report, runs\n"
+        "def drawing(run):\n"
+        "    os.write(1, b'drawing')\n"
+        "    time.sleep(60)\n"
+        "report._section = drawing\n"
+        "if __name__ == '__main__':\n"
+        "    report._sections(runs.find([sys.argv[1]]))\n"
+    )
+    with open(tmp_path / "errors", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, program, dump],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert process.stdout.read(7) == "drawing", (tmp_path / "errors").read_text()
+    process.kill()
+    process.communicate(timeout=30)  # until all who could write to it have ended
+
+
+def end_process(run):
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_is_a_line(dump, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "_section", end_process)
+    assert call(dump, "-o", tmp_path / "page.html") == 1
+    err = capsys.readouterr().err
+    assert "out of memory (a process that drew pictures has been ended)" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_made_up_runs_have_what_real_ones_have(tmp_path):
     """The runs to measure with have every picture."""
     write_runs(tmp_path, 2, 3, interval=2)
@@ -583,6 +740,8 @@ def test_made_up_runs_have_what_real_ones_have(tmp_path):
         (["{dump}/nowhere"], "{dump}/nowhere is not a folder; give a dump folder"),
         (["{dump}/empty"], "there is no run in {dump}/empty: looked for"),
         (["{dump}", "-o", "{dump}"], "argument -o/--output: cannot write {dump}: it is a folder"),
+        (["{dump}", "-o", "/dev/null"], "argument -o/--output: cannot write /dev/null: it is no regular file"),
+        (["{dump}", "--details", "-1"], "argument --details: must be a whole number >= 0, not '-1'"),
         (
             ["{dump}", "-o", "{dump}/no/page.html"],
             "argument -o/--output: cannot write {dump}/no/page.html: No such file",
@@ -619,7 +778,9 @@ def test_help_has_a_sentence_for_every_option(capsys):
         call("--help")
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert out.startswith("usage: python -m analysis.report [-h] [-o FILE] FOLDER [FOLDER ...]")
+    assert " ".join(out.split()).startswith(
+        "usage: python -m analysis.report [-h] [-o FILE] [--details N] FOLDER [FOLDER ...]"
+    )
     assert "dump folder (--dump-dir)" in out
     assert "(default: report.html)" in " ".join(out.split())
 

@@ -286,6 +286,99 @@ def test_a_signal_stops_the_rows_that_run_and_starts_no_other(rows, stub):
     assert not list((stub / "rows").glob("*.json"))
 
 
+RECORD = {"result": {"test_accuracy": 0.5, "connectivity": 0.25}, "test": None, "run": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "damaged, not JSON"),
+        (b"[]", "not a JSON object"),
+        (b'{"a": 1}', "it is not of this row"),
+        (b"\xff\x00", "damaged, not JSON"),
+        (b"[" * 100_000, "damaged, not JSON"),
+        ({"row": "another"}, "it is not of this row"),
+        ({"epochs": 2}, "it is not of this row"),
+        ({"result": []}, "it has no test_accuracy from 0 to 1"),
+        ({"result": {"test_accuracy": 0.5}}, "it has no connectivity from 0 to 1"),
+        ({"result": {"test_accuracy": 10**18, "connectivity": 0.5}}, "it has no test_accuracy from 0 to 1"),
+        ({"result": RECORD["result"] | {"layers": [1]}}, "its layers is not a JSON object"),
+        ({"test": []}, "its test is not a JSON object"),
+        ({"test": {"operations": "all"}}, "its operations is not a JSON object"),
+        ({"run": None}, "its run is not a JSON object"),
+        (None, "not a regular file"),
+    ],
+)
+def test_a_damaged_record_is_named_and_its_row_is_not_done(tmp_path, monkeypatch, capsys, rows, stub, content, reason):
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+    for figure in ("plane", "curves"):
+        monkeypatch.setattr(outcome, figure, lambda *settings, **more: b"")
+    path, other = (runner.record_of(stub, row) for row in rows[:2])
+    path.parent.mkdir()
+    whole, second = ({"row": row.key, "epochs": row.epochs, **RECORD} for row in rows[:2])
+    other.write_text(json.dumps(second))
+    path.write_text(json.dumps(whole))
+    assert runner.damaged(stub, rows) == []  # but for the change it is one
+    if content is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(whole | content).encode())
+    line = f"{path} is damaged ({reason}): the row is not done until it is run again\n"
+    assert reproduce.main(["mnist", "--list", "--dump-dir", str(stub)]) == 0
+    out, err = capsys.readouterr()
+    assert err == line
+    assert out.splitlines()[:2] == [f"to do  {rows[0].command}", f"done   {rows[1].command}"]
+    assert "1 of 8 rows done" in out
+    assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().err == line
+    recorded = entries.recorded(tmp_path / "results")
+    assert [entry["command"] for entry in recorded] == [rows[1].command]
+    if content == b"":
+        assert runner.Runner(stub, [], 1).run(rows[:1]) == ([], [])
+        assert runner.damaged(stub, rows) == []
+        assert len(entries.collect(stub, rows, tmp_path / "none")) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("test.json", "{", "test.json: damaged, not JSON"),
+        ("test.json", "[1]", "test.json: not a JSON object"),
+        ("test.json", '{"epoch": 1, "operations": 5}', "its operations is not a JSON object"),
+        ("results.jsonl", "{\n", "results.jsonl has no epoch 1; "),
+        ("results.jsonl", '{"epoch": 1, "connectivity": 0.5}\n', "it has no test_accuracy from 0 to 1"),
+    ],
+)
+def test_a_row_whose_results_are_damaged_fails_and_the_others_go_on(rows, stub, capsys, file, content, reason):
+    """They are damaged behind the back of the script that wrote them, here by its second call."""
+    path = stub.parent / "repository" / "mnist" / "mnist.py"
+    damage = f"    if value('-penalty') == '1e-2': (logs / {file!r}).write_text({content!r})\n" if file else ""
+    text = path.read_text().replace('"accuracy": 0.5}))\n', f'"accuracy": 0.5}}))\n{damage}')
+    path.write_text(text.replace("value('-penalty')", "'-penalty' in argv and value('-penalty')"))
+    failed, taken = runner.Runner(stub, [], 2).run(rows[:3])
+    assert ([row.key for row in failed], taken) == ([rows[2].key], [])
+    assert not runner.record_of(stub, rows[2]).exists()
+    out = capsys.readouterr().out
+    assert f"{rows[2].key} failed: " in out
+    assert reason in out
+    assert "2 of 3 rows done" in out
+
+
+def test_a_lost_line_does_not_shift_the_epochs_behind_it(tmp_path, rows, stub):
+    runner.Runner(stub, [], 1).run(rows[3:4])
+    path = runner.state(stub, rows[3]).logs / "results.jsonl"
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first[:20]}\n{second}\n")
+    assert runner.progress(stub, rows[3:4]).epochs_left == 0
+    for dump in (stub, tmp_path / "empty"):  # from the dump folder, and from the outcome
+        text = entries.epochs_csv(entries.collect(dump, rows[3:4], tmp_path))
+        lines = [(line["epoch"], line["test_accuracy"]) for line in csv.DictReader(text.splitlines())]
+        assert lines == [("1", ""), ("2", "0.7")]
+        (tmp_path / "epochs.csv").write_text(text)
+        (tmp_path / "rows.csv").write_text(entries.rows_csv(entries.collect(dump, rows[3:4], tmp_path)))
+
+
 # -- the command ---------------------------------------------------------------------------------------
 
 
@@ -537,6 +630,7 @@ def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
         ("rows.csv", ",0.6,", ",inf,", "rows.csv: not a number: 'inf'"),
         ("epochs.csv", ",0.6,", ",much,", "epochs.csv: not a number: 'much'"),
         ("epochs.csv", ",2,6", "", "epochs.csv: a line has no pruned"),
+        ("epochs.csv", "-N-1,1,", "-N-1,1000000000000000000,", "epochs.csv: not an epoch of lr-"),
         ("epochs.csv", "row,epoch", '"row,epoch', "epochs.csv: cannot be read"),
     ],
 )
