@@ -16,23 +16,11 @@ __all__ = ["LIFNode", "SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
 class LIFNode(neuron.LIFNode):
     """SpikingJelly's LIF neuron, whose membrane potential stays float32 when its input is of lower precision."""
 
-    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        if x_seq.dtype not in (torch.bfloat16, torch.float16):
-            return super().multi_step_forward(x_seq)
-        v = self.v
-        if not isinstance(v, Tensor):
-            v = torch.full(x_seq.shape[1:], float(v), dtype=torch.float32, device=x_seq.device)
-        spikes, self.v, _ = functional.lif_multi_step(
-            x_seq,
-            v,
-            self.tau,
-            self.decay_input,
-            self.v_threshold,
-            self.v_reset,
-            self.surrogate_function,
-            self.detach_reset,
-        )
-        return spikes
+    def materialize_states(self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str) -> tuple:
+        x, *others = inputs
+        if x.dtype in (torch.bfloat16, torch.float16):  # the potential takes its dtype, shape and device from the input
+            x = x.new_empty((), dtype=torch.float32).expand(x.shape)
+        return super().materialize_states((x, *others), states, step_mode)
 
 
 def lif() -> LIFNode:

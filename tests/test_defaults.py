@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import warnings
 
 import pytest
 import torch
@@ -111,6 +112,21 @@ def test_batches_and_what_a_network_makes_of_them(kind, fused):
     with other_defaults(kind):
         found = results()
     assert_equal(found, expected)
+
+
+def test_a_warning_is_one_line_in_a_script(monkeypatch):
+    usual = warnings.formatwarning
+
+    @command
+    def main():
+        ours, others = (warnings.formatwarning("a\nb", kind, "x.py", 3) for kind in (UserWarning, FutureWarning))
+        assert ours == "mnist.py: warning: a b\n"
+        assert others == usual("a\nb", FutureWarning, "x.py", 3)
+        return 0
+
+    monkeypatch.setattr("sys.argv", ["mnist/mnist.py"])
+    assert main() == 0
+    assert warnings.formatwarning is usual
 
 
 def test_the_defaults_come_back_after_a_failure():

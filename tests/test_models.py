@@ -125,6 +125,28 @@ def test_both_executions_are_the_same_mnist_network(batch):
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"), [(spiking_mnist, (1, 28, 28)), (lambda T, step_mode: narrow_cifar10(step_mode), (3, 32, 32))]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_both_executions_in_every_precision(dtype, make, shape):
+    """The membrane potential is float32 at least, in both; counts are exact whatever the weights' precision."""
+    found, images = [], torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for step_mode in ("s", "m"):
+        network = make(4, step_mode).to(dtype)
+        dtypes = set()
+        for node in network.modules():
+            if isinstance(node, neuron.LIFNode):
+                node.register_forward_hook(lambda m, i, o, dtypes=dtypes: dtypes.add((o.dtype, m.v.dtype)))
+        counts, gradients, _ = run(network, images, torch.tensor([1, 2, 3]))
+        assert dtypes == {(dtype, torch.promote_types(dtype, torch.float32))}
+        assert counts.dtype == torch.promote_types(dtype, torch.float32)
+        assert all(gradient.dtype == dtype for gradient in gradients.values())
+        found.append(counts)
+    assert found[0].sum() > 0
+    assert torch.equal(*found)
+
+
 def test_both_executions_are_the_same_cifar10_network():
     """Dropout and BatchNorm per time step included: counts, gradients, running statistics, evaluation."""
     one, other = narrow_cifar10("s").double(), narrow_cifar10("m").double()

@@ -1,6 +1,7 @@
 """What all command lines share: a failure is one line, and a mistyped option or value names the nearest right one."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import math
@@ -10,7 +11,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,13 +37,13 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates a script's main: a failure becomes one line, with status 2 when it is the user's to mend.
 
     A :class:`Refusal` gives status 2; a run that diverges, too little memory or an error of the operating
-    system 1; a signal that stops a run 128 and its number.
+    system 1; a signal that stops a run 128 and its number. A UserWarning becomes one line too.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any) -> int:
         try:
-            with torch_defaults():
+            with torch_defaults(), _warnings_in_one_line():
                 return main(*args)
         except Refusal as refusal:
             return _fail(str(refusal), 2)
@@ -72,6 +74,23 @@ def _explained(error: Exception) -> str | None:
     if operation := re.match(r"(\S+) does not have a deterministic implementation", text):
         return f"argument --deterministic: {operation[1]} has no deterministic implementation on this device"
     return None
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """A warning for the user, who need not see the line of code that gives it; other categories stay as they are."""
+    usual = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        if category is not UserWarning:
+            return usual(message, category, *place)
+        return f"{Path(sys.argv[0]).name}: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _fail(message: str, status: int) -> int:
