@@ -31,7 +31,7 @@ from gradrewire import GradRewiring
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
 from training import data, measure
-from training.command_line import Parser, command, whole_number
+from training.command_line import Parser, check_writable, command, whole_number
 from training.record import processor
 from training.step import TrainingStep, autocast, set_precision
 
@@ -423,6 +423,8 @@ def main(argv: list[str] | None = None) -> int:
         help="what to measure (default: all)",
     )
     arguments = parser.parse_args(argv)
+    if arguments.json:
+        check_writable("--json", arguments.json.parent)  # before the minutes that it takes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "spikingjelly"))

@@ -27,7 +27,7 @@ from benchmarks.bench import in_turns, median, mnist_images, table
 from mnist.mnist import RECIPE
 from mnist.model import MnistNet
 from training import data, measure
-from training.command_line import Parser, command, whole_number
+from training.command_line import Parser, check_writable, command, whole_number
 from training.record import processor
 
 SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args(argv)
+    if arguments.json:
+        check_writable("--json", arguments.json.parent)  # before the minutes that it takes
     names = ("torch", "scipy", "spikingjelly")
     head = {
         "date": str(date.today()),

@@ -4,6 +4,7 @@ A row is finished when its record ``<dump-dir>/rows/<key>.json`` is there: it is
 its ``-test``. Rows may run on several machines that share the dump folder: a run's lock keeps the others away from it.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ import torch
 
 from analysis import runs
 from reproduce.grid import Row
+from training.console import duration
 from training.options import REPOSITORY
 from training.record import write_json
 
@@ -100,8 +102,8 @@ class Progress:
 
     def line(self, jobs: int) -> str:
         """For the console, with the time that is left where ``jobs`` rows run at a time."""
-        hours = self.epochs_left * self.seconds_per_epoch / jobs / 3600
-        time_left = f", about {hours:.1f} h" if hours == hours else ""
+        seconds = self.epochs_left * self.seconds_per_epoch / jobs
+        time_left = "" if math.isnan(seconds) else f", about {duration(seconds)}"
         return f"{len(self.done)} of {self.rows} rows done, {self.epochs_left:,} epochs left{time_left}"
 
 

@@ -124,7 +124,7 @@ def test_no_two_numbers_share_a_name():
 
 BAD = [
     ("-m dense", "-m/--mode", "deep"),
-    ("-m", "-m/--mode", "expected one argument"),
+    ("-m", "-m/--mode", "needs a value"),
     ("-s 0.9", "-s/--sparsity", "-m grad or -m deep"),
     ("-penalty 1e-3", "-penalty", "-m grad or -m deep"),
     ("-m grad", "-s/--sparsity", r"a number in \[0.5, 1\)"),
@@ -186,7 +186,7 @@ BAD = [
     ("-s 0,95", "-s/--sparsity", r"did you mean 0\.95\?"),
     ("-lr 1,5", "-lr/--learning-rate", r"not '1,5'; did you mean 1\.5\?"),
     ("-gpu cpu", "-gpu/--gpu", "CUDA_VISIBLE_DEVICES="),
-    ("-m grad -s 0.9 -penalty", "-penalty/--penalty", "expected one argument"),
+    ("-m grad -s 0.9 -penalty", "-penalty/--penalty", "needs a value"),
     ("-m grad -s 0.9 --sparsity 0.95", "-s/--sparsity", "given twice, as 0.9 and as 0.95"),
     ("-m grad -s 0.9 -m deep", "-m/--mode", "given twice, as grad and as deep"),
     ("--compile --no-compile", "--compile", "given twice, as --compile and as --no-compile"),
@@ -227,6 +227,8 @@ MISTYPED = [
     ("-gpus 0", "-gpu/--gpu"),
     ("--data-dir x", "--dataset-dir"),
     ("--interval 3", "-i1/--interval-test or -i2/--interval-train"),
+    ("—sparsity 0.9", "-s/--sparsity"),  # as word processors have it
+    ("–s 0.9", "-s/--sparsity"),
     ("--no-compil", "--compile/--no-compile"),
     ("--nothing-like-it", ""),
 ]

@@ -217,9 +217,9 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
     assert runner.finished(stub, rows[3])["result"]["test_accuracy"] == 0.7
     out = capsys.readouterr().out
     assert f"{rows[0].key} finished: test accuracy 60.00 %, connectivity 25.00 %" in out
-    assert "1 of 8 rows done, 7 epochs left, about 0.0 h" in out
+    assert "1 of 8 rows done, 7 epochs left, about 28 seconds" in out
     assert runner.progress(stub, rows) == runner.Progress(rows, 8, 0, 4.0)
-    assert runner.Progress(rows[:2], 8, 1800, 4.0).line(2) == "2 of 8 rows done, 1,800 epochs left, about 1.0 h"
+    assert runner.Progress(rows[:2], 8, 1800, 4.0).line(2) == "2 of 8 rows done, 1,800 epochs left, about 60 minutes"
     assert runner.Runner(stub, [], 1).run(rows) == ([], [])
     assert len(calls(stub)) == 4 * len(rows)  # nothing was run again
 
@@ -397,7 +397,7 @@ def test_the_list_says_what_is_done_and_what_is_left(tmp_path, monkeypatch, caps
     assert reproduce.main(["mnist", "--list", "--dump-dir", str(stub), "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [f"{'done   ' if row in rows[:2] else 'to do  '}{row.command}" for row in rows]
-    assert lines[-1] == "2 of 8 rows done, 6 epochs left, about 0.0 h"
+    assert lines[-1] == "2 of 8 rows done, 6 epochs left, about 12 seconds"
     (stub / "fail").write_text("--seed 1")
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--jobs", "2", "--shard", "1/1"]) == 1
     assert "3 rows failed:" in capsys.readouterr().out

@@ -107,6 +107,16 @@ def test_every_command_line_names_the_nearest_right_option(main, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("main", [bench.main, sparse.main], ids=lambda main: main.__module__)
+def test_a_benchmark_refuses_a_file_that_it_cannot_write_before_it_measures(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "package" / "__main__.py")])
+    (tmp_path / "file").touch()
+    assert main(["--json", str(tmp_path / "file" / "results.json")]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"package: error: argument --json: cannot write to {tmp_path / 'file'}: ")
+
+
 def test_importing_the_scripts_does_nothing():
     """No parsing, no seeding, no change of sys.path at import time."""
     code = (

@@ -23,6 +23,7 @@ from training.divergence import DivergedError
 from training.interrupt import Interrupted
 
 LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
+DASHES = "-–—−"  # what a word processor makes of the first of them
 NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)  # a negative one
 
 
@@ -94,7 +95,9 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    script = Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.name
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -132,9 +135,11 @@ class Parser(argparse.ArgumentParser):
     def _check_option(self, word: str) -> None:
         """Refuses a word that looks like an option and is none; argparse would take -seed 3 for -s with eed."""
         name, known = word.partition("=")[0], self._option_string_actions
-        if len(word) < 2 or word[0] != "-" or " " in word or NUMBER.match(word) or name in known:
+        if len(word) < 2 or word[0] not in DASHES or " " in word or NUMBER.match(word) or name in known:
             return
         near = nearest(name, known)
+        if word[0] != "-" and not near:
+            return
         attached = known.get(word[:2])
         same = bare(name) in map(bare, near)
         if attached and attached.nargs != 0 and not same and _accepts(attached, word[2:]):
@@ -154,7 +159,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"must be {either(choices)}, not {shown(str(value))}{meant}")
 
     def error(self, message: str) -> NoReturn:  # one line instead of the usage and a line
-        raise Refusal(f"{message} (see --help)")
+        raise Refusal(f"{message.replace('expected one argument', 'needs a value')} (see --help)")
 
 
 class _Store(argparse.Action):
@@ -193,7 +198,7 @@ def _accepts(action: argparse.Action, text: str) -> bool:
 
 def bare(word: str) -> str:
     """A word without what is mistaken most easily: dashes before it, the case of its letters, _ for -."""
-    return word.lstrip("-").lower().replace("_", "-")
+    return word.lstrip(DASHES).lower().replace("_", "-")
 
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:

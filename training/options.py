@@ -103,9 +103,8 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "sparsity",
         type=number("from 0 to 1", lambda x: 0 <= x <= 1, share=True),
         metavar="S",
-        help="target of the prior of grad, in [0.5, 1), and of soft deep, in [0, 1]: where it pulls, not the sparsity "
-        "that is reached, which --connectivity sets; of deep, in [0, 1], the most that stay pruned "
-        "(default: none; grad and deep require it)",
+        help="target of the prior of grad, in [0.5, 1), and of soft deep, in [0, 1]: not the sparsity that is reached, "
+        "which --connectivity sets; maximum sparsity of deep, in [0, 1] (default: none; grad and deep require it)",
     )
     add(
         "penalty",
