@@ -1,6 +1,7 @@
-"""The real commands, by subprocess, on tiny data: every mode, every way to call them, resume and -test."""
+"""The real commands on tiny data: every mode, every way to call them, resume and -test."""
 
 import ast
+import functools
 import os
 import shutil
 import subprocess
@@ -34,15 +35,19 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CUD
 
 
 @pytest.fixture
-def call(tmp_path, mnist_folder, cifar_folder):
+def call(tmp_path, mnist_folder, cifar_folder, capsys, monkeypatch):
     folders = {"mnist": mnist_folder, "c10": cifar_folder}
 
-    def call(name, mode, *argv, start=subprocess.run):
+    def call(name, mode, *argv, narrow=False):
+        argv = [*MODES[mode], *argv, "--dataset-dir", str(folders[name]), "--dump-dir", str(tmp_path / "runs")]
+        if narrow:  # in this process, with 8 channels
+            monkeypatch.setattr("c10.model.WIDTH", 8)
+            status = c10.main(argv)
+            out, err = capsys.readouterr()
+            return subprocess.CompletedProcess(argv, status, out, err)
         command, cwd = WAYS[mode](name, tmp_path)
-        command = [sys.executable, *command, *MODES[mode], *argv]
-        command += ["--dataset-dir", str(folders[name]), "--dump-dir", str(tmp_path / "runs")]
-        pipe = subprocess.PIPE
-        return start(command, cwd=cwd, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+        command = [sys.executable, *command, *argv]
+        return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
 
     yield call
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # a CIFAR-10 checkpoint is 0.6 GB
@@ -55,9 +60,15 @@ def succeeded(result):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("name", "argv"), [("mnist", ["-b", "20"]), ("c10", ["-b", "5", "-T", "2"])])
-def test_smoke(call, tmp_path, name, argv, mode):
-    out = succeeded(call(name, mode, *argv, "-N", "1"))
+@pytest.mark.parametrize(
+    ("name", "narrow"),
+    [("mnist", False), ("c10", True), pytest.param("c10", False, marks=pytest.mark.slow)],
+    ids=["mnist", "narrow c10", "c10"],
+)
+def test_smoke(call, tmp_path, name, narrow, mode):
+    argv = {"mnist": ["-b", "20"], "c10": ["-b", "5", "-T", "2"]}[name]
+    call = functools.partial(call, name, mode, *argv, narrow=narrow)
+    out = succeeded(call("-N", "1"))
     assert "epoch 1/1  test accuracy " in out
     (path,) = tmp_path.glob("runs/models/*/checkpoint.pt")
     assert path.parent.name.startswith("soft-lr-1e-4-b-" if mode == "soft-deep" else "lr-1e-4-b-")
@@ -67,11 +78,11 @@ def test_smoke(call, tmp_path, name, argv, mode):
     assert list(log.glob("events.out.tfevents.*"))
     if mode != "grad":
         return
-    out = succeeded(call(name, mode, *argv, "-N", "2"))
+    out = succeeded(call("-N", "2"))
     assert "Going on after epoch 1, of 2 epochs." in out
     assert "epoch 2/2  test accuracy " in out
     assert torch.load(path, weights_only=True, mmap=True)["epoch"] == 2
-    tested = succeeded(call(name, mode, *argv, "-test"))
+    tested = succeeded(call("-test"))
     assert tested.split("test accuracy ")[1].split("%")[0] == out.split("test accuracy ")[1].split("%")[0]
     lifs = ["fc.0", "fc.2"] if name == "mnist" else [f"conv.{i}" for i in (0, 3, 6, 10, 13, 16)] + ["fc.3", "fc.5"]
     assert sorted(p.name for p in log.glob("rate-*")) == sorted(f"rate-{lif}-epoch-2.npy" for lif in lifs)
