@@ -1,15 +1,19 @@
 # make demo: train a small spiking network with Grad Rewiring; make test: run the tests, but those that take minutes;
-# make test-all: run all; make bench: measure speed; make kill-test: kill a run 50 times;
+# make test-all: run all; make test-numeric: run those whose numbers depend on the processor's arithmetic;
+# make bench: measure speed; make kill-test: kill a run 50 times;
 # make fuzz: 2000 damaged files of each format, each refused or loaded as the same network;
 # make sanitize: random calls of the C code under AddressSanitizer and UBSan (CC=clang for clang's).
 # Each sets up .venv first; PYTHON names the interpreter to make it with (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
+# a worker for each core; tests/conftest.py gives each one thread
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,golden gradrewire deeprewire rewiring kernels models step measure energy))
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all kill-test fuzz sanitize lint bench clean
+.PHONY: demo test test-all test-numeric kill-test fuzz sanitize lint bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -17,10 +21,14 @@ demo: .venv/ready
 	$(BIN)/python mnist/mnist.py --dataset digits -m grad -s 0.95 -penalty 5e-3 -lr 1e-3 -b 32 -test
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# for other arithmetic: ATEN_CPU_CAPABILITY=default make test-numeric
+test-numeric: .venv/ready
+	$(PYTEST) -m "not slow" $(NUMERIC)
 
 # what belongs to a run: make bench BENCH="--dataset-dir data --json results.json"
 bench: .venv/ready

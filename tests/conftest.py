@@ -1,14 +1,11 @@
-import getpass
 import os
-import tempfile
 import threading
 
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch keeps what it compiles by all but this variable
-    cache = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}_{capability}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
-
-# Read once, when torch is loaded: threads that wait actively make small tests slow on a busy machine.
+# Read once, when torch is loaded: threads that wait actively make small tests slow on a busy machine,
+# and so do more threads than cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +27,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_for_this_arithmetic(tmp_path_factory):
+    """torch.compile keeps what it made for one ATEN_CPU_CAPABILITY and takes it for another, where it does not fit."""
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture
