@@ -11,15 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewiring import (
-    RewiringOptimizer,
-    check_bool,
-    check_number,
-    has_kernel,
-    moments,
-    moments_foreach,
-    spiking_kernels,
-)
+from rewiring import RewiringOptimizer, check_bool, check_number, moments, spiking_kernels
 
 __all__ = ["DeepRewiring"]
 
@@ -66,7 +58,8 @@ class DeepRewiring(RewiringOptimizer):
         fused: update in one pass over memory: with a kernel on the CPU (contiguous float32, where
             spiking_kernels and a C compiler are there), else compiled by torch.compile.
 
-    State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``.
+    State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``, which the weights are made from
+    at every step: whatever else changes weights needs :meth:`load_parameters` to be called after it.
     Noise and re-activation draw from the default generator of the parameter's device; the kernel draws
     one seed from it for each step and parameter, and makes its numbers from that: other ones, as good.
 
@@ -117,7 +110,8 @@ class DeepRewiring(RewiringOptimizer):
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._check_param(param, group)
-        if not group["soft"] and torch.tensor(group["eps"], dtype=param.dtype) == 0:
+        numbers = torch.finfo(param.dtype)
+        if not group["soft"] and group["eps"] <= numbers.smallest_normal * numbers.eps / 2:
             raise ValueError(
                 f"eps={group['eps']!r} is not accepted: Deep R re-activates at it, and it is 0 in {param.dtype}"
             )
@@ -125,57 +119,22 @@ class DeepRewiring(RewiringOptimizer):
     def own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"} if group["soft"] else {"sign"}
 
-    def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        if group["soft"]:
-            state["theta"] = param.abs()
-
     @staticmethod
     def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Normal noise, and uniforms for re-activation; None where the algorithm has none."""
-        noise = torch.randn_like(param) if group["T"] > 0 else None
-        uniform = torch.rand_like(param) if not group["soft"] and group["max_s"] < 1 else None
+        # of few bits, uniforms would be coarse and often 0: far more would be re-activated than are due
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        noise = torch.randn_like(param, dtype=dtype) if group["T"] > 0 else None
+        uniform = torch.rand_like(param, dtype=dtype) if not group["soft"] and group["max_s"] < 1 else None
         return noise, uniform
 
-    @staticmethod
-    def _single_tensor(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
-        sign, active = state["sign"], param != 0
-        change, eta = moments(param, state, group)
-        noise, uniform = draws
-        change.mul_(active)
-        penalty = sign * (group["l1"] * eta).to(param.dtype)
-        penalty.mul_(active)
-        if group["soft"]:
-            theta = state["theta"]
-            h = (theta * sign).sub_(change).sub_(penalty)
-            if noise is not None:
-                h.add_(noise.mul_(group["T"] * eta.sqrt()))
-            torch.mul(h, sign, out=theta)
-            bound = _theta_min(group)
-            if bound is not None:
-                theta.clamp_(min=bound)
-            param.copy_(theta.clamp(min=0).mul_(sign))
-        else:
-            h = (param - change).sub_(penalty)
-            if noise is not None:
-                h.add_(noise.mul_(group["T"] * eta.sqrt()))
-            h.mul_(active & (h * sign > 0))
-            if uniform is not None:
-                h = torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign * group["eps"], h)
-            param.copy_(h)
-
-    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        if not has_kernel(param, state):
-            super()._fused_tensor(param, state, group)
-            return
+    def _kernel(self, tensors: tuple[Tensor | None, ...], t: float, group: dict[str, Any]) -> None:
         (beta1, beta2), soft = group["betas"], group["soft"]
-        state["step"].add_(1)
-        t = float(state["step"])
         eta = float(group["lr"]) / (1 - beta1**t)
         draws = group["T"] > 0 or (not soft and group["max_s"] < 1)
         spiking_kernels.deep_rewiring_step(
-            *(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
-            *(state["sign"], state["theta"] if soft else None),
-            seed=int(torch.empty((), dtype=torch.int64).random_()) if draws else 0,
+            *tensors,
+            seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0,
             max_s=group["max_s"],
             betas=group["betas"],
             correction=math.sqrt(1 - beta2**t),
@@ -189,11 +148,11 @@ class DeepRewiring(RewiringOptimizer):
         )
 
     @staticmethod
-    def _multi_tensor(
+    def _update(
         params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any], draws: list[tuple]
     ) -> None:
         signs, actives = states["sign"], [param != 0 for param in params]
-        changes, etas = moments_foreach(params, states, group)
+        changes, etas = moments(params, states, group)
         torch._foreach_mul_(changes, actives)
         penalties = torch._foreach_mul(signs, [(group["l1"] * eta).to(params[0].dtype) for eta in etas])
         torch._foreach_mul_(penalties, actives)
@@ -217,7 +176,7 @@ class DeepRewiring(RewiringOptimizer):
             torch._foreach_mul_(hs, kept)
             if group["max_s"] < 1:
                 hs = [
-                    torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign * group["eps"], h)
+                    torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign.to(h.dtype) * group["eps"], h)
                     for h, sign, (_, uniform) in zip(hs, signs, draws, strict=True)
                 ]
         torch._foreach_copy_(params, hs)
@@ -225,8 +184,8 @@ class DeepRewiring(RewiringOptimizer):
 
 def _theta_min(group: dict[str, Any]) -> float | None:
     """The lower bound of theta in soft Deep R, or None where it has none."""
-    l1, max_s = group["l1"], group["max_s"]
-    return -(group["T"] ** 2) / 2 * max_s / (l1 * (1 - max_s)) if l1 > 0 and max_s < 1 else None
+    penalty, T = group["l1"] * (1 - group["max_s"]), group["T"]
+    return -(T * T) / 2 * group["max_s"] / penalty if penalty > 0 else None
 
 
 def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float) -> Tensor:

@@ -6,12 +6,12 @@ IJCAI 2021, doi 10.24963/ijcai.2021/236.
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rewiring import RewiringOptimizer, check_bool, check_number, has_kernel, moments, moments_foreach, spiking_kernels
+from rewiring import RewiringOptimizer, check_bool, check_number, moments, overlaps_itself, spiking_kernels
 
 __all__ = ["GradRewiring"]
 
@@ -50,11 +50,14 @@ class GradRewiring(RewiringOptimizer):
         plain_gradient: for ablations, take the gradient of w = s * max(theta, 0) instead of the redefined one: it is 0
             for a pruned connection (``.grad`` is masked in place), whose theta moves by its momentum and the prior.
 
-    State of each parameter: that of Adam, ``sign`` (int8) and ``theta``.
+    State of each parameter: that of Adam, ``sign`` (int8) and ``theta``, which the weights are made from at every
+    step: whatever else changes weights needs :meth:`load_parameters` to be called after it.
 
     Raises:
         ValueError: an argument, or a setting of a group, is not accepted; the message names it.
     """
+
+    LATER: ClassVar[dict[str, Any]] = {**RewiringOptimizer.LATER, "plain_gradient": False}
 
     def __init__(
         self,
@@ -87,44 +90,18 @@ class GradRewiring(RewiringOptimizer):
     def own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("plain_gradient", False)
-
-    def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        state["theta"] = param.abs()
-
-    def _init_group(self, group: dict[str, Any]) -> list[Tensor]:
-        params = super()._init_group(group)
+    def _prepare_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
         if group["plain_gradient"]:
-            for param in params:
-                param.grad.masked_fill_(param == 0, 0)
-        return params
+            if overlaps_itself(param.grad):  # an expanded one, say
+                param.grad = param.grad.clone()
+            param.grad.masked_fill_(param == 0, 0)
 
-    @staticmethod
-    def _single_tensor(param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple) -> None:
-        sign, theta, alpha = state["sign"], state["theta"], group["alpha"]
-        change, eta = moments(param, state, group)
-        h = (theta * sign).sub_(change)
-        if alpha > group["eps"]:
-            mu = math.log(2 * (1 - group["s"])) / alpha
-            h.sub_((theta - mu).sign_().mul_(alpha * eta).mul_(sign))
-        torch.mul(h, sign, out=theta)
-        param.copy_(theta.clamp(min=0).mul_(sign))
-
-    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        if not has_kernel(param, state):
-            super()._fused_tensor(param, state, group)
-            return
+    def _kernel(self, tensors: tuple[Tensor | None, ...], t: float, group: dict[str, Any]) -> None:
         (beta1, beta2), alpha = group["betas"], group["alpha"]
-        state["step"].add_(1)
-        t = float(state["step"])
         eta = float(group["lr"]) / (1 - beta1**t)
         prior = alpha > group["eps"]
         spiking_kernels.grad_rewiring_step(
-            *(param, param.grad, state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq")),
-            *(state["sign"], state["theta"]),
+            *tensors,
             betas=group["betas"],
             correction=math.sqrt(1 - beta2**t),
             eps=group["eps"],
@@ -136,11 +113,11 @@ class GradRewiring(RewiringOptimizer):
         )
 
     @staticmethod
-    def _multi_tensor(
+    def _update(
         params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any], draws: list[tuple]
     ) -> None:
         signs, thetas, alpha = states["sign"], states["theta"], group["alpha"]
-        changes, etas = moments_foreach(params, states, group)
+        changes, etas = moments(params, states, group)
         hs = torch._foreach_mul(thetas, signs)
         torch._foreach_sub_(hs, changes)
         if alpha > group["eps"]:

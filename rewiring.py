@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ try:
 except ImportError:  # this file was taken into another project without them
     spiking_kernels = None
 
-__all__ = ["RewiringOptimizer", "check_bool", "check_number", "has_kernel", "moments", "moments_foreach"]
+__all__ = ["RewiringOptimizer", "check_bool", "check_number", "moments", "overlaps_itself"]
 
 
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
@@ -39,18 +39,30 @@ def check_bool(name: str, value: Any, or_none: bool = False) -> None:
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
 
 
+# what torch.optim.Adam calls its settings, and what its state holds: always, and with amsgrad
+ADAM_SETTINGS = {"lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "maximize", "capturable", "fused"}
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+AMSGRAD_STATE = "max_exp_avg_sq"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 class RewiringOptimizer(Optimizer):
     """Base of the rewiring optimizers: an Adam whose update an algorithm redefines.
 
-    A subclass names its extra settings in ``defaults``, checks them in :meth:`_check_settings`, fills
-    the state of a parameter in :meth:`_init_state`, draws the random numbers of a step in :meth:`_draw`
-    and does the arithmetic in :meth:`_single_tensor` and :meth:`_multi_tensor`; both must give bitwise
-    the same weights on the CPU. ``fused`` updates each parameter in one pass over memory, with the
-    single-tensor path compiled by torch.compile unless a subclass knows better.
+    A subclass names its extra settings in ``defaults``, checks them in :meth:`_check_settings`, says in
+    :meth:`own_state` what it keeps, draws the random numbers of a step in :meth:`_draw` and does the
+    arithmetic in :meth:`_update`, on lists of tensors: of one tensor, or with ``foreach`` of all alike.
+    ``fused`` updates each parameter in one pass over memory: with the kernel of :meth:`_kernel` where
+    there is one, else by :meth:`_update`, compiled.
 
     Every state holds ``step`` (0-dimensional, float32; on the CPU unless ``capturable``), ``exp_avg``,
     ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``sign`` (int8), each of the weight's shape.
+    The settings of a group may change between steps: what they need and the state lacks is begun then.
+    The state follows its weight to another dtype or device. What others keep in it is left alone.
     """
+
+    # settings that came later, and what they were before there were any
+    LATER: ClassVar[dict[str, Any]] = {"foreach": None, "maximize": False, "capturable": False, "fused": False}
 
     def __init__(
         self,
@@ -72,11 +84,11 @@ class RewiringOptimizer(Optimizer):
         raise NotImplementedError
 
     def own_state(self, group: dict[str, Any]) -> set[str]:
-        """The names of what a parameter's state holds beside Adam's, under the settings of its group."""
-        return {"sign"}
+        """What a parameter's state holds beside Adam's, under the settings of its group: ``sign``, ``theta``."""
+        raise NotImplementedError
 
-    def _init_state(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Adds the algorithm's own tensors to the state of a parameter at its first gradient."""
+    def _prepare_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Changes the gradient that the step of one parameter is about to take."""
 
     @staticmethod
     def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, ...]:
@@ -84,14 +96,7 @@ class RewiringOptimizer(Optimizer):
         return ()
 
     @staticmethod
-    def _single_tensor(
-        param: Tensor, state: dict[str, Tensor], group: dict[str, Any], draws: tuple[Tensor | None, ...]
-    ) -> None:
-        """Updates one parameter in place."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _multi_tensor(
+    def _update(
         params: list[Tensor],
         states: dict[str, list[Tensor]],
         group: dict[str, Any],
@@ -100,24 +105,41 @@ class RewiringOptimizer(Optimizer):
         """Updates parameters of one device and dtype in place, with ``torch._foreach_*``."""
         raise NotImplementedError
 
-    def _fused_tensor(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """Updates one parameter in place, in one pass over memory, with random numbers of its own."""
-        # as a tensor, so that a scheduler's new learning rate is not compiled anew
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
-        _compiled(self._single_tensor)(param, state, {**group, "lr": lr}, self._draw(param, group))
+    def _kernel(self, tensors: tuple[Tensor | None, ...], t: float, group: dict[str, Any]) -> None:
+        """Takes step t of one parameter with a kernel of spiking_kernels.
 
-    # -- the optimizer --------------------------------------------------------------------------
+        Args:
+            tensors: weight, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or None, sign, theta or None.
+        """
+        raise NotImplementedError
+
+    def _fused_tensor(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Updates one parameter in place, in one pass over memory; a kernel draws random numbers of its own."""
+        states = self._states([param], group)
+        names = ("exp_avg", "exp_avg_sq", AMSGRAD_STATE, "sign", "theta")
+        tensors = (param, param.grad, *(states[name][0] if name in states else None for name in names))
+        if _has_kernel(tensors):
+            try:
+                self._kernel(tensors, float(states["step"][0]) + 1, group)
+                states["step"][0].add_(1)
+                return
+            except spiking_kernels.Unfit:  # two of them share memory, say
+                pass
+        # as a tensor, so that a scheduler's new learning rate is not compiled anew
+        lr = group["lr"]
+        lr = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+        _compiled(self._update)([param], states, {**group, "lr": lr}, [self._draw(param, group)])
+
+    # -- settings ------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, with settings of its own if it names some.
 
         Raises:
-            ValueError: a setting is not accepted, or a parameter is not real and floating-point.
+            ValueError: a setting or a parameter is not accepted.
         """
         if isinstance(param_group, dict):
-            group = {**self.defaults, **param_group}
-            self._check_common_settings(group)
-            self._check_settings(group)
+            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for param in self.param_groups[-1]["params"]:
             try:
@@ -126,19 +148,13 @@ class RewiringOptimizer(Optimizer):
                 self.param_groups.pop()
                 raise
 
-    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
-        if not param.is_floating_point():
-            raise ValueError(
-                f"a parameter of dtype {param.dtype} is not accepted: a connection's sign needs real floating point"
-            )
-
-    @staticmethod
-    def _check_common_settings(group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any], wait: bool = True) -> None:
+        """Raises ValueError for a setting that is not accepted; without ``wait``, it reads no value on a device."""
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"lr={lr!r} is not accepted: a tensor lr must have one element")
-            lr = float(lr)
+            if lr.numel() != 1 or lr.is_complex() or lr.is_meta:
+                raise ValueError(f"lr={lr!r} is not accepted: lr must be a number, or a tensor of one real element")
+            lr = float(lr) if wait or lr.is_cpu else 0.0
         check_number("lr", lr, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas={betas!r} is not accepted: betas must be two numbers in [0, 1)")
@@ -151,39 +167,144 @@ class RewiringOptimizer(Optimizer):
         check_bool("foreach", group["foreach"], or_none=True)
         if group["fused"] and group["foreach"]:
             raise ValueError("foreach=True is not accepted with fused=True: they are two ways to do one thing")
+        self._check_settings(group)
+
+    def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Raises ValueError for a parameter that no step could update."""
+        if param.dtype not in DTYPES:
+            accepted = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"a parameter of dtype {param.dtype} is not accepted: it must be one of {accepted}")
+        if param.layout is not torch.strided:
+            raise ValueError(f"a parameter of layout {param.layout} is not accepted: it must be torch.strided")
+        if overlaps_itself(param):
+            raise ValueError(
+                f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} is not accepted: "
+                "its weights share memory; clone() gives each its own"
+            )
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _check_state(self, param: Tensor, state: Any) -> None:
+        """Raises ValueError unless a parameter's state has all that an Adam's has or nothing of it, in its shape."""
+        if flaw := _flaw(state, param.shape):
+            raise ValueError(f"the state of {self._name(param)} is not accepted: {flaw}")
+
+    def _begin_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Has a parameter's state hold all that the settings need, of the dtype and on the device of the weight."""
+        state, own = self.state[param], self.own_state(group)
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        if not _is_step(state["step"]) or (group["capturable"] and state["step"].device != param.device):
+            state["step"] = _as_step(state["step"]).to(param.device if group["capturable"] else "cpu")
+        moments = (*ADAM_STATE[1:], AMSGRAD_STATE) if group["amsgrad"] else ADAM_STATE[1:]
+        for key in moments:
+            if key not in state:
+                state[key] = torch.zeros_like(param)
+        if "sign" not in state:
+            state["sign"] = param.sign().to(torch.int8)
+        for key in (*moments, "sign", "theta"):
+            value, dtype = state.get(key), torch.int8 if key == "sign" else param.dtype
+            if value is None:
+                continue
+            if value.dtype != dtype or value.device != param.device or overlaps_itself(value):
+                state[key] = value.to(param.device, dtype).clone()
+        if "theta" not in own:
+            state.pop("theta", None)  # it would be the weights of another time
+        elif "theta" not in state:
+            state["theta"] = (param * state["sign"]).clamp_(min=0)
+
+    @torch.no_grad()
+    def load_parameters(self) -> None:
+        """Takes the weights as they are now, after anything but :meth:`step` has changed them.
+
+        The weights are made from the state at each step: w = s * max(theta, 0). Without this call, the next
+        step puts back what was changed since the last one: restored or averaged weights, a row set to zero. With it,
+
+        - where w != 0, s = sign(w) and theta = |w|, for a connection that was pruned or never was, too;
+        - where w = 0, the connection is pruned: its sign stays, and theta is at most 0. It can come back as any
+          pruned one can; ``optimizer.state[w]["sign"][row] = 0`` removes a row for ever.
+
+        Deep R keeps no theta, but a sign: without this call it prunes a weight that was given the opposite sign.
+        Moments and step stay, as those of torch.optim.Adam do. A network and an optimizer that are both restored
+        by ``load_state_dict`` need no such call: theta is in the state. The state is changed in place, so that a
+        captured CUDA graph goes on with it.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if "sign" not in self.state.get(param, {}):
+                    continue  # its first step will take the weights
+                self._check_state(param, self.state[param])
+                self._begin_state(param, group)
+                sign, theta = self.state[param]["sign"], self.state[param].get("theta")
+                sign.copy_(torch.where(param == 0, sign, param.sign()))
+                if theta is not None:
+                    theta.copy_(torch.where(param == 0, theta.clamp(max=0), param.abs()))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("foreach", None)
-            group.setdefault("maximize", False)
-            group.setdefault("capturable", False)
-            group.setdefault("fused", False)
+        if "param_groups" in self.__dict__:  # load_state_dict calls; nothing has been changed so far
+            self._check_loaded(state["param_groups"], state["state"])
+        for group in state["param_groups"]:
+            for key, value in self.LATER.items():
+                group.setdefault(key, value)
             for param in group["params"]:
-                entry = self.state.get(param, {})
+                entry = state["state"].get(param, {})
                 if "sign" in entry:  # load_state_dict casts all state but `step` to the weight's dtype
                     entry["sign"] = entry["sign"].to(torch.int8)
                 if "step" in entry:
-                    device = param.device if group["capturable"] else "cpu"
-                    entry["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device=device)
+                    entry["step"] = _as_step(entry["step"]).to(param.device if group["capturable"] else "cpu")
+        super().__setstate__(state)
 
-    def _init_group(self, group: dict[str, Any]) -> list[Tensor]:
-        """Returns the group's parameters that have a gradient, each with its state in place."""
-        params = [param for param in group["params"] if param.grad is not None]
-        for param in params:
-            if param.grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            state = self.state[param]
-            if len(state) == 0:
-                device = param.device if group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(param)
-                state["exp_avg_sq"] = torch.zeros_like(param)
-                if group["amsgrad"]:
-                    state["max_exp_avg_sq"] = torch.zeros_like(param)
-                state["sign"] = param.sign().to(torch.int8)
-                self._init_state(param, state, group)
-        return params
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state, and the settings with it, as every torch.optim optimizer does.
+
+        The state of another optimizer with Adam's moments can be loaded too, to prune a trained network: its
+        moments and steps are taken, sign and theta begin from the weights at the next step, unless it has them,
+        and the settings stay those of this optimizer.
+
+        Raises:
+            ValueError: what the state lacks, or does not fit the parameters; nothing has been changed.
+        """
+        super().load_state_dict(state_dict)
+
+    def _check_loaded(self, groups: list[dict[str, Any]], states: dict[Any, Any]) -> None:
+        """Raises ValueError for what cannot be loaded; gives the groups of another optimizer this one's settings."""
+        settings = self.defaults.keys() - {"differentiable"}  # torch adds it
+        for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            foreign = not group.keys() & (settings - ADAM_SETTINGS)
+            for param in group["params"]:
+                state = states.get(param, {})
+                flaw = _flaw(state, param.shape) or _flaw_of_values(state)
+                if not flaw and foreign and "step" not in state and any(value is not None for value in state.values()):
+                    flaw = (
+                        f"it has {', '.join(map(str, state))}, but lacks {', '.join(ADAM_STATE)}: it is not an Adam's"
+                    )
+                if flaw:
+                    raise ValueError(f"the state of {self._name(param)} is not accepted: {flaw}")
+            refused = f"param_groups[{number}] is not accepted: "
+            if foreign:
+                if group.get("maximize", False) != own["maximize"]:
+                    raise ValueError(
+                        f"{refused}its moments were made with maximize={group['maximize']!r}, "
+                        f"this optimizer has {own['maximize']!r}"
+                    )
+                group.clear()
+                group.update(own)
+            if lacks := settings - group.keys() - self.LATER.keys():
+                raise ValueError(f"{refused}it lacks {', '.join(sorted(lacks))}")
+            self._check_group({**self.LATER, **group})
+            for param in group["params"]:
+                self._check_param(param, group)
+
+    def _name(self, param: Tensor) -> str:
+        """A parameter's place in the groups, for a message."""
+        for number, group in enumerate(self.param_groups):
+            for index, other in enumerate(group["params"]):
+                if other is param:
+                    name = f" ({group['param_names'][index]})" if "param_names" in group else ""
+                    return f"parameter {index} of group {number}{name}"
+        raise KeyError("the parameter is in no group")
+
+    # -- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -196,40 +317,77 @@ class RewiringOptimizer(Optimizer):
             What the closure returned, or None.
 
         Raises:
+            ValueError: a setting, a parameter or its state is no longer accepted; nothing has been changed.
             RuntimeError: a gradient is sparse, or a CUDA graph is being captured without ``capturable``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = self._init_group(group)
-            if not params:
-                continue
-            if params[0].is_cuda and not group["capturable"] and not torch.compiler.is_compiling():
-                _check_not_capturing()
-            foreach = group["foreach"]
-            if foreach is None and not group["fused"]:
-                _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
-            if not foreach:
-                for param in params:
-                    if group["fused"]:
-                        self._fused_tensor(param, self.state[param], group)
-                    else:
-                        self._single_tensor(param, self.state[param], group, self._draw(param, group))
-                continue
-            alike = defaultdict(list)
-            for param in params:
-                alike[param.device, param.dtype].append(param)
-            for some in alike.values():
-                states = {key: [self.state[param][key] for param in some] for key in self.state[some[0]]}
-                self._multi_tensor(some, states, group, [self._draw(param, group) for param in some])
+        for update, *arguments in self._updates():
+            update(*arguments)
         return loss
+
+    @torch._disable_dynamo  # so that torch.compile traces the arithmetic alone: the draws stay those of an eager step
+    def _updates(self) -> list[tuple[Any, ...]]:
+        """The updates of a step, each a function and its arguments; all has been checked, begun and drawn."""
+        stepped = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
+        for group, params in zip(self.param_groups, stepped, strict=True):
+            self._check_step(group, params)
+        updates: list[tuple[Any, ...]] = []
+        for group, params in zip(self.param_groups, stepped, strict=True):
+            for param in params:
+                self._begin_state(param, group)
+                self._prepare_gradient(param, group)
+            if group["fused"]:
+                updates += [(_run, self._fused_tensor, param, group) for param in params]
+                continue
+            foreach = group["foreach"]
+            if foreach is None:
+                _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
+            together = defaultdict(list)
+            for param in params:
+                together[(param.device, param.dtype) if foreach else id(param)].append(
+                    (param, self._draw(param, group))
+                )
+            for some in together.values():
+                alike, draws = [param for param, _ in some], [drawn for _, drawn in some]
+                updates.append((self._update, alike, self._states(alike, group), group, draws))
+        return updates
+
+    def _states(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, list[Tensor]]:
+        """What the settings of a group need of the states of its parameters."""
+        keys = [*ADAM_STATE, *([AMSGRAD_STATE] if group["amsgrad"] else []), *sorted(self.own_state(group))]
+        return {key: [self.state[param][key] for param in params] for key in keys}
+
+    def _check_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Raises an error for what a step of a group's parameters could not take, in one line."""
+        self._check_group(group, wait=False)
+        if params and params[0].is_cuda and not group["capturable"]:
+            _check_not_capturing()
+        for param in params:
+            grad = param.grad
+            if grad.layout is not torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if grad.shape != param.shape or grad.device != param.device:
+                raise RuntimeError(
+                    f"the gradient of {self._name(param)} is {list(grad.shape)} on {grad.device}, "
+                    f"the parameter {list(param.shape)} on {param.device}"
+                )
+            self._check_param(param, group)
+            if param in self.state:
+                self._check_state(param, self.state[param])
+
+
+@torch._disable_dynamo
+def _run(update: Callable[..., None], *arguments: Any) -> None:
+    """Runs what torch.compile shall not trace."""
+    update(*arguments)
 
 
 @functools.cache
 def _compiled(update: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(update, fullgraph=True, dynamic=True)
+    return torch.compile(update, dynamic=True)
 
 
 def _check_not_capturing() -> None:
@@ -237,43 +395,83 @@ def _check_not_capturing() -> None:
         raise RuntimeError("to capture step() in a CUDA graph, construct the optimizer with capturable=True")
 
 
-def has_kernel(param: Tensor, state: dict[str, Tensor]) -> bool:
-    """Whether spiking_kernels can update a parameter: contiguous float32 on the CPU, where there is a C compiler."""
-    tensors = (param, param.grad, *state.values())
-    accepted = param.is_cpu and param.dtype == torch.float32 and all(t.is_contiguous() for t in tensors)
-    return accepted and spiking_kernels is not None and spiking_kernels.available() is None
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a tensor may share memory, as those of an expanded one do."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
-def moments(param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Advances Adam's moments by the gradient of one parameter (Kingma and Ba, ICLR 2015, algorithm 1).
+def _flaw(state: Any, shape: torch.Size) -> str | None:
+    """What is wrong with a parameter's state, as far as that shows without reading its values."""
+    if not isinstance(state, dict):
+        return f"it is a {type(state).__name__}, not a dictionary"
+    known = [key for key in (*ADAM_STATE, AMSGRAD_STATE, "sign", "theta") if key in state]
+    lacks = [key for key in ADAM_STATE if key not in known]
+    if "theta" in known and "sign" not in known:
+        lacks.append("sign")
+    if known and lacks:
+        return f"it has {', '.join(map(str, state))}, but lacks {', '.join(lacks)}"
+    for key in known:
+        value = state[key]
+        if key == "step":
+            if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+                return f"step is {value!r}, not one number"
+        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return f"{key} is no dense tensor"
+        elif value.shape != shape:
+            return f"{key} has the shape {list(value.shape)}, the parameter {list(shape)}"
+    return None
+
+
+def _flaw_of_values(state: dict[str, Any]) -> str | None:
+    """What is wrong with the values of a parameter's state; reading them waits for the device."""
+    if "step" in state and not 0 <= float(state["step"]) < math.inf:
+        return f"step is {float(state['step'])}, not a number of steps"
+    if "sign" in state and not state["sign"].is_meta and bool((state["sign"] != state["sign"].sign()).any()):
+        return "sign has other values than -1, 0 and 1"
+    return None
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32
+
+
+def _as_step(value: Real | Tensor) -> Tensor:
+    """A number of steps as the state holds it."""
+    step = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    return step.reshape(()).float()
+
+
+def _has_kernel(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether spiking_kernels takes the update of these tensors, weight first: a first look, see Unfit there."""
+    if spiking_kernels is None or not tensors[0].is_cpu or tensors[0].dtype != torch.float32:
+        return False
+    return all(t is None or t.is_contiguous() for t in tensors) and spiking_kernels.available() is None
+
+
+def _scalar(lr: float | Tensor) -> float | Tensor:
+    """lr, 0-dimensional if it is a tensor: with more dimensions it would give them to a 0-dimensional weight."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def moments(
+    params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Advances Adam's moments by the gradients of parameters (Kingma and Ba, ICLR 2015, algorithm 1).
 
     Returns:
-        Adam's change eta_t * m / d_t (a new tensor of the weight's shape) and the step size eta_t, 0-dimensional.
+        Adam's changes eta_t * m / d_t (new tensors of the weights' shapes) and the step sizes eta_t, 0-dimensional.
 
     Bias corrections are 0-dimensional float64 tensors where ``step`` lives: on the CPU they enter a
     CUDA kernel by value, on the device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
     """
-    beta1, beta2 = group["betas"]
-    grad = -param.grad if group["maximize"] else param.grad
-    if group["weight_decay"] != 0:
-        grad = grad.add(param, alpha=group["weight_decay"])
-    state["step"].add_(1)
-    t = state["step"].double()
-    # not lerp_, which rounds differently from the trajectories that the paper's implementation takes
-    state["exp_avg"].mul_(beta1).add_(grad, alpha=1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    v = state["exp_avg_sq"]
-    if group["amsgrad"]:
-        v = torch.maximum(state["max_exp_avg_sq"], v, out=state["max_exp_avg_sq"])
-    denominator = v.sqrt().div_((1 - beta2**t).sqrt()).add_(group["eps"])
-    eta = group["lr"] / (1 - beta1**t)
-    return state["exp_avg"].mul(eta).div_(denominator), eta
-
-
-def moments_foreach(
-    params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`moments` for a list of parameters of one device and dtype."""
     beta1, beta2 = group["betas"]
     grads = [param.grad for param in params]
     if group["maximize"]:
@@ -282,6 +480,7 @@ def moments_foreach(
         grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
     torch._foreach_add_(states["step"], 1)
     ts = [step.double() for step in states["step"]]
+    # not lerp_, which rounds differently from the trajectories that the paper's implementation takes
     torch._foreach_mul_(states["exp_avg"], beta1)
     torch._foreach_add_(states["exp_avg"], grads, alpha=1 - beta1)
     torch._foreach_mul_(states["exp_avg_sq"], beta2)
@@ -293,7 +492,8 @@ def moments_foreach(
     denominators = torch._foreach_sqrt(vs)
     torch._foreach_div_(denominators, [(1 - beta2**t).sqrt() for t in ts])
     torch._foreach_add_(denominators, group["eps"])
-    etas = [group["lr"] / (1 - beta1**t) for t in ts]
+    lr = _scalar(group["lr"])
+    etas = [lr / (1 - beta1**t) for t in ts]
     changes = torch._foreach_mul(states["exp_avg"], etas)
     torch._foreach_div_(changes, denominators)
     return changes, etas

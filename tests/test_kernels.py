@@ -14,7 +14,6 @@ import spiking_kernels
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from mnist import mnist
-from rewiring import RewiringOptimizer
 from spiking import lif
 from spiking_kernels import build
 from training import data, measure
@@ -366,8 +365,7 @@ def test_deep_rewiring_chooses_each_weight_with_the_probability_independently(pr
 @pytest.fixture
 def exact_sqrt(monkeypatch):
     """torch's square root of float32, rounded to the nearest: the one that it takes from its library is not always."""
-    sqrt = torch.Tensor.sqrt
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda x: sqrt(x.double()).to(x.dtype))
+    monkeypatch.setattr(torch, "_foreach_sqrt", lambda tensors: [x.double().sqrt().to(x.dtype) for x in tensors])
 
 
 def draws_of_the_kernel(param, group, seed):
@@ -553,7 +551,7 @@ def test_fused_deep_rewiring_hides_no_nan(size, settings, kernels):
 def test_the_kernels_leave_what_they_do_not_take_to_torch(monkeypatch):
     """Other types and layouts, of weights, gradients and state."""
     left = []
-    monkeypatch.setattr(RewiringOptimizer, "_fused_tensor", lambda self, param, state, group: left.append(param))
+    monkeypatch.setattr("rewiring._compiled", lambda update: lambda params, *_: left.extend(params))
 
     def step(param, grad, change_state=lambda state: None):
         for optimizer in (GradRewiring([param], alpha=0, fused=True), DeepRewiring([param], max_s=0.5, fused=True)):

@@ -1,0 +1,129 @@
+"""torch.compile around a training step with the optimizers, and around their step alone: the weights of eager steps."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from optim_helpers import PATHS, VARIANTS, parameters
+
+import spiking_kernels
+
+needs_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def reset():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def training(variant, decorate, changes=None, reload_at=None, **settings):
+    """Eight steps on a small loss; ``changes`` are settings by the number of the step."""
+    torch.manual_seed(0)
+    params = parameters(shapes=[(30, 20), (20,)])
+    optimizer_class, own = VARIANTS[variant]
+    optimizer = optimizer_class(
+        [{"params": params[:1]}, {"params": params[1:], "eps": 1e-7}], **{"lr": 0.01, **own, **settings}
+    )
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = (x @ params[0] + params[1]).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step = decorate(step)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(8):
+        for group in optimizer.param_groups:
+            group.update((changes or {}).get(number, {}))
+        if number == reload_at:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step(torch.randn(5, 30, generator=generator))
+    return params, optimizer
+
+
+def assert_as_eager(variant, backend="eager", tolerance=0.0, **arguments):
+    plain, expected = training(variant, lambda step: step, **arguments)
+    compiled, actual = training(variant, torch.compile(backend=backend), **arguments)
+    assert (plain[0] == 0).any()
+    for p, q in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance)
+        assert torch.equal(p == 0, q == 0)
+        assert actual.state[q].keys() == expected.state[p].keys()
+        for key, value in expected.state[p].items():
+            torch.testing.assert_close(actual.state[q][key], value, rtol=tolerance, atol=tolerance)
+    assert [group["lr"] for group in actual.param_groups] == [group["lr"] for group in expected.param_groups]
+
+
+SLOW = [pytest.param(variant, path.values[0], marks=pytest.mark.slow) for variant in VARIANTS for path in PATHS]
+QUICK = [("grad", {}), ("deep", dict(foreach=True)), ("soft deep", {})]
+
+
+@pytest.mark.parametrize(("variant", "path"), QUICK + SLOW)
+def test_a_compiled_training_step_gives_the_weights_of_eager_ones(variant, path):
+    """With a learning rate that changes at each step, and after load_state_dict."""
+    if path.get("fused") and spiking_kernels.available() is not None:
+        pytest.skip("no fused kernels")
+    assert_as_eager(variant, changes={n: {"lr": 0.01 / (n + 1)} for n in range(8)}, reload_at=5, **path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("grad", {3: {"amsgrad": True}, 5: {"alpha": 0.0}, 6: {"maximize": True, "weight_decay": 0.1}}),
+        ("grad", {2: {"plain_gradient": True}, 5: {"foreach": True}, 7: {"plain_gradient": False}}),
+        ("soft deep", {3: {"soft": False}, 5: {"T": 0.0, "betas": (0.5, 0.9)}, 6: {"soft": True}}),
+        ("deep", {2: {"lr": torch.tensor(0.02)}, 4: {"max_s": 1.0}, 6: {"l1": 0.0, "foreach": True}}),
+    ],
+)
+def test_a_compiled_step_follows_settings_that_change(variant, changes):
+    assert_as_eager(variant, changes=changes)
+
+
+@pytest.mark.parametrize("variant", ["grad", "deep"])
+@pytest.mark.parametrize("closure", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_step_alone_can_be_compiled(variant, closure):
+    def run(decorate):
+        torch.manual_seed(0)
+        params = parameters(shapes=[(30, 20), (20,)])
+        optimizer = VARIANTS[variant][0](params, lr=0.01, **VARIANTS[variant][1])
+
+        def loss():
+            optimizer.zero_grad()
+            value = params[0].square().sum() + params[1].sum()
+            value.backward()
+            return value
+
+        step = decorate(optimizer.step)
+        for _ in range(5):
+            if closure:
+                step(loss)
+            else:
+                loss()
+                step()
+        return params
+
+    for p, q in zip(run(lambda step: step), run(torch.compile(backend="eager")), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("variant", ["grad"])
+def test_the_arithmetic_is_compiled_once_for_all_groups_and_learning_rates(variant):
+    """A graph for the loss, one for all updates, and one that takes any learning rate."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    training(variant, torch.compile(backend=counter), changes={n: {"lr": 0.01 / (n + 1)} for n in range(8)})
+    assert counter.frame_count <= 5
+    assert sum("foreach" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes) > 20
+
+
+@pytest.mark.slow
+@needs_cpp
+@pytest.mark.parametrize("variant", ["grad", "deep"])
+def test_inductor_gives_the_weights_of_eager_steps(variant):
+    """Within rounding; with the same random numbers, as these are not compiled."""
+    assert_as_eager(variant, backend="inductor", tolerance=1e-6, changes={4: {"lr": 0.02}})
