@@ -18,13 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs(tmp_path):
-    """As a stranger would run it: with the two modules and what they import, and nothing else of the project."""
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert 10 <= len(example.strip().splitlines()) <= 25
+def test_the_examples_run(tmp_path):
+    """As a stranger would run them, one after the other: with the modules and what they import alone."""
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert all(5 <= len(example.strip().splitlines()) <= 25 for example in examples)
+    last = "\npruning.step()\nassert pruning.state[weights[0]]['step'] == 2\n"
     for module in ("rewiring.py", "gradrewire.py", "deeprewire.py"):
         (tmp_path / module).write_text((ROOT / module).read_text())
-    result = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", "".join(examples) + last], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert re.search(r"connectivity 0\.\d+", result.stdout)
 
