@@ -252,10 +252,11 @@ int affine_lookup(const uint8_t *images, const int64_t *index, const int32_t *ma
                   int64_t D, int N, int height, int width) {
     for (int n = 0; n < N; n++)
         if (index[n] < 0 || index[n] >= D) return 1;
+    if (height == 0 || width == 0) return 0; /* images and out are null */
     THREADED
     for (int n = 0; n < N; n++) {
         const uint8_t *image = images + index[n] * height * width;
-        const int32_t *m = matrices + n * 6;
+        const int32_t *m = matrices + (size_t)n * 6;
         float *to = out + (size_t)n * height * width;
         for (int y = 0; y < height; y++) {
             SIMD
