@@ -24,8 +24,8 @@ from mnist.model import MnistNet
 from training import checks, measure, storage
 from training.options import Refusal
 
-LARGEST = 1 << 24  # bytes of a JSON file, many times what any run writes
-LARGEST_RESULTS, MOST_EPOCHS = 1 << 28, 1 << 17  # bytes and lines of results.jsonl
+LARGEST = 1 << 24  # bytes of a JSON file or a line, many times what any run writes
+LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.jsonl
 MOST_NAMES = 256  # of layers, those of LIF neurons among them
 MOST_PROBLEMS = 20  # named of one file
 RECORDINGS = 7  # of the distributions, that are kept
@@ -233,6 +233,8 @@ def read(name: str, logs: Path, models: Path) -> Run:
         if not line.strip():
             continue
         try:
+            if len(line) > LARGEST:
+                raise ValueError(f"{len(line):,} bytes, more than {LARGEST:,}")
             entry = _object(line)
             epoch = entry.get("epoch")
             if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch < 2**63:
@@ -246,8 +248,8 @@ def read(name: str, logs: Path, models: Path) -> Run:
             problems.append(f"{logs / RESULTS}, line {line_number}: {_reason(error)}; the line is left out")
         else:
             names = more
-            epochs[epoch] = entry
-            if entry.pop("distributions", None):
+            epochs[epoch] = _numbers(entry)
+            if nested(entry, "distributions"):
                 recorded[epoch] = line
     run.epochs = [epochs[epoch] for epoch in sorted(epochs)]
     for epoch in evenly(sorted(recorded), RECORDINGS):
@@ -256,6 +258,21 @@ def read(name: str, logs: Path, models: Path) -> Run:
     if len(problems) > MOST_PROBLEMS:
         run.problems.append(f"{logs / RESULTS}: {len(problems) - MOST_PROBLEMS:,} more lines are left out")
     return run
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a line says of an epoch, of its layers and of their neurons; nothing that is nested deeper or is a list."""
+    kept = {key: value for key, value in entry.items() if not isinstance(value, (dict, list))}
+    for part in ("layers", "neurons"):
+        layers = nested(entry, part)
+        if layers is not None:
+            kept[part] = {
+                name: {
+                    key: value for key, value in (nested(layer) or {}).items() if not isinstance(value, (dict, list))
+                }
+                for name, layer in layers.items()
+            }
+    return kept
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:

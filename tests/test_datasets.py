@@ -60,6 +60,14 @@ def test_class_folders(cifar_folder):
             assert np.array_equal(split.images[1].permute(1, 2, 0).numpy(), np.asarray(image))
 
 
+def test_data_are_on_the_cpu_whatever_torchs_default(cifar_folder, mnist_folder):
+    for name, folder in (("cifar10", cifar_folder), ("mnist", mnist_folder), ("digits", mnist_folder)):
+        with torch.device("meta"):
+            dataset = datasets.load(name, folder)
+        for split in (dataset.train, dataset.test):
+            assert (split.images.device.type, split.labels.device.type) == ("cpu", "cpu")
+
+
 def test_cifar10_by_torchvision(tmp_path, monkeypatch):
     class Fake(CIFAR10):
         def __init__(self, root, train, download):

@@ -171,6 +171,13 @@ def test_a_file_that_no_run_writes_is_not_read(tmp_path, monkeypatch):
     many = json.dumps({"epoch": 2, "layers": {str(i): {} for i in range(1000)}}).encode()
     run = read(tmp_path / "names", b'{"epoch": 1}\n' + many + b"\n")
     assert run.problems == [f"{run.logs}/results.jsonl, line 2: more than 256 names of layers; the line is left out"]
+    monkeypatch.setattr(runs, "LARGEST", 100)
+    run = read(tmp_path / "a long line", b'{"epoch": 1, "a": "' + b"x" * 100 + b'"}\n{"epoch": 2}\n')
+    assert run.problems[-1] == f"{run.logs}/results.jsonl, line 1: 121 bytes, more than 100; the line is left out"
+    monkeypatch.undo()
+    line = {"epoch": 1, "a": [[]], "b": {}, "layers": {"c": {"weights": 5, "d": [5], "e": {}}, "f": 1}, "neurons": 1}
+    run = read(tmp_path / "what no run writes", json.dumps(line).encode() + b"\n")
+    assert run.epochs == [{"epoch": 1, "layers": {"c": {"weights": 5}, "f": {}}, "neurons": 1}]  # the rest is not kept
     lines = [json.dumps({"epoch": i + 1, "layers": {f"{i}-{j}": {} for j in range(100)}}) for i in range(9)]
     run = read(tmp_path / "new names in every line", "\n".join([*lines, ""]).encode())
     assert (len(run.epochs), len(run.names_in("layers")), len(run.problems)) == (2, 200, 7)
@@ -684,6 +691,12 @@ def test_only_the_runs_that_changed_last_have_pictures_of_their_own(dump, tmp_pa
         said = f"{details} of them have pictures of their own; --details 3 draws those of all."
         assert (said in capsys.readouterr().out) == (details < 3)
     assert report.parse([str(dump)]).details >= 3
+
+
+def test_a_tilde_is_the_home_folder(dump, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("~/dump", "-o=~/page.html", "--details", "0") == 0
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_workers_end_with_the_report(dump, tmp_path):
