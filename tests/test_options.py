@@ -14,7 +14,7 @@ import spiking_kernels
 from c10.c10 import RECIPE as C10
 from mnist.mnist import RECIPE as MNIST
 from mnist.mnist import main
-from training.command_line import Refusal, command
+from training.command_line import Refusal, command, nearest
 from training.divergence import DivergedError
 from training.options import SPELLINGS, Pace, arguments, format_number, parse
 
@@ -242,6 +242,17 @@ def test_a_mistyped_option_names_the_nearest_right_one(run_options, recipe, argv
     with pytest.raises(Refusal) as refusal:
         run_options(*argv.split(), recipe=recipe)
     assert str(refusal.value) == f"unrecognized option {typed}{hint} (see --help)"
+
+
+@pytest.mark.parametrize("option", [option for both in SPELLINGS.values() for option in both if len(option) > 6])
+def test_any_option_with_one_slip_is_recognized(option):
+    known = [other for both in SPELLINGS.values() for other in both]
+    places = range(2, len(option))
+    slips = {option[:i] + option[i + 1 :] for i in places}  # left out
+    slips |= {option[:i] + option[i] + option[i:] for i in places}  # twice
+    slips |= {option[:i] + option[i : i + 2][::-1] + option[i + 2 :] for i in places}  # turned round
+    slips |= {option[:i] + "x" + option[i + 1 :] for i in places}  # beside the key
+    assert [slip for slip in slips if option not in nearest(slip, known)] == []
 
 
 @pytest.mark.parametrize(
