@@ -79,15 +79,15 @@ def test_the_speed_is_known_inside_a_long_epoch_and_told_once(clock, tmp_path):
     options = parse(C10, ["--dump-dir", str(tmp_path)])
     options.device = torch.device("cpu")
     assert time_left.line(0, 14, options) == (
-        "An epoch takes about 6.1 hours of training here, the 2048 epochs to go about 1.4 years, without tests; "
+        "An epoch takes about 6.1 hours of training here, the rest of the 2,048 epochs about 1.4 years, without tests; "
         "a GPU, --recipe fast or a smaller -N makes it shorter."
     )
     slow = TimeLeft(2048, 3125, 128, wait=lambda: None)
     slow.start()
     assert steps(slow, clock, 40, 10) == [2]
     options.device, options.recipe = torch.device("cuda"), "fast"
-    assert time_left.line(2047, 0, options).endswith("the epoch to go about 6.1 hours, without tests.")
-    line = "the 8 epochs to go about 2 days, without tests; a smaller -N makes it shorter."
+    assert time_left.line(2047, 0, options).endswith("the rest of the 2,048 epochs about 6.1 hours, without tests.")
+    line = "the rest of the 2,048 epochs about 2 days, without tests; a smaller -N makes it shorter."
     assert time_left.line(2040, 0, options).endswith(line)
 
 
@@ -153,7 +153,7 @@ def test_the_device_is_waited_for_before_the_clock_is_read(clock):
 
 def test_a_run_tells_early_and_after_every_epoch_and_after_a_resume(run, monkeypatch):
     monkeypatch.setattr(TimeLeft, "ENOUGH", 0.0)  # as if the steps were long
-    early = r"An epoch takes about \S+ \w+ of training here, the \S+ epochs? to go about \S+ \w+, without tests\."
+    early = r"An epoch takes about \S+ \w+ of training here, the rest of the \d epochs about \S+ \w+, without tests\."
     for argv, epochs in ((["-N", "2"], [1, 2]), (["-N", "5"], [3, 4, 5])):
         out = run(*GRAD, *argv).out
         (at,) = [match.start() for match in re.finditer(early, out)]
@@ -181,8 +181,8 @@ def test_the_time_left_is_told_beside_a_progress_bar(run, monkeypatch):
     [
         ("", "Dense training on mnist: learning rate 1e-4, batches of 128, 8 time steps, 512 epochs, seed 2020.", None),
         (
-            "-m grad -s 0.95 -N 3 --seed 7",
-            "Grad R on mnist: penalty 1e-3, learning rate 1e-4, batches of 128, 8 time steps, 3 epochs, seed 7.",
+            "-m grad -s 0.95 -N 1 -T 1 --seed 7",
+            "Grad R on mnist: penalty 1e-3, learning rate 1e-4, batches of 128, 1 time step, 1 epoch, seed 7.",
             "-s 0.95 is the target of the prior, not the sparsity that is reached, which depends on -penalty, -lr and "
             "-N; --connectivity sets it, with -m grad --recipe fast.",
         ),

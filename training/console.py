@@ -28,7 +28,7 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     """What runs, where, and what its -s means."""
     method = f"Soft {METHODS['deep']}" if options.soft else METHODS[options.mode]
     settings = [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
-    settings += [f"{options.T} time steps", f"{options.epoch} epochs", f"seed {options.seed}"]
+    settings += [_counted(options.T, "time step"), _counted(options.epoch, "epoch"), f"seed {options.seed}"]
     if options.temperature:
         settings.insert(0, f"temperature {format_number(options.temperature)}")
     if options.penalty is not None:
@@ -82,7 +82,11 @@ def duration(seconds: float) -> str:
         text = f"{value:.0f}" if unit == "second" or value >= 9.95 else f"{value:.1f}".removesuffix(".0")
         if float(text) < most:
             break
-    return f"{float(text):,g} {unit}{'' if text == '1' else 's'}"
+    return _counted(float(text), unit)
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:,.10g} {noun}{'' if number == 1 else 's'}"
 
 
 class TimeLeft:
@@ -160,10 +164,11 @@ class TimeLeft:
 
     def line(self, epoch: int, position: int, options: Namespace) -> str:
         """What is told when the speed has become known."""
-        left, epochs = self.left(epoch, position), self.epochs - epoch
+        left = self.left(epoch, position)
+        rest = f"the {_counted(self.epochs, 'epoch')}" if self.epochs > 1 else "it"
         line = (
-            f"An epoch takes about {duration(self.per_epoch)} of training here, the "
-            f"{f'{epochs} epochs' if epochs > 1 else 'epoch'} to go about {duration(left)}, without tests"
+            f"An epoch takes about {duration(self.per_epoch)} of training here, the rest of {rest} about "
+            f"{duration(left)}, without tests"
         )
         if left < LONG:
             return f"{line}."
