@@ -10,8 +10,8 @@ import torch
 from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
 from spiking import SpikingNetwork
-from training import data, measure
-from training.command_line import Parser, Refusal, command
+from training import data, files, measure
+from training.command_line import Parser, Refusal, command, file_path, folder_path, output_file
 from training.defaults import torch_defaults
 from training.options import REPOSITORY
 
@@ -35,32 +35,31 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
         training.options.Refusal: a package that reads the format is not installed.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = files.expanded(path)
     return (from_checkpoint(models_folder(path) / CHECKPOINT) if path.is_dir() else read(path)).network()
 
 
 @torch_defaults()
-def export(snapshot: Snapshot, form: str, path: Path) -> None:
+def export(snapshot: Snapshot, form: str, path: str | Path) -> None:
     """Writes a network to ``path`` in one of the forms of :mod:`analysis.formats`.
 
     The file is read back and compared with the network before it takes its name; a kill at any moment
-    leaves what was there before, or the new file, whole.
+    leaves what was there before, or the new file, whole (see :func:`training.files.replacing`).
 
     Raises:
         Refusal: the form cannot hold this network, or a package that it needs is not installed.
+        OSError: the file cannot be written; it names ``path``.
     """
+    path = files.expanded(path)
+    with files.replacing(path, parents=True) as temporary:
+        _write(snapshot, form, temporary, path)
+
+
+def _write(snapshot: Snapshot, form: str, temporary: Path, path: Path) -> None:
     content = WRITERS[form](snapshot)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _check_same(snapshot, read(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.naming(path):
+        temporary.write_bytes(content)
+    _check_same(snapshot, read(temporary))
 
 
 def _check_same(snapshot: Snapshot, other: Snapshot) -> None:
@@ -86,17 +85,22 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m analysis.export",
         description="Writes the network of a run, with its pruned weights left out, for other programs.",
     )
-    parser.add_argument("run", type=Path, help="the run's folder: <dump-dir>/models/<name> or <dump-dir>/logs/<name>")
+    parser.add_argument(
+        "run", type=folder_path, help="the run's folder: <dump-dir>/models/<name> or <dump-dir>/logs/<name>"
+    )
     parser.add_argument("--format", required=True, choices=list(WRITERS), help="see the docstring of analysis.formats")
     parser.add_argument(
-        "-o", "--output", type=Path, help="the file to write (default: export.<suffix> beside the run's checkpoint)"
+        "-o",
+        "--output",
+        type=file_path,
+        help="the file to write (default: export.<suffix> beside the run's checkpoint)",
     )
     parser.add_argument(
         "--check", action="store_true", help="compare all spike counts on the test set with the checkpoint's"
     )
     parser.add_argument(
         "--dataset-dir",
-        type=Path,
+        type=folder_path,
         default=REPOSITORY / "data",
         help="where the data are, for --check (default: data, in the repository)",
     )
@@ -108,16 +112,17 @@ def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     checkpoint = models_folder(options.run) / CHECKPOINT
     output = options.output or checkpoint.with_name(f"export{SUFFIXES[options.format]}")
-    if output.is_dir():
-        raise Refusal(f"argument -o/--output: {output} is a folder; name a file in it")
-    if output.resolve() == checkpoint.resolve():
-        raise Refusal("argument -o/--output: that is the run's checkpoint")
+    if os.path.realpath(output) in map(os.path.realpath, checkpoint.parent.glob("checkpoint*")):
+        raise Refusal(f"argument -o/--output: {output} is the run's checkpoint")
+    if options.check and output.exists() and not output.is_file():
+        raise Refusal(f"argument --check: {output} is no file that can be read again")
     snapshot = from_checkpoint(checkpoint)
-    export(snapshot, options.format, output)
+    with output_file("-o/--output", output, parents=True) as temporary:
+        _write(snapshot, options.format, temporary, output)
+        size = temporary.stat().st_size
     weights = measure.prunable(snapshot.network())
     total = measure.total(measure.count({name: measure.connected(weight) for name, weight in weights.items()}))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())
-    size = output.stat().st_size
     print(f"{total.connected} of {total.weights} connections, sparsity {100 * total.sparsity:.2f} %, T {snapshot.T}")
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
     print(f"its network  {dense:>11,} bytes  dense")

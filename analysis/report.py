@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ import torch
 from analysis import pictures
 from analysis.pictures import Picture, printable
 from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, nested, number, short_names, shown, weights_of
-from training import storage
-from training.command_line import Parser, Refusal, command, whole_number
+from training import files
+from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
 from training.record import percent
 
 COLUMNS = (
@@ -59,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=file_path,
         default=Path("report.html"),
         metavar="FILE",
         help="HTML page to write, in place of one that is there (default: %(default)s)",
@@ -73,22 +72,6 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         "show all runs",
     )
     return parser.parse_args(argv)
-
-
-def _check_output(path: Path) -> Path:
-    """The path of the page, once it is known that it can be written there.
-
-    Raises:
-        Refusal: it cannot.
-    """
-    path = path.expanduser()
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(None, "it is a folder" if path.is_dir() else "it is no regular file")
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise Refusal(f"argument -o/--output: cannot write {path}: {error.strerror or error}") from None
 
 
 def row(run: Run) -> dict[str, str]:
@@ -225,12 +208,13 @@ def _data_uri(svg: str) -> str:
 @command
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    output = _check_output(options.output)
+    check_output("-o/--output", options.output)
     runs = find(options.runs)
     print_table([row(run) for run in runs])
     sys.stdout.flush()
     text = page(runs, options.details)
-    storage.write_whole(output, text)
+    with output_file("-o/--output", options.output) as temporary, files.naming(options.output):
+        temporary.write_text(text, encoding="utf-8")
     for run in runs:
         for problem in run.problems:
             print(f"report.py: warning: {printable(problem)}", file=sys.stderr)

@@ -171,7 +171,7 @@ def find(paths: Iterable[str | Path]) -> list[Run]:
     """
     places: dict[tuple[Path, Path], str] = {}  # (logs, models) of a run, to its name
     for text in paths:
-        path = Path(os.path.abspath(Path(text).expanduser()))  # a "." has no name
+        path = Path(os.path.abspath(os.path.expanduser(text)))  # a "." has no name
         if not path.is_dir():
             raise Refusal(
                 f"{text} is not a folder; give a dump folder, which holds logs and models, or folders of runs"

@@ -31,7 +31,8 @@ from gradrewire import GradRewiring
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
 from training import data, measure
-from training.command_line import Parser, check_writable, command, whole_number
+from training.command_line import Parser, check_output, command, file_path, folder_path, whole_number
+from training.files import write_whole
 from training.record import processor
 from training.step import TrainingStep, autocast, set_precision
 
@@ -410,11 +411,13 @@ def ceiling(device: torch.device) -> list[dict]:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset-dir", type=Path, help="folder with MNIST/raw (default: noise of MNIST's size)")
+    parser.add_argument(
+        "--dataset-dir", type=folder_path, help="folder with MNIST/raw (default: noise of MNIST's size)"
+    )
     parser.add_argument(
         "--rounds", type=whole_number(1), default=5, help="how often each is measured (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="also write the tables to this file")
+    parser.add_argument("--json", type=file_path, help="also write the tables to this file")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -424,7 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.json:
-        check_writable("--json", arguments.json.parent)  # before the minutes that it takes
+        check_output("--json", arguments.json, parents=True)  # before the minutes that it takes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "spikingjelly"))
@@ -447,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
         tables += bench_cifar10(device, arguments.rounds if on_gpu else 1, batch=16 if on_gpu else 4)
     if arguments.json:
         head = {"date": str(date.today()), "hardware": hardware, "versions": versions}
-        arguments.json.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps({**head, "tables": tables}, indent=1) + "\n")
     return 0
 
 

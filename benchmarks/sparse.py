@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 
 import scipy.sparse
 import torch
@@ -27,7 +26,8 @@ from benchmarks.bench import in_turns, median, mnist_images, table
 from mnist.mnist import RECIPE
 from mnist.model import MnistNet
 from training import data, measure
-from training.command_line import Parser, check_writable, command, whole_number
+from training.command_line import Parser, check_output, command, file_path, folder_path, whole_number
+from training.files import write_whole
 from training.record import processor
 
 SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
@@ -164,15 +164,17 @@ def bench_convolution(rounds: int) -> list[dict]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, help="MNIST runs or exports of them to measure too")
-    parser.add_argument("--dataset-dir", type=Path, help="folder with MNIST/raw (default: noise of MNIST's size)")
+    parser.add_argument("runs", nargs="*", type=file_path, help="MNIST runs or exports of them to measure too")
+    parser.add_argument(
+        "--dataset-dir", type=folder_path, help="folder with MNIST/raw (default: noise of MNIST's size)"
+    )
     parser.add_argument(
         "--rounds", type=whole_number(1), default=7, help="how often each is measured (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="also write the tables to this file")
+    parser.add_argument("--json", type=file_path, help="also write the tables to this file")
     arguments = parser.parse_args(argv)
     if arguments.json:
-        check_writable("--json", arguments.json.parent)  # before the minutes that it takes
+        check_output("--json", arguments.json, parents=True)  # before the minutes that it takes
     names = ("torch", "scipy", "spikingjelly")
     head = {
         "date": str(date.today()),
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     tables = bench_networks(networks, images, arguments.rounds)
     tables += bench_products(images, arguments.rounds) + bench_convolution(arguments.rounds)
     if arguments.json:
-        arguments.json.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps({**head, "tables": tables}, indent=1) + "\n")
     return 0
 
 

@@ -8,8 +8,17 @@ from collections.abc import Sequence
 
 from reproduce import entries, grid, outcome, runner, slurm
 from reproduce.grid import Row
-from training import storage
-from training.command_line import Parser, Refusal, check_writable, command, folder_path, whole_number
+from training import files
+from training.command_line import (
+    Parser,
+    Refusal,
+    check_writable,
+    command,
+    file_path,
+    folder_path,
+    output_file,
+    whole_number,
+)
 from training.options import REPOSITORY
 
 
@@ -35,7 +44,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     instead(
         "--slurm",
-        type=folder_path,
+        type=file_path,
         metavar="FILE",
         help="write the script of a Slurm job array that runs the rows, --jobs of them per task (default: run them)",
     )
@@ -119,8 +128,8 @@ def _write_slurm(options: argparse.Namespace, rows: Sequence[Row]) -> int:
     without = ["--without", str(options.without.absolute())] if options.without else []
     text = slurm.script(options.slurm, options.experiment, tasks, options.jobs, *places, sys.executable, without)
     check_writable("--dump-dir", options.dump_dir / "rows")  # Slurm does not make the folder of its logs
-    check_writable("--slurm", options.slurm.parent)
-    storage.write_whole(options.slurm, text)
+    with output_file("--slurm", options.slurm, parents=True) as temporary, files.naming(options.slurm):
+        temporary.write_text(text, encoding="utf-8")
     print(f"{options.slurm}: {tasks} tasks; submit it with: sbatch {options.slurm}")
     return 0
 

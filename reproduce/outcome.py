@@ -10,7 +10,7 @@ from reproduce.entries import EPOCHS, MADE, ROWS, Entry, collect, epochs_csv, ro
 from reproduce.figures import curves, plane
 from reproduce.grid import Row
 from reproduce.tables import equal_connectivity, summarise, table
-from training import storage
+from training.files import write_whole
 
 
 def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -58,7 +58,7 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
             some = [*beside, *(summary for summary in summaries if summary.ablation)]
             files["ablations.png"] = plane(some, f"{name}: ablations of Grad R and Deep R")
     for file, content in files.items():
-        storage.write_whole(folder / file, content)
+        write_whole(folder / file, content)
     return [folder / file for file in files]
 
 

@@ -4,6 +4,7 @@ A row is finished when its record ``<dump-dir>/rows/<key>.json`` is there: it is
 its ``-test``. Rows may run on several machines that share the dump folder: a run's lock keeps the others away from it.
 """
 
+import contextlib
 import math
 import os
 import shlex
@@ -22,6 +23,7 @@ import torch
 from analysis import runs
 from reproduce.grid import Row
 from training.console import duration
+from training.interrupt import known
 from training.options import REPOSITORY
 from training.record import write_json
 
@@ -197,10 +199,11 @@ class Runner:
 
     def _hand_on(self, processes: dict[int, subprocess.Popen]):
         def handler(number: int, frame: Any) -> None:
-            if number != signal.SIGUSR1:
+            if number in _STOPPING:
                 self.stopped = number
             for process in list(processes.values()):
-                process.send_signal(number)
+                with contextlib.suppress(ValueError):  # Windows cannot hand on a Ctrl-C, and gives it to all itself
+                    process.send_signal(number)
 
         return handler
 
@@ -258,7 +261,8 @@ class Runner:
         print(f"{row.key} {what}\n{progress(self.dump, rows).line(self.jobs)}", flush=True)
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOPPING = known(("SIGTERM", "SIGINT"))
+_SIGNALS = [*_STOPPING, *known(["SIGUSR1"])]
 
 
 def _outcome(record: dict[str, Any] | None) -> str:

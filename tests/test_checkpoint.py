@@ -15,6 +15,7 @@ from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
 from training import checkpoint, randomness, storage
+from training.locks import Lock
 from training.options import Refusal
 from training.schedule import Fast
 from training.storage import previous_of
@@ -212,7 +213,7 @@ def test_what_a_killed_process_left_is_cleaned_up(run, tmp_path):
 
 def test_a_second_process_is_refused_and_a_test_is_not(run, tmp_path):
     run(*GRAD, "-N", "1")
-    lock = storage.Lock(the_checkpoint(tmp_path).parent)
+    lock = Lock(the_checkpoint(tmp_path).parent)
     assert lock.acquire()
     result = run(*GRAD, "-N", "2")
     assert result.status == 2

@@ -589,6 +589,49 @@ def test_the_command(form, tmp_path, capsys, mnist_folder):
     assert_same_counts(mnist(), load_pruned(tmp_path / "new folder" / "x"))
 
 
+def test_home_is_expanded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path, mnist())
+    assert main(["~/models/a-run", "--format", "csr", "-o=~/x"]) == 0
+    assert (tmp_path / "x").is_file()
+    assert_same_counts(mnist(), load_pruned("~/x"))
+    assert_same_counts(mnist(), load_pruned("~/models/a-run"))
+    export(from_checkpoint(tmp_path / "models" / "a-run" / "checkpoint.pt"), "csr", "~/y")
+    assert (tmp_path / "y").is_file()
+    assert main(["~nobody-of-this-name/x", "--format", "csr"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="~nobody-of-this-name/x"):
+        load_pruned("~nobody-of-this-name/x")
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, capsys):
+    models = write_run(tmp_path, mnist())
+    link, null = tmp_path / "link", tmp_path / "null"
+    link.symlink_to("target")
+    null.symlink_to("/dev/null")
+    for output in (link, null, Path("/dev/null")):
+        assert main([str(models), "--format", "safetensors", "-o", str(output)]) == 0
+    assert link.is_symlink()
+    assert null.is_symlink()
+    assert not Path("/dev/null").is_file()
+    assert_same_counts(mnist(), load_pruned(tmp_path / "target"))
+    size = (tmp_path / "target").stat().st_size
+    assert capsys.readouterr().out.count(f"the export   {size:>11,} bytes") == 3
+    assert main([str(models), "--format", "safetensors", "-o", str(null), "--check"]) == 2
+    assert "argument --check: " in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_replaced_by_an_export(tmp_path, capsys):
+    models = write_run(tmp_path, mnist())
+    storage.write(models / "checkpoint.pt", storage.read(models / "checkpoint.pt"))
+    (tmp_path / "link").symlink_to(models / "checkpoint-previous.pt")
+    before = {path: path.read_bytes() for path in models.iterdir()}
+    for output in (models / "checkpoint-previous.pt", tmp_path / "link"):
+        assert main([str(models), "--format", "csr", "-o", str(output)]) == 2
+        assert "is the run's checkpoint" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in models.iterdir()} == before
+
+
 def test_the_check_fails_where_counts_differ(tmp_path, capsys, mnist_folder, monkeypatch):
     models = write_run(tmp_path, mnist())
     monkeypatch.setattr(export_module, "load_pruned", lambda path: mnist(0.5, 0.1))
@@ -631,7 +674,7 @@ def test_statuses_of_the_real_command(tmp_path):
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     result = call(str(run), "--format", "csr", "-o", "/proc/nothing/file")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
 
 

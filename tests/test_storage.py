@@ -1,18 +1,15 @@
-"""Files that survive: faults at every system call, damage of every kind, the lock, and writing in the background."""
+"""States that survive: faults at every system call, damage of every kind, and writing in the background."""
 
 import errno
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from training import storage
+from training import files, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +65,10 @@ class FaultyOS:
     def __init__(self, at=None, when="before", error=None):
         self.at, self.when, self.error, self.log = at, when, error, []
 
+    def take_the_place_of_os(self, monkeypatch):
+        for module in (storage, files):
+            monkeypatch.setattr(module, "os", self)
+
     def __getattr__(self, name):
         real = getattr(os, name)
         if name not in self.CALLS:
@@ -92,7 +93,7 @@ class FaultyOS:
 def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monkeypatch, error):
     counting = FaultyOS()
     storage.write(path, state(0))
-    monkeypatch.setattr(storage, "os", counting)
+    counting.take_the_place_of_os(monkeypatch)
     storage.write(path, state(1))
     names = [name for name, *_ in counting.log]
     assert set(names) == set(FaultyOS.CALLS)
@@ -100,16 +101,16 @@ def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monke
     faults = 0
     for at in range(1, len(names) + 1):
         for when in ("before", "after"):
-            monkeypatch.setattr(storage, "os", os)
+            monkeypatch.undo()
             for file in path.parent.iterdir():
                 file.unlink()
             storage.write(path, state(1))
             storage.write(path, state(2))
-            monkeypatch.setattr(storage, "os", FaultyOS(at, when, error))
+            FaultyOS(at, when, error).take_the_place_of_os(monkeypatch)
             with pytest.raises(type(error)):
                 storage.write(path, state(3))
             faults += 1
-            monkeypatch.setattr(storage, "os", os)
+            monkeypatch.undo()
             read, complaints = storage.newest(path)
             complete = at > published or (at == published and when == "after")
             assert read["n"] == (3 if complete else 2), (at, when, names[at - 1])
@@ -124,7 +125,7 @@ def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monke
 
 def test_a_failure_names_the_file_and_its_reason(path, monkeypatch):
     storage.write(path, state(1))
-    monkeypatch.setattr(storage, "os", FaultyOS(3, "before", OSError(errno.ENOSPC, "No space left on device")))
+    FaultyOS(3, "before", OSError(errno.ENOSPC, "No space left on device")).take_the_place_of_os(monkeypatch)
     with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint.pt'") as failure:
         storage.write(path, state(2))
     assert failure.value.errno == errno.ENOSPC
@@ -132,7 +133,7 @@ def test_a_failure_names_the_file_and_its_reason(path, monkeypatch):
 
 def test_the_bytes_are_on_the_disk_before_they_get_their_name(path, monkeypatch):
     log = FaultyOS()
-    monkeypatch.setattr(storage, "os", log)
+    log.take_the_place_of_os(monkeypatch)
     storage.write(path, state(1))
     names = [name for name, *_ in log.log]
     assert "write" not in names[names.index("fsync") :]
@@ -208,48 +209,6 @@ def test_code_in_a_file_does_not_run(path, tmp_path):
     assert marker.exists()
 
 
-def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    storage.write_whole(path, "one")
-    monkeypatch.setattr(storage, "os", FaultyOS(1, "before", OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full"):
-        storage.write_whole(path, "two")
-    assert path.read_text() == "one"
-    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
-
-
-# -- the lock ----------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_locked_once(tmp_path):
-    one, other = storage.Lock(tmp_path / "new"), storage.Lock(tmp_path / "new")
-    assert one.acquire()
-    assert not other.acquire()
-    one.release()
-    assert other.acquire()
-    assert not one.acquire()
-    other.release()
-
-
-def test_a_lock_dies_with_its_process(tmp_path):
-    code = (
-        "import sys, time, pathlib; from training.storage import Lock; "
-        "print(Lock(pathlib.Path(sys.argv[1])).acquire() or 'no', flush=True); time.sleep(100)"
-    )
-    # the Lock object is gone at once, the lock is not
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "True\n"
-        assert not storage.Lock(tmp_path).acquire()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    lock = storage.Lock(tmp_path)
-    assert lock.acquire()
-    lock.release()
-
-
 # -- in the background -------------------------------------------------------------------------------
 
 
@@ -295,11 +254,11 @@ def test_the_writer_tells_of_a_failure_once(path, monkeypatch):
     writer = storage.Writer(path)
     writer.submit(state(1))
     writer.wait()
-    monkeypatch.setattr(storage, "os", FaultyOS(2, "before", OSError(errno.ENOSPC, "full")))
+    FaultyOS(2, "before", OSError(errno.ENOSPC, "full")).take_the_place_of_os(monkeypatch)
     writer.submit(state(2))
     with pytest.raises(OSError, match="full"):
         writer.submit(state(3))
-    monkeypatch.setattr(storage, "os", os)
+    monkeypatch.undo()
     writer.wait()
     assert storage.newest(path)[0]["n"] == 1
     writer.submit(state(4))
@@ -309,7 +268,7 @@ def test_the_writer_tells_of_a_failure_once(path, monkeypatch):
 
 def test_the_files_that_a_state_counts_on_are_on_the_disk_before_it(path, tmp_path, monkeypatch):
     log = FaultyOS()
-    monkeypatch.setattr(storage, "os", log)
+    log.take_the_place_of_os(monkeypatch)
     results = tmp_path / "results.jsonl"
     results.write_text("{}\n")
     writer = storage.Writer(path)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from rewiring import RewiringOptimizer
 from training import record, storage
+from training.locks import Lock
 from training.measure import prunable
 from training.options import OPTION_NAMES, Refusal, arguments
 
@@ -99,22 +100,30 @@ class Store:
     def __init__(self, options: Namespace):
         self.options, self.folder = options, folder_of(options)
         self.path = path_of(self.folder)
-        self.lock = storage.Lock(self.folder)
+        self.lock = Lock(self.folder)
         self.writer = storage.Writer(self.path)
 
     def __enter__(self) -> "Store":
         if not self.options.test:
-            if not self.lock.acquire():
-                raise Refusal(
-                    f"argument --dump-dir: another process is training in {self.folder}; wait for it, or use another"
-                )
-            storage.temporary_of(self.path).unlink(missing_ok=True)  # of a process that was killed
+            self._acquire()
         try:
+            if not self.options.test:
+                storage.temporary_of(self.path).unlink(missing_ok=True)  # of a process that was killed
             self.saved = self._load()
         except BaseException:
             self.lock.release()
             raise
         return self
+
+    def _acquire(self) -> None:
+        try:
+            acquired = self.lock.acquire()
+        except OSError as error:
+            raise Refusal(f"argument --dump-dir: cannot write to {self.folder}: {error.strerror}") from None
+        if not acquired:
+            raise Refusal(
+                f"argument --dump-dir: another process is training in {self.folder}; wait for it, or use another"
+            )
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         try:
@@ -142,13 +151,14 @@ class Store:
             )
         return saved
 
-    def save(self, state: dict[str, Any], files: Iterable[Path]) -> None:
-        """Has a state written in the background, after the log ``files`` that it counts on.
+    def save(self, state: dict[str, Any], logs: Iterable[Path]) -> None:
+        """Has a state written in the background, after the ``logs`` that it counts on.
 
         Raises:
-            OSError: the state before could not be written.
+            OSError: the state before could not be written, or the folder is no longer this run's.
         """
-        self.writer.submit(state, files)
+        self.lock.check()
+        self.writer.submit(state, logs)
 
     def wait(self) -> None:
         """Waits until the last state is on the disk; raises OSError if it could not be written."""

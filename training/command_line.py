@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from training import files
 from training.defaults import torch_defaults
 from training.divergence import DivergedError
 from training.interrupt import Interrupted
@@ -49,6 +50,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except Refusal as refusal:
             return _fail(str(refusal), 2)
         except DivergedError as error:
+            return _fail(str(error), 1)
+        except FileNotFoundError as error:  # what was saved before may be what was not found
             return _fail(str(error), 1)
         except OSError as error:
             return _fail(f"{error}; what was saved before is as it was", 1)
@@ -280,11 +283,20 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
-def folder_path(text: str) -> Path:
-    """The type of an option that takes a folder, which need not exist."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must be the path of a folder, not an empty text")
-    return Path(text).expanduser()
+def _path_to(what: str) -> Callable[[str], Path]:
+    def parse(text: str) -> Path:
+        if not text.strip() or "\0" in text:
+            raise argparse.ArgumentTypeError(f"must be the path of a {what}, not {shown(text)}")
+        try:
+            return files.expanded(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+folder_path = _path_to("folder")  # the type of an option that takes a folder, which need not exist
+file_path = _path_to("file")  # the type of an option that takes a file, which need not exist
 
 
 def check_writable(option: str, folder: Path) -> None:
@@ -300,3 +312,26 @@ def check_writable(option: str, folder: Path) -> None:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise Refusal(f"argument {option}: cannot write to {folder}: {reason}") from None
+
+
+def check_output(option: str, path: Path, parents: bool = False) -> None:
+    """Raises Refusal unless the file that an option names can be written; for what is computed long before."""
+    try:
+        files.check_replacing(path, parents)
+    except OSError as error:
+        raise Refusal(f"argument {option}: cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path]:
+    """:func:`training.files.replacing` for the file that an option names.
+
+    Raises:
+        Refusal: it cannot be written; nothing was computed for it yet.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(files.replacing(path, parents=parents))
+        except OSError as error:
+            raise Refusal(f"argument {option}: cannot write {path}: {error.strerror}") from None
+        yield temporary

@@ -1,8 +1,14 @@
 """Signals: what asks a run to stop or to save is heeded between two steps, never inside one."""
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
+
+
+def known(names: Iterable[str]) -> list[signal.Signals]:
+    """Those of some signals that the system has: Windows has no SIGUSR1."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class Interrupted(Exception):
@@ -21,7 +27,7 @@ class Signals:
     """Collects signals while it is open (a context manager); the run asks for them where it can act.
 
     SIGTERM and SIGINT ask it to stop (a second SIGINT stops at once, by KeyboardInterrupt), SIGUSR1, the
-    usual warning of batch systems, to save and go on.
+    usual warning of batch systems, to save and go on. A signal that the system does not have is left out.
 
     Attributes:
         stop: the number of the signal that asks to stop, or None.
@@ -33,8 +39,9 @@ class Signals:
         self.save = False
 
     def __enter__(self) -> "Signals":
-        handlers = {signal.SIGTERM: self._on_stop, signal.SIGINT: self._on_stop, signal.SIGUSR1: self._on_save}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers = {"SIGTERM": self._on_stop, "SIGINT": self._on_stop, "SIGUSR1": self._on_save}
+        numbers = known(handlers)
+        self._before = {number: signal.signal(number, handlers[number.name]) for number in numbers}
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -1,10 +1,10 @@
-"""Files that survive: complete or not there, verified when they are read, one writing process per folder.
+"""States that survive: complete or not there, verified when they are read, written in the background.
 
 A stored file is a torch.save archive with a footer of fixed length behind it: the format, the number of
 bytes before the footer, and their SHA-256. ``torch.load`` reads such a file as if the footer were not there.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import os
 import re
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import checks
+from training import checks, files
 
 FOOTER = re.compile(rb"\ngradrewire 2 bytes (\d{20}) sha256 ([0-9a-f]{64})\n")
 FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
@@ -54,15 +54,6 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a loss of power, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write(path: Path, state: Any) -> None:
     """Stores ``state`` in ``path`` and keeps what was there in :func:`previous_of`.
 
@@ -74,21 +65,22 @@ def write(path: Path, state: Any) -> None:
     """
     temporary = temporary_of(path)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | files.BINARY, 0o666)
         try:
             file = _HashingFile(descriptor)
             torch.save(state, file)
             footer = f"\ngradrewire 2 bytes {file.bytes:020d} sha256 {file.digest.hexdigest()}\n"
             file.write(footer.encode())
-            os.fsync(descriptor)
+            files.sync(descriptor, path)
         finally:
             os.close(descriptor)
         if path.exists():
-            os.replace(path, previous_of(path))
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+            files.replace(path, previous_of(path))
+        files.replace(temporary, path)
+        files.sync_folder(path.parent)
     except Exception as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         cause = _system_error(error)
         if cause is None:
             raise
@@ -164,42 +156,6 @@ def newest(path: Path) -> tuple[Any, list[str]]:
     return None, []
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a small file, a text in UTF-8, complete or not at all."""
-    temporary = temporary_of(path)
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-class Lock:
-    """Keeps a folder to one process, from :meth:`acquire` to :meth:`release` or the process's end, however it ends."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "lock"
-        self.descriptor: int | None = None
-
-    def acquire(self) -> bool:
-        """Takes the lock; False if another process, or another Lock of this one, has it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        self.descriptor = descriptor
-        return True
-
-    def release(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-
 def _copy(value: Any, into: Any) -> Any:
     """Copies a state of nested containers to the CPU; tensors into those of ``into`` where they fit."""
     if isinstance(value, Tensor):
@@ -229,8 +185,8 @@ class Writer:
         self._error: BaseException | None = None
         self._copied: Any = None
 
-    def submit(self, state: Any, files: Iterable[Path] = ()) -> None:
-        """Copies ``state`` and has it written, after ``files``, which it counts on, are on the disk.
+    def submit(self, state: Any, logs: Iterable[Path] = ()) -> None:
+        """Copies ``state`` and has it written, after the ``logs`` that it counts on are on the disk.
 
         Raises:
             OSError: the state before could not be written.
@@ -241,18 +197,14 @@ class Writer:
             torch.cuda.synchronize()  # copies to pinned memory do not wait
         # a daemon: a process that is told to stop at once does not wait for it
         self._thread = threading.Thread(
-            target=self._write, args=(self._copied, list(files)), name="checkpoint writer", daemon=True
+            target=self._write, args=(self._copied, list(logs)), name="checkpoint writer", daemon=True
         )
         self._thread.start()
 
-    def _write(self, state: Any, files: list[Path]) -> None:
+    def _write(self, state: Any, logs: list[Path]) -> None:
         try:
-            for path in files:
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            for path in logs:
+                files.sync_file(path)
             write(self.path, state)
         except BaseException as error:
             self._error = error

@@ -1,0 +1,186 @@
+"""Files on any file system: whole or not there, on the disk where that can be had, and named when something fails.
+
+Not every file system and system can do all that is asked of it here. What only makes a file safer is then left out,
+with one line that says so; what a file needs raises an OSError that names it.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+WINDOWS = os.name == "nt"
+# What file systems answer to a request that they do not know, or that they do not grant.
+UNSUPPORTED = {
+    getattr(errno, name)
+    for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EPERM", "EACCES", "EBADF", "EISDIR", "ENOTTY", "EROFS")
+}
+BINARY = getattr(os, "O_BINARY", 0)  # for os.open: Windows would turn every \n into \r\n
+PATIENCE = 2.0  # seconds that a file on Windows may be open in another process
+
+_told: set[str] = set()
+
+
+def warn_once(what: str, message: str) -> None:
+    """Prints a warning, the first of its kind in this process."""
+    if what not in _told:
+        _told.add(what)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raises an OSError of its body as one that names the file, with the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with the home folder in the place of a leading ``~`` or ``~user``.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} begins with the home folder of somebody who has none here") from None
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Has an open file or folder survive a loss of power, where its file system can do that; else warns once."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        _unsynced(path, error)
+
+
+def sync_file(path: Path) -> None:
+    """:func:`sync` of a closed file."""
+    descriptor = os.open(path, os.O_RDWR | BINARY)  # Windows syncs only what can be written
+    try:
+        sync(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a loss of power, where the file system can; else warns once."""
+    if WINDOWS:
+        return  # folders cannot be opened there
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        _unsynced(folder, error)
+        return
+    try:
+        sync(descriptor, folder)
+    finally:
+        os.close(descriptor)
+
+
+def _unsynced(path: Path, error: OSError) -> None:
+    if error.errno not in UNSUPPORTED:
+        raise error
+    warn_once(
+        "sync",
+        f"{path} cannot be synced ({os.strerror(error.errno)}): files there are written whole, but a loss of power "
+        "may take the newest; a folder on a local disk keeps them",
+    )
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace; on Windows it waits a while for another process that has the target open."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+class _Replacement:
+    """A file to be replaced, and the temporary file beside it, made here, from which it gets its content."""
+
+    def __init__(self, path: Path, temporary: str | None = None, parents: bool = False):
+        with naming(path):
+            self.target = Path(os.path.realpath(path))
+            try:
+                self.mode = os.stat(path).st_mode
+            except FileNotFoundError:
+                self.mode = None
+                if parents:
+                    self.target.parent.mkdir(parents=True, exist_ok=True)
+            if self.mode is not None and stat.S_ISDIR(self.mode):
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            self.special = self.mode is not None and not stat.S_ISREG(self.mode)
+            folder = Path(tempfile.gettempdir()) if self.special else self.target.parent
+            # not after the target's name: that may be as long as a name can be
+            self.temporary = folder / (temporary or f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
+            self.temporary.touch(0o600 if self.special else 0o666)
+
+    def finish(self) -> None:
+        if self.special:
+            with open(self.temporary, "rb") as source, open(self.target, "wb") as out:
+                shutil.copyfileobj(source, out)
+            return
+        if self.mode is not None:
+            with contextlib.suppress(OSError):  # not all file systems have permissions
+                os.chmod(self.temporary, stat.S_IMODE(self.mode))
+        sync_file(self.temporary)
+        replace(self.temporary, self.target)
+
+    def clean_up(self) -> None:
+        with contextlib.suppress(OSError):  # of two failures, the first one tells more
+            self.temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, temporary: str | None = None, parents: bool = False) -> Iterator[Path]:
+    """A temporary file, empty at first, whose content becomes that of ``path`` at the end, all of it or nothing.
+
+    A link stays a link: the file that it leads to is replaced. What is no regular file (a pipe, a device such as
+    /dev/null) stays what it is, and the content is written to it.
+
+    Args:
+        path: the file to write.
+        temporary: name of the temporary file, for a file that no two processes write at a time; else a unique one.
+        parents: make the folders above it that are missing.
+
+    Raises:
+        OSError: it cannot be written, known at the beginning as far as it can be; it names ``path``.
+    """
+    replacement = _Replacement(path, temporary, parents)
+    try:
+        yield replacement.temporary
+        with naming(path):
+            replacement.finish()
+    finally:
+        replacement.clean_up()
+
+
+def check_replacing(path: Path, parents: bool = False) -> None:
+    """Raises the OSError that :func:`replacing` would begin with; it names ``path``."""
+    _Replacement(path, parents=parents).clean_up()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a small file, a text in UTF-8, complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; it names ``path``, which is as it was.
+    """
+    with replacing(path, temporary=f"{path.name[:100]}.tmp") as temporary, naming(path):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
