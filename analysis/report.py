@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         for problem in run.problems:
             print(f"report.py: warning: {printable(problem)}", file=sys.stderr)
     noun = "run" if len(runs) == 1 else "runs"
-    print(f"\nReport of {len(runs)} {noun}: {output} ({len(text) / 1e6:.1f} MB)")
+    print(f"\nReport of {len(runs)} {noun}: {options.output} ({len(text) / 1e6:.1f} MB)")
     if options.details < len(runs):
         print(f"{options.details} of them have pictures of their own; --details {len(runs)} draws those of all.")
     return 0

@@ -222,11 +222,11 @@ def test_a_checkpoint_with_another_schedule_is_refused(run, tmp_path):
     run(*argv)
     state = load(tmp_path)
     for schedule, message in (
-        ({}, "does not fit: it has a schedule of"),
+        ({}, "does not fit: a schedule of"),
         ({"penalty": 0.123}, "GradRewiring's alpha is"),
     ):
         store(tmp_path, {**state, "schedule": schedule})
-        result = run(*argv, "-test")
+        result = run(*argv)
         assert result.status == 2
         assert message in result.err
 

@@ -125,7 +125,7 @@ def test_a_benchmark_refuses_a_file_that_it_cannot_write_before_it_measures(main
     assert main(["--json", str(tmp_path / "file" / "results.json")]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"package: error: argument --json: cannot write to {tmp_path / 'file'}: ")
+    assert err.startswith(f"package: error: argument --json: cannot write {tmp_path / 'file' / 'results.json'}: ")
 
 
 def test_importing_the_scripts_does_nothing():

@@ -4,47 +4,22 @@ A checkpoint is one dictionary of state_dicts, counters, random-number states an
 epoch's end, or of a place inside an epoch: then it holds the state from which the epoch's order was drawn.
 """
 
+import contextlib
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rewiring import RewiringOptimizer
-from training import record, storage
+from training import fit, record, storage
 from training.locks import Lock
-from training.measure import prunable
-from training.options import OPTION_NAMES, Refusal, arguments
+from training.options import OPTION_NAMES, RECORDING_OPTIONS, Refusal, arguments
 
 FORMAT = 2
 
-# What a checkpoint holds, with the type of each; dictionaries and lists are looked into by check_fit.
-CONTENT = {
-    "format": int,
-    "arguments": dict,
-    "versions": dict,
-    "data": str,  # the data set's fingerprint
-    "epoch": int,  # finished epochs
-    "step": int,  # updates in all
-    "position": int,  # batches done of the epoch begun
-    "best_accuracy": float,
-    "epoch_loss": float,  # sums over the batches done of the epoch begun
-    "epoch_right": int,
-    "seconds": dict,  # spent in the epoch begun, by what they were spent on
-    "masks": dict,  # the connections at the end of the epoch before, a bit each
-    "network": dict,
-    "optimizers": list,
-    "random": dict,
-    "schedule": dict,  # training.schedule's
-    "files": dict,  # the lengths of the log files
-}
-EXECUTION = ("foreach", "fused", "capturable", "differentiable")
-# Options that older checkpoints lack, with the value that their runs had; optimizers have settings of the same names.
+# Options that older checkpoints lack, with the value that their runs had.
 LATER_OPTIONS = {"plain_gradient": False, "recipe": "paper", "connectivity": None}
 LATER_CONTENT = {"schedule": {}}  # what older checkpoints lack, as they would have had it
 
@@ -75,15 +50,22 @@ def load(folder: Path) -> dict[str, Any] | None:
         print(f"{complaint}; going back to the checkpoint before it.", flush=True)
     if state is None:
         return None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise Refusal(f"{path_of(folder)} is of format {found}, not {FORMAT}: it was written by another version")
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if type(found) is not int or found != FORMAT:
+        raise Refusal(f"{path_of(folder)} is of format {found!r:.40}, not {FORMAT}: it was written by another version")
     state = {**LATER_CONTENT, **state}
-    _check_keys(path_of(folder), "checkpoint", state, CONTENT)
-    for key, kind in CONTENT.items():
-        if type(state[key]) is not kind:
-            raise Refusal(f"{path_of(folder)} does not fit: {key} is {type(state[key]).__name__}, not {kind.__name__}")
+    with fitting(path_of(folder)):
+        fit.check_content(state)
     return state
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Makes a Refusal of what :mod:`training.fit` finds in the checkpoint ``path``."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(f"{path} does not fit: {error}") from None
 
 
 class Store:
@@ -166,94 +148,19 @@ class Store:
 
 
 def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) -> None:
+    """Refuses a checkpoint of another run: every option that names one has to be the same.
+
+    -N is none of them: a run may be prolonged. What changes only what is recorded may change from one start to the
+    next. With -test, all that the test depends on is the network and its T; the others still say whose network it is.
+    """
     present = arguments(options)
-    for key in sorted(present.keys() | saved.keys()):
+    for key in sorted((present.keys() | saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
         was, now = (side.get(key, LATER_OPTIONS.get(key, "absent")) for side in (saved, present))
-        if was != now and key != "epoch":  # -N may change: a run can be prolonged
+        if type(was) is not type(now) or was != now:
             raise Refusal(
                 f"argument {OPTION_NAMES.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
                 "use the same, or another --dump-dir"
             )
-
-
-# -- does it fit ------------------------------------------------------------------------------------
-
-
-def _check_keys(path: Path, where: str, saved: Iterable, present: Iterable) -> None:
-    differences = {"unknown": set(saved) - set(present), "missing": set(present) - set(saved)}
-    named = [f"{what} {', '.join(sorted(map(str, keys)))}" for what, keys in differences.items() if keys]
-    if named:
-        raise Refusal(f"{path} does not fit: {where} has {' and '.join(named)}")
-
-
-def _check_tensor(path: Path, where: str, saved: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not isinstance(saved, Tensor):
-        raise Refusal(f"{path} does not fit: {where} is not a tensor")
-    if saved.shape != shape or saved.dtype != dtype:
-        was, now = f"{tuple(saved.shape)} {saved.dtype}", f"{tuple(shape)} {dtype}"
-        raise Refusal(f"{path} does not fit: {where} is {was}, not {now}".replace("torch.", ""))
-
-
-def check_fit(path: Path, saved: dict[str, Any], network: nn.Module, optimizers: list[Optimizer], batches: int) -> None:
-    """Checks keys, shapes, dtypes, settings and counters of a checkpoint before any of it is applied.
-
-    Args:
-        path: the checkpoint's, for the message.
-        saved: what :func:`load` gave.
-        network: of this run.
-        optimizers: of this run, in its order.
-        batches: how many an epoch has.
-
-    Raises:
-        Refusal: something does not fit; the message names it.
-    """
-    present = network.state_dict()
-    _check_keys(path, "the network", saved["network"], present)
-    for name, tensor in present.items():
-        _check_tensor(path, name, saved["network"][name], tensor.shape, tensor.dtype)
-    if len(saved["optimizers"]) != len(optimizers):
-        raise Refusal(f"{path} does not fit: it has {len(saved['optimizers'])} optimizers, not {len(optimizers)}")
-    for state, optimizer in zip(saved["optimizers"], optimizers, strict=True):
-        _check_optimizer(path, state, optimizer, stepped=saved["step"] > 0)
-    for name, accepted in (("epoch", range(2**62)), ("step", range(2**62)), ("position", range(batches + 1))):
-        if saved[name] not in accepted:
-            raise Refusal(f"{path} does not fit: {name} is {saved[name]}")
-    if saved["step"] != saved["epoch"] * batches + saved["position"]:
-        raise Refusal(f"{path} does not fit: {saved['step']} steps after {saved['epoch']} epochs of {batches}")
-    weights = prunable(network)
-    _check_keys(path, "masks", saved["masks"], weights)
-    for name, weight in weights.items():
-        _check_tensor(path, f"the mask of {name}", saved["masks"][name], ((weight.numel() + 7) // 8,), torch.uint8)
-    _check_keys(path, "random", set(saved["random"]) - {"cuda"}, {"python", "numpy", "torch", "data"})
-    for name in saved["random"].keys() - {"python", "numpy"}:
-        if not isinstance(saved["random"][name], Tensor) or saved["random"][name].dtype != torch.uint8:
-            raise Refusal(f"{path} does not fit: the state of the random numbers {name} is not a tensor of bytes")
-
-
-def _check_optimizer(path: Path, saved: dict[str, Any], optimizer: Optimizer, stepped: bool) -> None:
-    kind, present = type(optimizer).__name__, optimizer.state_dict()
-    _check_keys(path, kind, saved, present)
-    if len(saved["param_groups"]) != len(present["param_groups"]):
-        raise Refusal(f"{path} does not fit: {kind} has {len(saved['param_groups'])} parameter groups")
-    parameters = []
-    for old, new, group in zip(saved["param_groups"], present["param_groups"], optimizer.param_groups, strict=True):
-        old = {**{key: value for key, value in LATER_OPTIONS.items() if key in new}, **old}
-        _check_keys(path, kind, old, new)
-        for key in new.keys() - set(EXECUTION):
-            if old[key] != new[key]:
-                raise Refusal(f"{path} does not fit: {kind}'s {key} is {old[key]}, not {new[key]}")
-        parameters += [(parameter, group) for parameter in group["params"]]
-    _check_keys(path, f"{kind}'s state", saved["state"], range(len(parameters)) if stepped else ())
-    for index, state in saved["state"].items():
-        parameter, group = parameters[index]
-        names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
-        if isinstance(optimizer, RewiringOptimizer):
-            names |= optimizer.own_state(group)
-        _check_keys(path, f"{kind}'s state {index}", state, names)
-        for name, tensor in state.items():
-            shape = () if name == "step" else parameter.shape
-            dtype = {"step": torch.float32, "sign": torch.int8}.get(name, parameter.dtype)
-            _check_tensor(path, f"{kind}'s {name} {index}", tensor, shape, dtype)
 
 
 # -- putting it back --------------------------------------------------------------------------------
@@ -262,7 +169,7 @@ def _check_optimizer(path: Path, saved: dict[str, Any], optimizer: Optimizer, st
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Loads an optimizer's state, but for the settings that say how it is executed: those stay this machine's."""
     groups = [
-        {**saved, **{key: present[key] for key in EXECUTION if key in present}}
+        {**saved, **{key: present[key] for key in fit.EXECUTION if key in present}}
         for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
@@ -271,14 +178,3 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """The versions that a run's results depend on."""
     return {name: version(name) for name in ("torch", "spikingjelly")}
-
-
-def pack(mask: Tensor) -> Tensor:
-    """A bool tensor as bits, uint8 [(n + 7) // 8], on the CPU."""
-    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
-
-
-def unpack(bits: Tensor, like: Tensor) -> Tensor:
-    """The bool tensor of the shape and on the device of ``like`` that was packed."""
-    mask = np.unpackbits(bits.numpy(), count=like.numel()).astype(bool)
-    return torch.from_numpy(mask).view(like.shape).to(like.device)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from spiking import SpikingNetwork
-from training import checkpoint, console, evaluation, measure, randomness, record, schedule
+from training import checkpoint, console, evaluation, fit, measure, randomness, record, schedule
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.divergence import DivergedError
 from training.interrupt import Interrupted, Signals, StopRequested
@@ -103,7 +103,7 @@ class Run:
             "epoch_loss": float(self.loss),
             "epoch_right": int(self.right),
             "seconds": self.seconds,
-            "masks": {name: checkpoint.pack(mask) for name, mask in self.masks.items()},
+            "masks": {name: measure.pack(mask) for name, mask in self.masks.items()},
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": randomness.states(self.options.device, self.order_state),
@@ -112,28 +112,33 @@ class Run:
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        path = self.store.path
-        if saved["data"] != self.fingerprint and not self.options.test:
-            raise Refusal(
-                f"argument --dataset-dir: the run was made with other data ({saved['data']}), not {self.fingerprint}"
-            )
-        try:
-            self.schedule.restore(saved["step"], saved["schedule"])
-        except ValueError as error:
-            raise Refusal(f"{path} does not fit: it has {error}") from None
-        checkpoint.check_fit(path, saved, self.network, self.optimizers, len(self.training))
-        randomness.set_states(path, saved["random"], self.options.device, self.generator)
+        """Takes the state of a checkpoint; for a test, all that it needs of it."""
+        with checkpoint.fitting(self.store.path):
+            fit.check_network(saved, self.network)
+            if not self.options.test:
+                self._check_data(saved["data"])
+                self.schedule.restore(saved["step"], saved["schedule"])
+                fit.check_training(saved, self.network, self.optimizers)
+                randomness.set_states(saved["random"], self.options.device, self.generator)
         self.network.load_state_dict(saved["network"])
+        self.epoch, self.step, self.best_accuracy = saved["epoch"], saved["step"], saved["best_accuracy"]
+        if self.options.test:
+            return
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             checkpoint.load_optimizer(optimizer, state)
-        self.epoch, self.step, self.best_accuracy = saved["epoch"], saved["step"], saved["best_accuracy"]
-        self.masks = {name: checkpoint.unpack(saved["masks"][name], weight) for name, weight in self.weights.items()}
+        self.masks = {name: measure.unpack(saved["masks"][name], weight) for name, weight in self.weights.items()}
         self.lengths = saved["files"]
         self._begin_epoch()
         self.position, self.first_step = saved["position"], self.step
         self.loss += saved["epoch_loss"]
         self.right += saved["epoch_right"]
         self.seconds = saved["seconds"]
+
+    def _check_data(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise Refusal(
+                f"argument --dataset-dir: the run was made with other data ({fingerprint}), not {self.fingerprint}"
+            )
 
     def _save(self) -> None:
         """Has the state written; training goes on meanwhile. What is not finite is not saved."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
@@ -29,6 +30,17 @@ def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
 def connected(weight: Tensor) -> Tensor:
     """Which connections are connected: bool, of the weight's shape. The one definition: w != 0."""
     return weight.detach() != 0
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as bits, uint8 [(n + 7) // 8], on the CPU."""
+    return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
+
+
+def unpack(bits: Tensor, like: Tensor) -> Tensor:
+    """The bool tensor of the shape and on the device of ``like`` that was packed."""
+    mask = np.unpackbits(bits.numpy(), count=like.numel()).astype(bool)
+    return torch.from_numpy(mask).view(like.shape).to(like.device)
 
 
 @dataclass(frozen=True)

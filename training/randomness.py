@@ -1,14 +1,14 @@
 """Random numbers: every generator of a run, seeded at its start, and kept by its checkpoints."""
 
 import random
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.options import Refusal
+from training import checks
 
 
 def seed(number: int) -> None:
@@ -32,18 +32,68 @@ def states(device: torch.device, data: Tensor) -> dict[str, Any]:
     return kept
 
 
-def set_states(path: Path, kept: dict[str, Any], device: torch.device, data: torch.Generator) -> None:
+def check_states(kept: dict[str, Any]) -> None:
+    """Raises ValueError unless these are states that :func:`states` may have given.
+
+    Each must be one that its generator takes and gives back as it was. A Mersenne Twister of zeros is none: it draws
+    the same number for ever.
+    """
+    checks.keys("random", kept.keys() - {"cuda"}, ("python", "numpy", "torch", "data"))
+    python, numpy = kept["python"], kept["numpy"]
+    if _types(python) not in ([int, tuple, float], [int, tuple, type(None)]) or python[0] != 3:
+        raise ValueError("random numbers python are not a state of its version 3")
+    _check_twister("python", python[1][:-1], python[1][-1] if python[1] else None, python[2])
+    if _types(numpy) != [str, list, int, int, float] or numpy[0] != "MT19937" or numpy[3] not in (0, 1):
+        raise ValueError("random numbers numpy are not a state of MT19937")
+    _check_twister("numpy", numpy[1], numpy[2], numpy[4])
+    generator = torch.Generator()
+    for name in ("torch", "data"):
+        state = checks.tensor(f"random numbers {name}", kept[name], generator.get_state().shape, torch.uint8)
+        try:
+            generator.set_state(state)
+        except RuntimeError as error:
+            raise ValueError(f"random numbers {name} are not accepted: {str(error).splitlines()[0]}") from None
+        if not torch.equal(generator.get_state(), state) or len(torch.rand(8, generator=generator).unique()) == 1:
+            raise ValueError(f"random numbers {name} are not the state of a generator")
+    if "cuda" in kept:
+        checks.tensor("random numbers cuda", kept["cuda"], (16,), torch.uint8)  # seed and offset
+
+
+def _types(value: Any) -> list[type] | None:
+    """The types of a tuple's items; None for what is no tuple."""
+    return [*map(type, value)] if type(value) is tuple else None
+
+
+def _check_twister(name: str, words: Sequence[Any], index: Any, normal: Any) -> None:
+    """Checks a Mersenne Twister's 624 words, the index of the next, and a normal number that is left over, or None."""
+    if len(words) != 624:
+        raise ValueError(f"random numbers {name} have {len(words)} words, not 624")
+    for word in words:
+        checks.whole_number(f"a word of random numbers {name}", word, 0, 2**32 - 1)
+    if not any(words):
+        raise ValueError(f"random numbers {name} have words of 0 only")
+    checks.whole_number(f"the index of random numbers {name}", index, 0, 624)
+    if normal is not None:
+        checks.number(f"the normal number of random numbers {name}", normal)
+
+
+def set_states(kept: dict[str, Any], device: torch.device, data: torch.Generator) -> None:
     """Puts the generators back; a run that changed from CPU to GPU keeps the GPU's as it is seeded.
 
+    Args:
+        kept: what :func:`states` gave and :func:`check_states` accepts.
+        device: of the run.
+        data: the generator of the data's order and augmentation.
+
     Raises:
-        Refusal: a state of the checkpoint ``path`` is not one.
+        ValueError: the GPU does not take its state.
     """
-    try:
-        random.setstate(kept["python"])
-        np.random.set_state(kept["numpy"])  # noqa: NPY002
-        torch.set_rng_state(kept["torch"])
-        data.set_state(kept["data"])
-        if device.type == "cuda" and "cuda" in kept:
+    if device.type == "cuda" and "cuda" in kept:
+        try:
             torch.cuda.set_rng_state(kept["cuda"], device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise Refusal(f"{path} does not fit: a state of the random numbers is not accepted: {error}") from None
+        except RuntimeError as error:
+            raise ValueError(f"random numbers cuda are not accepted: {str(error).splitlines()[0]}") from None
+    random.setstate(kept["python"])
+    np.random.set_state(kept["numpy"])  # noqa: NPY002
+    torch.set_rng_state(kept["torch"])
+    data.set_state(kept["data"])

@@ -1,0 +1,220 @@
+"""Does a checkpoint fit: every field of it, by type, range and agreement with the others, before any is applied.
+
+A checkpoint may be of another version, of another run, or have been edited. Each function raises ValueError with one
+line that names the field and what is wrong with it; the caller names the file.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from rewiring import RewiringOptimizer
+from training import checks, randomness, record
+from training.measure import connected, pack, prunable
+
+# What a checkpoint holds, with the type of each.
+CONTENT = {
+    "format": int,
+    "arguments": dict,
+    "versions": dict,
+    "data": str,  # the data set's fingerprint
+    "epoch": int,  # finished epochs
+    "step": int,  # updates in all
+    "position": int,  # batches done of the epoch begun
+    "best_accuracy": float,
+    "epoch_loss": float,  # sums over the batches done of the epoch begun
+    "epoch_right": int,
+    "seconds": dict,  # spent in the epoch begun, by what they were spent on
+    "masks": dict,  # the connections at the end of the epoch before, a bit each
+    "network": dict,
+    "optimizers": list,
+    "random": dict,
+    "schedule": dict,  # training.schedule's
+    "files": dict,  # the lengths of the log files
+}
+FINGERPRINT = re.compile(r"(\d{1,12})\+\d{1,12} images, crc32 [0-9a-f]{8}")
+EXACT = 2**24  # steps that a float32 can count; an optimizer's count stays there
+# Settings of an optimizer that say how it is executed: they are those of the machine.
+EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+# Settings that the optimizers of older checkpoints lack, with the value that they had.
+LATER_SETTINGS = {"plain_gradient": False}
+
+
+# -- what can be told without the run --------------------------------------------------------------------
+
+
+def check_content(saved: dict[str, Any]) -> None:
+    """Checks the types of a checkpoint's fields, their ranges, and that the counters agree."""
+    checks.keys("it", saved, CONTENT)
+    for key, kind in CONTENT.items():
+        if type(saved[key]) is not kind:
+            raise ValueError(f"{key} is {type(saved[key]).__name__}, not {kind.__name__}")
+    for name in ("arguments", "versions", "seconds", "schedule", "files"):
+        for key, value in saved[name].items():
+            checks.text(f"a key of {name}", key)
+            _check_plain(f"{key} of {name}", value)
+    _check_counters(saved)
+    if not {"torch", "spikingjelly"} <= saved["versions"].keys():
+        raise ValueError(f"versions are of {', '.join(saved['versions']) or 'nothing'}, not of torch and spikingjelly")
+    for name, version in saved["versions"].items():
+        checks.text(f"the version of {name}", version)
+    checks.keys("seconds", saved["seconds"], ("train", "test", "checkpoint"))
+    for what, seconds in saved["seconds"].items():
+        checks.number(f"seconds of {what}", seconds, 0)
+    for name, length in saved["files"].items():
+        if not record.is_log(name) or re.search(r"[/\\:]", name):
+            raise ValueError(f"files has {name!r}, which is no name of a log file")
+        checks.whole_number(f"the length of {name}", length)
+
+
+def _check_plain(name: str, value: Any) -> None:
+    if isinstance(value, float):
+        checks.number(name, value)
+    elif isinstance(value, str):
+        checks.text(name, value)
+    elif value is not None and type(value) not in (bool, int):
+        raise ValueError(f"{name} is {type(value).__name__}, not a number, a text or None")
+
+
+def _check_counters(saved: dict[str, Any]) -> None:
+    arguments = saved["arguments"]
+    for name in ("batch_size", "epoch", "T", "interval_test", "interval_train"):
+        checks.whole_number(f"{name} of arguments", arguments.get(name), 1)
+    match = FINGERPRINT.fullmatch(saved["data"])
+    if match is None or int(match[1]) < arguments["batch_size"]:
+        batch = arguments["batch_size"]
+        raise ValueError(f"data is {saved['data'][:60]!r}, not a fingerprint of at least {batch} training images")
+    batches = int(match[1]) // arguments["batch_size"]
+    epoch = checks.whole_number("epoch", saved["epoch"], 0, arguments["epoch"])
+    position = checks.whole_number("position", saved["position"], 0, batches)
+    if saved["step"] != epoch * batches + position:
+        raise ValueError(f"step is {saved['step']} after {epoch} epochs of {batches} and {position} batches")
+    checks.number("best_accuracy", saved["best_accuracy"], 0, 1 if epoch else 0)
+    checks.number("epoch_loss", saved["epoch_loss"], 0, torch.inf if position else 0)
+    checks.whole_number("epoch_right", saved["epoch_right"], 0, position * arguments["batch_size"])
+
+
+# -- what is of this run ---------------------------------------------------------------------------------
+
+
+def check_network(saved: dict[str, Any], network: nn.Module) -> None:
+    """Checks the tensors of a network's state; ``saved`` is the whole checkpoint, its content is checked."""
+    state = saved["network"]
+    checks.tensors("the network", state, network.state_dict())
+    updates = saved["step"] * saved["arguments"]["T"]
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm):
+            _check_range(f"{name}.running_var", state[f"{name}.running_var"], low=0)
+            _check_range(f"{name}.num_batches_tracked", state[f"{name}.num_batches_tracked"], 0, updates)
+
+
+def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Checks what training goes on from: the optimizers, with the settings that they have now, masks, random numbers.
+
+    ``saved`` is the whole checkpoint; its content and its network are checked.
+    """
+    if len(saved["optimizers"]) != len(optimizers):
+        raise ValueError(f"it has {len(saved['optimizers'])} optimizers, not {len(optimizers)}")
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for state, optimizer in zip(saved["optimizers"], optimizers, strict=True):
+        for name, parameter, of_parameter, group in _states(state, optimizer, names, stepped=saved["step"] > 0):
+            _check_moments(name, of_parameter, parameter, group["amsgrad"], saved["step"])
+            if isinstance(optimizer, RewiringOptimizer):
+                _check_connections(name, of_parameter, saved["network"][name], optimizer.own_state(group))
+    weights = prunable(network)
+    masks = {
+        name: torch.empty((weight.numel() + 7) // 8, dtype=torch.uint8, device="meta")
+        for name, weight in weights.items()
+    }
+    checks.tensors("masks", saved["masks"], masks)
+    for name, mask in saved["masks"].items():
+        surplus = 8 * mask.numel() - weights[name].numel()  # bits behind the last connection
+        if surplus and int(mask[-1]) & (2**surplus - 1):
+            raise ValueError(f"the mask of {name} has bits behind its last connection")
+        if saved["position"] == 0 and not torch.equal(mask, pack(connected(saved["network"][name]))):
+            raise ValueError(f"the mask of {name} is not that of its weights at the end of an epoch")
+    randomness.check_states(saved["random"])
+
+
+def _states(
+    saved: Any, optimizer: Optimizer, names: dict[int, str], stepped: bool
+) -> Iterator[tuple[str, Tensor, dict[str, Any], dict[str, Any]]]:
+    """Yields name, parameter, state and group of each parameter, once groups and keys are checked."""
+    kind, present = type(optimizer).__name__, optimizer.state_dict()
+    checks.keys(kind, _dictionary(kind, saved), present)
+    groups = saved["param_groups"]
+    if type(groups) is not list or len(groups) != len(present["param_groups"]):
+        raise ValueError(f"{kind} has not {len(present['param_groups'])} parameter groups")
+    parameters = []
+    for old, new, group in zip(groups, present["param_groups"], optimizer.param_groups, strict=True):
+        _dictionary(f"a parameter group of {kind}", old)
+        old = {**{key: value for key, value in LATER_SETTINGS.items() if key in new}, **old}
+        checks.keys(kind, old, new)
+        for key in new:
+            if key in EXECUTION:
+                if old[key] is not None and type(old[key]) is not bool:
+                    raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not True, False or None")
+            elif _types(old[key]) != _types(new[key]) or old[key] != new[key]:
+                raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not {_shown(new[key])}")
+        parameters += [(parameter, group) for parameter in group["params"]]
+    states = _dictionary(f"{kind}'s state", saved["state"])
+    checks.keys(f"{kind}'s state", states, range(len(parameters)) if stepped else ())
+    for index, state in states.items():
+        parameter, group = parameters[index]
+        name = names[id(parameter)]
+        expected = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+        if isinstance(optimizer, RewiringOptimizer):
+            expected |= optimizer.own_state(group)
+        checks.keys(f"{kind}'s state of {name}", _dictionary(f"{kind}'s state of {name}", state), expected)
+        yield name, parameter, state, group
+
+
+def _check_moments(name: str, state: dict[str, Tensor], parameter: Tensor, amsgrad: bool, steps: int) -> None:
+    """Checks Adam's part of a parameter's state; all of it is of the parameter's shape and type, but the step."""
+    for key, value in state.items():
+        shape = () if key == "step" else parameter.shape
+        dtype = {"step": torch.float32, "sign": torch.int8}.get(key, parameter.dtype)
+        checks.tensor(f"{key} of {name}", value, shape, dtype)
+    if float(state["step"]) != min(steps, EXACT):
+        raise ValueError(f"step of {name} is {float(state['step'])} after {steps} steps")
+    _check_range(f"exp_avg_sq of {name}", state["exp_avg_sq"], low=0)
+    if amsgrad and not bool((state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()):
+        raise ValueError(f"max_exp_avg_sq of {name} is less than exp_avg_sq")
+
+
+def _check_connections(name: str, state: dict[str, Tensor], weight: Tensor, own: set[str]) -> None:
+    """Checks sign and theta against the weight: w = s * max(theta, 0); without theta, w = 0 or of sign s."""
+    sign = state["sign"]
+    _check_range(f"sign of {name}", sign, -1, 1)
+    if "theta" in own:
+        if not torch.equal(weight, state["theta"].clamp(min=0) * sign):
+            raise ValueError(f"theta and sign of {name} are not those of its weights: w = sign * max(theta, 0)")
+    elif not bool(((weight == 0) | (weight.sign() == sign)).all()):
+        raise ValueError(f"sign of {name} is not that of its weights")
+
+
+def _check_range(name: str, values: Tensor, low: float, high: float = torch.inf) -> None:
+    least, most = (end.item() for end in values.aminmax())
+    if least < low or most > high:
+        raise ValueError(f"{name} has values from {least} to {most}, not from {low} to {high}")
+
+
+def _dictionary(name: str, value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {type(value).__name__}, not dict")
+    return value
+
+
+def _types(value: Any) -> Any:
+    """The type of a setting, and of what it holds: 1, 1.0 and True are different settings."""
+    return (type(value), *map(type, value)) if isinstance(value, list | tuple) else type(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, bool | int | float | str | list | tuple | None) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:60]}…"
