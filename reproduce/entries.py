@@ -16,7 +16,8 @@ from typing import Any
 from analysis.runs import LARGEST_RESULTS, nested, number, read_file, shown
 from reproduce import runner
 from reproduce.grid import RECIPES, Row
-from training.options import Refusal, format_number, read
+from training.command_line import Refusal
+from training.options import format_number, read
 
 ROWS, EPOCHS = "rows.csv", "epochs.csv"
 MADE = ("cpu", "device", "versions", "git_commit")  # what rows.csv says of how a row was made

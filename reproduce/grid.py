@@ -9,7 +9,8 @@ from typing import Any
 
 from c10 import c10
 from mnist import mnist
-from training.options import Refusal, read, run_name
+from training.command_line import Refusal
+from training.options import read, run_name
 
 FOLDER = Path(__file__).resolve().parent
 RECIPES = {"mnist": mnist.RECIPE, "c10": c10.RECIPE}

@@ -20,7 +20,7 @@ from report_runs import result, write_checkpoint, write_run, write_runs
 
 from analysis import pictures, report, runs
 from training import storage
-from training.options import Refusal
+from training.command_line import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 

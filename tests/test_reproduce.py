@@ -14,7 +14,8 @@ import pytest
 
 from reproduce import __main__ as reproduce
 from reproduce import entries, figures, grid, outcome, runner, tables
-from training.options import REPOSITORY, Refusal, read
+from training.command_line import Refusal
+from training.options import REPOSITORY, read
 from training.record import processor
 
 TABLE = """

@@ -14,8 +14,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from training import fit, record, storage
+from training.command_line import Refusal
 from training.locks import Lock
-from training.options import OPTION_NAMES, RECORDING_OPTIONS, Refusal, arguments
+from training.options import OPTION_NAMES, RECORDING_OPTIONS, arguments
 
 FORMAT = 2
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from training.command_line import Refusal
 from training.images import read_rgb
-from training.options import Refusal
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),

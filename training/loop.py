@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from spiking import SpikingNetwork
 from training import checkpoint, console, evaluation, fit, measure, randomness, record, schedule
+from training.command_line import Refusal
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.divergence import DivergedError
 from training.interrupt import Interrupted, Signals, StopRequested
-from training.options import Recipe, Refusal, arguments
+from training.options import Recipe, arguments
 from training.step import TrainingStep, autocast, set_precision
 
 
