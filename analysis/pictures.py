@@ -22,7 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, SymmetricalLogLocator
 from torch import Tensor
 
-from analysis.runs import Run, fan_in, fan_out, nested, number
+from analysis.json_files import nested, number, printable
+from analysis.runs import Run, fan_in, fan_out
 from training import measure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; black and yellow replaced for both themes
@@ -108,11 +109,6 @@ PUBLISHED = {  # by experiment and data set
         ),
     ),
 }
-
-
-def printable(text: str) -> str:
-    """The text with what neither XML nor a terminal can show replaced."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def _label(text: str, most: int = 48) -> str:

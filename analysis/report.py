@@ -21,8 +21,9 @@ import jinja2
 import torch
 
 from analysis import pictures
-from analysis.pictures import Picture, printable
-from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, nested, number, short_names, shown, weights_of
+from analysis.json_files import nested, number, printable, shown
+from analysis.pictures import Picture
+from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, short_names, weights_of
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
 from training.record import percent

@@ -5,11 +5,9 @@ A run NAME under a dump folder D has its logs in ``D/logs/NAME`` (``results.json
 named in :attr:`Run.problems`, so that one bad line never hides the other runs.
 """
 
-import json
 import math
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from training import checks, measure, storage
 from training.options import Refusal
 
-LARGEST = 1 << 24  # bytes of a JSON file or a line, many times what any run writes
 LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.jsonl
 MOST_NAMES = 256  # of layers, those of LIF neurons among them
 MOST_PROBLEMS = 20  # named of one file
@@ -107,59 +105,6 @@ class Run:
         return measure.Connections(*(int(sum(column)) for column in zip(*layers, strict=True)))
 
 
-def nested(entry: Any, *keys: str) -> dict[str, Any] | None:
-    """The dictionary that ``keys`` lead to, None where there is none."""
-    for key in keys:
-        entry = entry.get(key) if isinstance(entry, dict) else None
-    return entry if isinstance(entry, dict) else None
-
-
-def number(entry: Any, *keys: str) -> float:
-    """The finite number that ``keys`` lead to, NaN where there is none."""
-    *path, key = keys
-    value = (nested(entry, *path) or {}).get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 2**63:
-        return math.nan
-    return float(value)
-
-
-def shown(value: Any, most: int = 200) -> str:
-    """A text or a number as it is shown, cut to ``most`` characters; empty for anything else."""
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        return ""
-    text = str(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def read_file(path: Path, most: int = LARGEST) -> bytes:
-    """Reads a regular file of at most ``most`` bytes.
-
-    Raises:
-        ValueError: it is none.
-        OSError: it cannot be read.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-        raise ValueError("not a regular file")
-    if status.st_size > most:
-        raise ValueError(f"{status.st_size:,} bytes, more than {most:,}")
-    return path.read_bytes()
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON object from a file; None where there is no file.
-
-    Raises:
-        ValueError: it cannot be read, or holds something else; the text is the reason.
-    """
-    try:
-        return _object(read_file(path))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(_reason(error)) from None
-
-
 def find(paths: Iterable[str | Path]) -> list[Run]:
     """Finds and reads the runs of dump folders and run folders, each once, sorted by name within a dump folder.
 
@@ -222,7 +167,7 @@ def read(name: str, logs: Path, models: Path) -> Run:
     except FileNotFoundError:
         return run
     except (OSError, ValueError) as error:
-        run.problems.append(f"{logs / RESULTS}: {_reason(error)}")
+        run.problems.append(f"{logs / RESULTS}: {reason(error)}")
         return run
     epochs: dict[int, dict[str, Any]] = {}
     recorded: dict[int, bytes] = {}  # the lines with distributions
@@ -235,7 +180,7 @@ def read(name: str, logs: Path, models: Path) -> Run:
         try:
             if len(line) > LARGEST:
                 raise ValueError(f"{len(line):,} bytes, more than {LARGEST:,}")
-            entry = _object(line)
+            entry = parse_object(line)
             epoch = entry.get("epoch")
             if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch < 2**63:
                 raise ValueError("no epoch, a whole number >= 1")
@@ -245,7 +190,7 @@ def read(name: str, logs: Path, models: Path) -> Run:
             if len(more) > MOST_NAMES:
                 raise ValueError(f"more than {MOST_NAMES} names of layers")
         except ValueError as error:
-            problems.append(f"{logs / RESULTS}, line {line_number}: {_reason(error)}; the line is left out")
+            problems.append(f"{logs / RESULTS}, line {line_number}: {reason(error)}; the line is left out")
         else:
             names = more
             epochs[epoch] = _numbers(entry)
@@ -253,7 +198,7 @@ def read(name: str, logs: Path, models: Path) -> Run:
                 recorded[epoch] = line
     run.epochs = [epochs[epoch] for epoch in sorted(epochs)]
     for epoch in evenly(sorted(recorded), RECORDINGS):
-        epochs[epoch]["distributions"] = _object(recorded[epoch])["distributions"]
+        epochs[epoch]["distributions"] = parse_object(recorded[epoch])["distributions"]
     run.problems += problems[:MOST_PROBLEMS]
     if len(problems) > MOST_PROBLEMS:
         run.problems.append(f"{logs / RESULTS}: {len(problems) - MOST_PROBLEMS:,} more lines are left out")
@@ -281,22 +226,6 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i] for i in chosen]
 
 
-def _object(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ValueError("damaged, not JSON") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
     """The checkpoint's epoch and its weights that can be pruned, by name; (0, {}) when there is none.
 
@@ -315,9 +244,7 @@ def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
                 raise ValueError(f"{name} is not of a layer")
         return checks.whole_number("epoch", state["epoch"]), weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
-        run.problems.append(
-            f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({_reason(error)})"
-        )
+        run.problems.append(f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({reason(error)})")
         return 0, {}
 
 

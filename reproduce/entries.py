@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.runs import LARGEST_RESULTS, nested, number, read_file, shown
+from analysis.json_files import nested, number, read_file, shown
+from analysis.runs import LARGEST_RESULTS
 from reproduce import runner
 from reproduce.grid import RECIPES, Row
 from training.command_line import Refusal
@@ -160,7 +161,7 @@ def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[
 
 def _made(record: dict[str, Any]) -> dict[str, str]:
     versions = ", ".join(
-        f"{name} {shown(value)}" for name, value in sorted((nested(record, "run", "versions") or {}).items())
+        f"{shown(name)} {shown(value)}" for name, value in sorted((nested(record, "run", "versions") or {}).items())
     )
     return {key: versions if key == "versions" else shown(record["run"].get(key)) for key in MADE}
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from analysis import runs
+from analysis import json_files, runs
 from reproduce.grid import Row
 from training.console import duration
 from training.interrupt import known
@@ -61,7 +61,7 @@ def damaged(dump: Path, rows: Sequence[Row]) -> list[str]:
 
 def _read_record(dump: Path, row: Row) -> dict[str, Any] | None:
     """The row's record, None where there is none; ValueError for what is no record of this row."""
-    record = runs.read_object(record_of(dump, row))
+    record = json_files.read_object(record_of(dump, row))
     if record is not None:
         _check_record(record, row)
     return record
@@ -72,11 +72,11 @@ def _check_record(record: dict[str, Any], row: Row) -> None:
     if (record.get("row"), record.get("epochs")) != (row.key, row.epochs):
         raise ValueError("it is not of this row")
     for key in ("test_accuracy", "connectivity"):
-        if not 0 <= runs.number(record, "result", key) <= 1:
+        if not 0 <= json_files.number(record, "result", key) <= 1:
             raise ValueError(f"it has no {key} from 0 to 1")
     parts = {"run": ("run",), "layers": ("result", "layers"), "test": ("test",), "operations": ("test", "operations")}
     for name, (*path, key) in parts.items():
-        value = (runs.nested(record, *path) or {}).get(key)
+        value = (json_files.nested(record, *path) or {}).get(key)
         if not isinstance(value, dict) and (value is not None or name == "run"):
             raise ValueError(f"its {name} is not a JSON object")
 
@@ -235,7 +235,7 @@ class Runner:
         """Writes the row's record; ValueError where its run has not left what belongs in one."""
         run = state(self.dump, row)
         try:
-            test = runs.read_object(run.logs / "test.json")
+            test = json_files.read_object(run.logs / "test.json")
         except ValueError as error:
             raise ValueError(f"{run.logs / 'test.json'}: {error}") from None
         if test is not None and test.get("epoch") != row.epochs:  # of a run that was prolonged since

@@ -18,7 +18,7 @@ import pytest
 import torch
 from report_runs import result, write_checkpoint, write_run, write_runs
 
-from analysis import pictures, report, runs
+from analysis import json_files, pictures, report, runs
 from training import storage
 from training.command_line import Refusal
 
@@ -159,7 +159,7 @@ def test_a_damaged_run_json_hides_nothing_else(tmp_path):
 def test_a_file_that_no_run_writes_is_not_read(tmp_path, monkeypatch):
     """Its size, lines, names and kind are looked at before anything is made of it; other files go on."""
     monkeypatch.setattr(runs, "LARGEST_RESULTS", 1 << 20)
-    for name, size in (("run.json", runs.LARGEST + 1), ("results.jsonl", (1 << 20) + 1)):
+    for name, size in (("run.json", json_files.LARGEST + 1), ("results.jsonl", (1 << 20) + 1)):
         logs = write_run(tmp_path / name, "x", [result(1)])
         os.truncate(logs / name, size)
         run = runs.read("x", logs, logs)
@@ -201,7 +201,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
 
 def test_numbers_are_numbers():
     entry = {"a": {"b": 0.5, "c": "0.5", "d": True, "e": None, "f": float("inf"), "g": 10**400, "h": 3}, "i": [1]}
-    assert [runs.number(entry, "a", key) for key in "bh"] == [0.5, 3.0]
+    assert [json_files.number(entry, "a", key) for key in "bh"] == [0.5, 3.0]
     for keys in (
         ("a", "c"),
         ("a", "d"),
@@ -213,8 +213,8 @@ def test_numbers_are_numbers():
         ("z", "z"),
         ("a",),
     ):
-        assert math.isnan(runs.number(entry, *keys)), keys
-    assert math.isnan(runs.number([], "a"))
+        assert math.isnan(json_files.number(entry, *keys)), keys
+    assert math.isnan(json_files.number([], "a"))
 
 
 def test_mode_and_experiment():

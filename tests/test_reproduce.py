@@ -366,6 +366,16 @@ def test_a_row_whose_results_are_damaged_fails_and_the_others_go_on(rows, stub, 
     assert "2 of 3 rows done" in out
 
 
+def test_texts_that_cannot_be_written_do_not_break_an_outcome(tmp_path, rows, stub):
+    path = runner.record_of(stub, rows[0])
+    path.parent.mkdir()
+    made = {"cpu": "\ud800\n", "device": ["no text"], "versions": {"\ud800": "9"}}
+    path.write_text(json.dumps({"row": rows[0].key, "epochs": 1, **RECORD, "run": made}))
+    (tmp_path / "rows.csv").write_text(entries.rows_csv(entries.collect(stub, rows[:1], tmp_path)))
+    (line,) = entries.recorded(tmp_path)
+    assert [line[key] for key in ("cpu", "device", "versions", "git_commit")] == ["��", "", "� 9", ""]
+
+
 def test_a_lost_line_does_not_shift_the_epochs_behind_it(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[3:4])
     path = runner.state(stub, rows[3]).logs / "results.jsonl"

@@ -210,7 +210,7 @@ def load_class_folders(folder: Path) -> Split:
             return read_rgb(path, 32, 32)
         except (OSError, ValueError) as error:
             raise Refusal(
-                f"argument --dataset-dir: {path} cannot be read as a 32x32 image of 8-bit RGB: {_one_line(error)}"
+                f"argument --dataset-dir: {path} cannot be read as an image of 8-bit RGB: {_one_line(error)}"
             ) from None
 
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
