@@ -2,6 +2,7 @@
 
 import errno
 import json
+import operator
 import os
 import shutil
 
@@ -12,7 +13,7 @@ from run_helpers import assert_same_run, load, results, same, scalars, store, th
 from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
-from training import checkpoint, randomness, storage
+from training import checkpoint, loop, randomness, storage
 from training.locks import Lock
 from training.schedule import Fast
 from training.storage import previous_of
@@ -97,6 +98,23 @@ def test_a_run_killed_before_its_first_epochs_end_goes_on(run, tmp_path, monkeyp
     run(*GRAD, "-N", "1", dump=tmp_path / "one")
     die_at(monkeypatch, 2)
     assert run(*GRAD, "-N", "1", dump=tmp_path / "killed").status == 130
+    assert run(*GRAD, "-N", "1", dump=tmp_path / "killed").status == 0
+    assert_same_run(tmp_path / "one", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("what", ["record.Recorder.__init__", "record.write_json", "record.Recorder.describe"])
+def test_a_run_killed_while_its_logs_are_begun_goes_on(run, tmp_path, monkeypatch, what):
+    run(*GRAD, "-N", "1", dump=tmp_path / "one")
+    right = operator.attrgetter(what)(loop)
+
+    def do_and_die(*args, **kwargs):
+        right(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"training.loop.{what}", do_and_die)
+        assert run(*GRAD, "-N", "1", dump=tmp_path / "killed").status == 130
+    assert list(tmp_path.glob("killed/logs/*/*tfevents*"))
     assert run(*GRAD, "-N", "1", dump=tmp_path / "killed").status == 0
     assert_same_run(tmp_path / "one", tmp_path / "killed")
 

@@ -661,19 +661,17 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, capsys, mon
     assert message in line
 
 
-def test_statuses_of_the_real_command(tmp_path):
+def test_statuses(tmp_path, capsys):
     run = write_run(tmp_path, mnist())
+    assert main([str(run), "--format", "csr"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([str(run), "--format", "csr", "-o", "/proc/nothing/file"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
-    def call(*argv):
-        command = [sys.executable, "-m", "analysis.export", *argv]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    result = call(str(run), "--format", "csr")
-    assert (result.returncode, result.stderr) == (0, "")
-    result = call(str(tmp_path), "--format", "csr")
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    result = call(str(run), "--format", "csr", "-o", "/proc/nothing/file")
+def test_the_real_command(tmp_path):
+    command = [sys.executable, "-m", "analysis.export", str(tmp_path), "--format", "csr"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
 

@@ -144,7 +144,7 @@ def drifts(seen, facts):
 def gradient_drifts(seen, facts):
     """The same, of the gradients' norms and of their growth through the layers."""
     logs = {
-        name: 0.5 * np.log(fingerprint(p.grad)[2] / facts[f"grad_fp:{name}"][2])
+        name: np.log(torch.linalg.vector_norm(p.grad).item() / facts[f"grad_fp:{name}"][2] ** 0.5)
         for name, p in seen.network.named_parameters()
     }
     drift = {f"gradient {name}": abs(log) / GRADIENT for name, log in logs.items()}

@@ -182,14 +182,15 @@ class Run:
         print("\n".join(console.first_lines(self.options, self.folder, self.store.folder)), flush=True)
         if self.step:
             print(f"Going on {self._place()}, of {epochs} epochs.")
+        if self.store.saved is None:  # before anything is logged: there are no logs without a checkpoint to go on from
+            self.store.save(self._state(), [])
+            self.store.wait()
         with Signals() as self.signals, record.Recorder(self.folder, self.lengths) as self.recorder:
             about = record.describe(self.options, self.network, checkpoint.versions())
             record.write_json(self.folder / "run.json", about)
             self.saved_at = time.monotonic()
-            if self.store.saved is None:
+            if not self.lengths:
                 self.recorder.describe(about["command"], about["arguments"])
-                self._save()
-                self.store.wait()  # there are no results without a checkpoint to go on from
             try:
                 while self.epoch < epochs:
                     self._train_epoch()
