@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from spikingjelly.activation_based import functional, layer, surrogate
@@ -13,11 +13,10 @@ from torch import Tensor, nn
 import spiking_kernels
 from spiking_kernels.tensors import flaw
 
-STATE = frozenset({"_memories", "v_seq"})  # of a neuron
+STATE = frozenset({"_memories", "_memories_rv"})  # of a neuron, and where it starts; may hold tensors
 # Tensors and layers are compared as such; the rest changes nothing that is computed.
-APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook"})
+APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook", "v_seq"})
 SIZES = frozenset({"in_features", "out_features"})  # a linear layer goes by its weight
-_MISSING = object()
 
 
 def _no_hook(hook: Any) -> bool:
@@ -28,7 +27,7 @@ def difference(
     module: nn.Module,
     like: nn.Module,
     name: str,
-    free: Collection[str] = (),
+    free: frozenset[str] = frozenset(),
     harmless: Callable[[Any], bool] = _no_hook,
 ) -> str | None:
     """In what a module computes otherwise than another one, in words; None where in nothing.
@@ -41,37 +40,97 @@ def difference(
         free: attributes that may differ.
         harmless: whether a hook is known to change nothing, and to miss nothing where it is not called.
     """
+    return None if _alike(module, _plan(like, free)) else _difference(module, like, name, free, harmless)
+
+
+def _difference(
+    module: nn.Module, like: nn.Module, name: str, free: frozenset[str], harmless: Callable[[Any], bool]
+) -> str | None:
     if type(module) is not type(like):
         return f"{name} is a {_type_name(module)}, not a {_type_name(like)}"
     own, other = vars(module), vars(like)
-    for key, expected in other.items():
-        value = own.get(key, _MISSING)
-        if value is expected or key in APART or key in free or "state_dict" in key or _same(value, expected):
+    for key in _settings(like, free):
+        value, expected = own.get(key), other[key]
+        if _same(value, expected):
             continue
-        if value is _MISSING:
-            return f"{name} has no {key.lstrip('_')}"
         if "hooks" not in key:
             return f"{name} has {key.lstrip('_')} {_shown(value)}, not {_shown(expected)}"
         if not all(map(harmless, value.values())):
             return f"{name} has hooks"
-    if len(own) > len(other) and (key := overridden(module)):
+    if key := overridden(module):
         return f"{name} has a {key} of its own"
-    for kind, of in (("_parameters", "parameters"), ("_buffers", "buffers")):
-        ours, theirs = ({key for key, tensor in d[kind].items() if tensor is not None} for d in (own, other))
+    for kind in ("parameters", "buffers"):
+        ours, theirs = ([key for key, tensor in d[f"_{kind}"].items() if tensor is not None] for d in (own, other))
         if ours != theirs:
-            return f"{name} has the {of} {', '.join(sorted(ours)) or 'none'}, not {', '.join(sorted(theirs)) or 'none'}"
+            return f"{name} has the {kind} {', '.join(ours) or 'none'}, not {', '.join(theirs) or 'none'}"
     layers, others = own["_modules"], other["_modules"]
     if len(layers) != len(others):
         return f"{name} has {len(layers)} layers, not {len(others)}"
     for (key, child), expected in zip(layers.items(), others.values(), strict=True):
-        if reason := difference(child, expected, f"{name}.{key}", free, harmless):
+        if reason := _difference(child, expected, f"{name}.{key}", free, harmless):
             return reason
     return None
 
 
+def _settings(module: nn.Module, free: frozenset[str]) -> list[str]:
+    """The names of those attributes of a module that change what it computes."""
+    return [key for key in vars(module) if key not in APART and key not in free and "state_dict" not in key]
+
+
+class _Plan(NamedTuple):
+    """What :func:`_alike` compares, of one module."""
+
+    kind: type
+    attributes: int
+    keys: list[str]
+    types: list[type]
+    values: list[Any]
+    memories: list[tuple[str, dict[str, Any]]]
+    parameters: list[tuple[str, bool]]
+    layers: list["_Plan"]
+
+
+@functools.lru_cache(maxsize=16)
+def _plan(like: nn.Module, free: frozenset[str]) -> _Plan:
+    keys, own = _settings(like, free), vars(like)
+    plain = [key for key in keys if key not in STATE]
+    return _Plan(
+        kind=type(like),
+        attributes=len(own),
+        keys=plain,
+        types=[type(own[key]) for key in plain],
+        values=[own[key] for key in plain],
+        memories=[(key, own[key]) for key in keys if key in STATE],
+        parameters=[(key, tensor is None) for key, tensor in own["_parameters"].items()],
+        layers=[_plan(child, free) for child in like.children()],
+    )
+
+
+def _alike(module: nn.Module, plan: _Plan) -> bool:
+    """Whether there is no difference at first sight: this is asked before every batch."""
+    own = vars(module)
+    values, layers = list(map(own.get, plan.keys)), own["_modules"]
+    return (
+        type(module) is plan.kind
+        and len(own) == plan.attributes
+        and list(map(type, values)) == plan.types
+        and values == plan.values
+        and (not plan.memories or all(_same(own.get(key), memory) for key, memory in plan.memories))
+        and [(key, tensor is None) for key, tensor in own["_parameters"].items()] == plan.parameters
+        and not own["_buffers"]
+        and len(layers) == len(plan.layers)
+        and all(map(_alike, layers.values(), plan.layers))
+    )
+
+
+@functools.cache
+def _names(kind: type) -> frozenset[str]:
+    return frozenset(dir(kind))
+
+
 def overridden(instance: object) -> str | None:
     """An attribute of an object that stands in the place of what its class has; None where there is none."""
-    return next((key for key in vars(instance) if hasattr(type(instance), key)), None)
+    return next(iter(vars(instance).keys() & _names(type(instance))), None)
 
 
 def _type_name(module: nn.Module) -> str:
@@ -85,13 +144,13 @@ def _shown(value: Any) -> str:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two settings are equal beyond doubt."""
-    if isinstance(a, Number) and isinstance(b, Number):
-        return a == b
+    if a is b:
+        return True
     if type(a) is not type(b):
-        return False
+        return isinstance(a, Number) and isinstance(b, Number) and a == b
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return isinstance(a, (str, tuple, set)) and a == b
+    return isinstance(a, (float, int, str, tuple, set)) and a == b
 
 
 @functools.cache
@@ -119,7 +178,7 @@ def layers_obstacle(
     name: str,
     node: type[nn.Module],
     T: int,
-    free: Collection[str] = (),
+    free: frozenset[str] = frozenset(),
     harmless: Callable[[Any], bool] = _no_hook,
 ) -> str | None:
     """Why :func:`spiking_kernels.lif_linear_lif` is not what layers compute in T steps from rest; None where it is.
@@ -131,7 +190,7 @@ def layers_obstacle(
         free: attributes that may differ.
         harmless: whether a hook need not be called.
     """
-    if reason := difference(layers, paper_layers(node), name, {*SIZES, *free}, harmless):
+    if reason := difference(layers, paper_layers(node), name, SIZES | free, harmless):
         return reason
     first, linear, last = layers
     if first is last:

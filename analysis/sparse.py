@@ -45,7 +45,7 @@ def _obstacle(network: MnistNet) -> str | None:
     with torch.device("meta"):
         like = MnistNet(network.T)
     # what a spike is worth backward, and how the layers are run, changes no spike
-    free = {"tau", "v_threshold", "detach_reset", "alpha", "_step_mode", *spiking_fused.SIZES, *spiking_fused.STATE}
+    free = spiking_fused.SIZES | {"_memories", "_step_mode", "tau", "v_threshold", "detach_reset", "alpha"}
     for name, layers in like.named_children():
         if reason := spiking_fused.difference(getattr(network, name), layers, name, free):
             return reason
@@ -91,7 +91,7 @@ class EventDrivenMnist:
         self.first = csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
         self.second = second[:, leads_on].cpu().float().contiguous()  # [10, H]
         # the step mode and the neurons' state are none of the kernel's concern here
-        free = {"_step_mode", *spiking_fused.STATE}
+        free = spiking_fused.STATE | {"_step_mode"}
         obstacle = spiking_fused.layers_obstacle(network.fc, "fc", LIFNode, self.T, free)
         self.fused = obstacle is None and bool(leads_on.any())
 

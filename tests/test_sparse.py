@@ -142,7 +142,7 @@ def add_bias(network):
         (lambda n: setattr(n.fc[2], "v_reset", -0.1), "fc.2 has v_reset -0.1, not 0.0"),
         (lambda n: setattr(n.fc[0], "decay_input", False), "fc.0 has decay_input False, not True"),
         (lambda n: setattr(n.fc[2].surrogate_function, "spiking", False), "surrogate_function has spiking False"),
-        (add_bias, "fc.1 has the parameters bias, weight, not weight"),
+        (add_bias, "fc.1 has the parameters weight, bias, not weight"),
         (lambda n: n.fc.append(torch.nn.Hardtanh()), "fc has 4 layers, not 3"),
         (lambda n: n.static_fc.append(torch.nn.ReLU()), "static_fc has 3 layers, not 2"),
         (lambda n: n.fc[1].register_forward_pre_hook(lambda m, i: (2 * i[0],)), "fc.1 has hooks"),

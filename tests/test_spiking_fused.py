@@ -254,7 +254,7 @@ def test_one_line_says_why_the_plain_layers_run(change):
         ("tau 0", "fc.0 has tau 4.0, not 2.0"),
         ("soft reset 2", "fc.2 has v_reset None, not 0.0"),
         ("alpha 0", "fc.0.surrogate_function has alpha 3.0, not 2.0"),
-        ("a bias", "fc.1 has the parameters bias, weight, not weight"),
+        ("a bias", "fc.1 has the parameters weight, bias, not weight"),
         ("no neuron", "fc has 2 layers, not 3"),
         ("a hook of the sequence", "fc has hooks"),
         ("a forward of its own", "fc.1 has a forward of its own"),
