@@ -165,14 +165,13 @@ class Runner:
                         continue
                     waiting.remove(row)
                     busy.add(row.name)
-                    steps = self._steps(row, slot)
-                    running[slot] = row, steps
-                    processes[slot] = next(steps)
+                    running[slot] = row, self._steps(row, slot)
                 for slot, (row, steps) in list(running.items()):
-                    if processes[slot].poll() is None:
+                    process, fault = processes.get(slot), None
+                    if process is not None and process.poll() is None:
                         continue
-                    process, fault = processes.pop(slot), None
-                    if process.returncode != 0:
+                    processes.pop(slot, None)
+                    if process is not None and process.returncode != 0:
                         fault = f" with status {process.returncode}: {_last_line(log_of(self.dump, row))}"
                     else:
                         try:
@@ -180,7 +179,7 @@ class Runner:
                             continue
                         except StopIteration:
                             pass
-                        except (OSError, ValueError) as error:  # what it gave cannot be recorded
+                        except (OSError, ValueError) as error:  # it cannot be started, or what it gave not recorded
                             fault = f": {error}"
                     del running[slot]
                     if fault is None:
@@ -273,7 +272,10 @@ def _outcome(record: dict[str, Any] | None) -> str:
 
 
 def _last_line(path: Path) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
-        lines = file.read().decode(errors="replace").strip().splitlines()
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError as error:
+        return f"its log cannot be read: {error}"
     return lines[-1] if lines else ""

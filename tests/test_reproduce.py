@@ -366,6 +366,16 @@ def test_a_row_whose_results_are_damaged_fails_and_the_others_go_on(rows, stub, 
     assert "2 of 3 rows done" in out
 
 
+def test_a_row_that_cannot_be_started_fails_and_the_others_go_on(rows, stub, capsys):
+    for row in rows[:2]:
+        runner.log_of(stub, row).mkdir(parents=True)  # no file can be there
+    failed, taken = runner.Runner(stub, [], 2).run(rows[:3])
+    assert ([row.key for row in failed], taken) == ([row.key for row in rows[:2]], [])
+    assert f"{rows[0].key} failed: [Errno" in capsys.readouterr().out
+    assert runner.finished(stub, rows[2]) is not None
+    assert "cannot be read" in runner._last_line(runner.log_of(stub, rows[0]))
+
+
 def test_texts_that_cannot_be_written_do_not_break_an_outcome(tmp_path, rows, stub):
     path = runner.record_of(stub, rows[0])
     path.parent.mkdir()
