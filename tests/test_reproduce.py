@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,21 +89,29 @@ with open(dump / "calls", "a") as calls:
 """
 
 
+def rows_in(folder):
+    (folder / "mnist.toml").write_text(TABLE)
+    return grid.load("mnist", folder)
+
+
+def stub_in(folder, monkeypatch):
+    (folder / "repository" / "mnist").mkdir(parents=True)
+    (folder / "repository" / "mnist" / "mnist.py").write_text(SCRIPT)
+    monkeypatch.setattr(runner, "REPOSITORY", folder / "repository")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (folder / "dump").mkdir()
+    return folder / "dump"
+
+
 @pytest.fixture
 def rows(tmp_path):
-    (tmp_path / "mnist.toml").write_text(TABLE)
-    return grid.load("mnist", tmp_path)
+    return rows_in(tmp_path)
 
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """A repository whose script is the stub, and a dump folder to run rows in."""
-    (tmp_path / "repository" / "mnist").mkdir(parents=True)
-    (tmp_path / "repository" / "mnist" / "mnist.py").write_text(SCRIPT)
-    monkeypatch.setattr(runner, "REPOSITORY", tmp_path / "repository")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    (tmp_path / "dump").mkdir()
-    return tmp_path / "dump"
+    return stub_in(tmp_path, monkeypatch)
 
 
 def calls(dump):
@@ -607,14 +616,24 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.fixture
-def results(tmp_path, rows, stub):
-    """A folder with the outcome of all rows but the last."""
-    runner.Runner(stub, [], 4).run(rows[:-1])
-    folder = tmp_path / "results"
-    folder.mkdir()
-    outcome.write(stub, rows, folder)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A folder with a dump folder in which all rows but the last have run, and their outcome."""
+    folder = tmp_path_factory.mktemp("ran")
+    rows = rows_in(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        dump = stub_in(folder, monkeypatch)
+        runner.Runner(dump, [], 4).run(rows[:-1])
+    (folder / "results").mkdir()
+    outcome.write(dump, rows, folder / "results")
     return folder
+
+
+@pytest.fixture
+def results(tmp_path, stub, ran):
+    """A folder with the outcome of all rows but the last, which have run in the dump folder."""
+    shutil.copytree(ran / "dump", stub, dirs_exist_ok=True)
+    return shutil.copytree(ran / "results", tmp_path / "results")
 
 
 def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
