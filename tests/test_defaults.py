@@ -9,6 +9,7 @@ import torch
 
 from analysis.export import export, load_pruned
 from analysis.snapshot import from_checkpoint
+from analysis.sparse import event_driven
 from mnist import mnist
 from mnist.model import MnistNet
 from training import data, measure, storage
@@ -103,9 +104,10 @@ def test_batches_and_what_a_network_makes_of_them(kind, fused):
             counts = network(made[0][0])
         loss = measure.loss_function(counts, made[0][1], network.T)
         loss.backward()
+        events = event_driven(network)(made[0][0])
         seen = measure.evaluate(network, data.TestBatches(split, 8, normalise))
         gradients = [p.grad.clone() for p in network.parameters()]
-        return [made, counts.detach(), loss.detach(), gradients, spikes.rates(), seen.confusion]
+        return [made, counts.detach(), loss.detach(), gradients, spikes.rates(), seen.confusion, events]
 
     expected = results()
     assert expected[1].sum() > 0

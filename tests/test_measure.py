@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spikingjelly.activation_based import neuron
 from torch import nn
 
 from mnist.model import MnistNet
@@ -150,3 +151,16 @@ def test_spike_counter_against_a_plain_count(step_mode):
     torch.testing.assert_close(rates["fc.0"], expected.detach() / (5 * 4))
     torch.testing.assert_close(rates["fc.2"], torch.cat(counts).detach().sum(0) / (5 * 4))
     assert rates["fc.0"].max() > 0
+
+
+@pytest.mark.parametrize("node", [neuron.IFNode, neuron.ParametricLIFNode])
+def test_spike_counter_counts_neurons_of_every_kind(node):
+    network = MnistNet(T=4)
+    network.fc[2] = node(step_mode="m")
+    with torch.no_grad():
+        network.static_fc[1].weight *= 10
+        network.fc[1].weight *= 8
+    with measure.SpikeCounter(network) as spikes:
+        counts = network(torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+    assert counts.sum() > 0
+    torch.testing.assert_close(spikes.rates()["fc.2"], counts.detach().sum(0) / (3 * 4))

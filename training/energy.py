@@ -145,11 +145,11 @@ class OperationCounter(SpikeCounter):
         return self._counted(count_arrivals)
 
     def _neurons_before(self, name: str) -> str:
-        """The LIF layer whose spikes arrive unchanged, where a fused kernel ran the layer without its hook."""
+        """The layer of neurons whose spikes arrive unchanged, where a fused kernel ran the layer without its hook."""
         modules = list(self.network.named_modules())
         position = [other for other, _ in modules].index(name)
         for other, module in reversed(modules[:position]):
-            if isinstance(module, neuron.LIFNode):
+            if isinstance(module, neuron.BaseNode):
                 return other
             if not isinstance(module, _IDENTITIES):
                 break

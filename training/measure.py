@@ -97,10 +97,11 @@ def correct(counts: Tensor, labels: Tensor) -> Tensor:
 
 
 class SpikeCounter:
-    """Counts the spikes of every LIF neuron of a network while it is open (a context manager).
+    """Counts the spikes of every neuron of a network while it is open (a context manager).
 
-    ``rates()`` gives, by the LIF layer's name, the firing rate of each of its neurons: spikes per image
-    and time step, float32 of the layer's shape [C, H, W] or [C]. Counts stay on the device until then.
+    ``rates()`` gives, by the name of a layer of SpikingJelly's neurons, LIF or other, the firing rate of each
+    of its neurons: spikes per image and time step, float32 of the layer's shape [C, H, W] or [C]. Counts stay
+    on the device until then.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -109,7 +110,7 @@ class SpikeCounter:
         self._images = 0
 
     def __enter__(self) -> "SpikeCounter":
-        layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, neuron.LIFNode)]
+        layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, neuron.BaseNode)]
         self._hooks = [module.register_forward_hook(self._count_layer(name)) for name, module in layers]
         self._hooks.append(self.network.register_forward_hook(self._count_images))
         self.network.spike_counts.append(self._counts)  # for what runs fused, without the layers' hooks
@@ -129,7 +130,7 @@ class SpikeCounter:
         self._images += len(counts)
 
     def _count_layer(self, name: str):
-        def count_spikes(module: neuron.LIFNode, inputs: Any, spikes: Tensor) -> None:
+        def count_spikes(module: neuron.BaseNode, inputs: Any, spikes: Tensor) -> None:
             if module.step_mode == "m":
                 spikes = spikes.flatten(0, 1)  # [T, N, ...] -> [T N, ...]
             # one batch's sum is exact in float32, the sum of all in int64

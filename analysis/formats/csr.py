@@ -46,7 +46,7 @@ def _batch_norm(scale: Tensor, shift: Tensor, eps: float) -> dict[str, Tensor]:
         "bias": shift,
         "running_mean": torch.zeros_like(scale),
         "running_var": torch.full_like(scale, 1 - eps),
-        "num_batches_tracked": torch.zeros((), dtype=torch.int64),
+        "num_batches_tracked": torch.zeros((), dtype=torch.int64, device="cpu"),
     }
 
 

@@ -48,7 +48,7 @@ def write_nir(snapshot: Snapshot) -> bytes:
 
     for name in snapshot.state.keys() - set(WEIGHTS.values()):
         raise Refusal(f"argument --format: nir has no place for {name}; safetensors has")
-    graph = export_to_nir(one_step(snapshot), torch.zeros(1, *IMAGE), dt=DT)
+    graph = export_to_nir(one_step(snapshot), torch.zeros(1, *IMAGE, dtype=torch.float32, device="cpu"), dt=DT)
     text = describe(snapshot, {})
     arrays = {name: tensor.numpy() for name, tensor in snapshot.state.items()}
     graph.metadata = {"network": text, "sha256": digest(text, arrays), "dt": DT}
