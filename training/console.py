@@ -46,12 +46,12 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     elif options.mode == "grad" or options.soft:
         others = "-penalty, -lr and -N" if options.mode == "grad" else "-penalty, -temperature, -lr and -N"
         lines.append(
-            f"-s {options.sparsity:g} is the target of the prior, not the sparsity that is reached, which depends on "
+            f"-s {options.sparsity} is the target of the prior, not the sparsity that is reached, which depends on "
             f"{others}; --connectivity sets it, with -m grad --recipe fast."
         )
     elif options.mode == "deep":
         lines.append(
-            f"-s {options.sparsity:g} is the most that stays pruned, not the sparsity that is reached: what is pruned "
+            f"-s {options.sparsity} is the most that stays pruned, not the sparsity that is reached: what is pruned "
             "beyond it is re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
         )
     return lines
