@@ -60,7 +60,7 @@ def assert_as_eager(variant, backend="eager", tolerance=0.0, **arguments):
 
 
 SLOW = [pytest.param(variant, path.values[0], marks=pytest.mark.slow) for variant in VARIANTS for path in PATHS]
-QUICK = [("grad", {}), ("deep", dict(foreach=True)), ("soft deep", {})]
+QUICK = [("grad", {}), ("deep", dict(foreach=True))]
 
 
 @pytest.mark.parametrize(("variant", "path"), QUICK + SLOW)
@@ -119,6 +119,13 @@ def test_the_arithmetic_is_compiled_once_for_all_groups_and_learning_rates(varia
     training(variant, torch.compile(backend=counter), changes={n: {"lr": 0.01 / (n + 1)} for n in range(8)})
     assert counter.frame_count <= 5
     assert sum("foreach" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes) > 20
+
+
+@pytest.mark.slow
+@needs_cpp
+def test_the_fused_update_is_compiled_without_kernels_too(monkeypatch):
+    monkeypatch.setattr("rewiring.spiking_kernels", None)
+    assert_as_eager("grad", fused=True, changes={3: {"lr": 0.02}, 5: {"betas": (0.5, 0.9)}})
 
 
 @pytest.mark.slow

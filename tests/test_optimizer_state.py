@@ -71,7 +71,7 @@ def changing(variant, setting, path, **settings):
     optimizer = make(variant, params, **path, **settings)
     for number, value in enumerate(CHANGES[setting]):
         optimizer.param_groups[0][setting] = value
-        train(optimizer, params, steps=8, seed=number)
+        train(optimizer, params, steps=4, seed=number)
     return params, optimizer
 
 
@@ -84,7 +84,7 @@ def test_all_paths_follow_a_setting_that_changes(variant, setting):
     constant = make(variant, unchanged := parameters(), foreach=False)
     unchanged[0].data[0, :5] = 0
     for number in range(4):
-        train(constant, unchanged, steps=8, seed=number)
+        train(constant, unchanged, steps=4, seed=number)
     if variant != "soft deep" or setting != "max_s":  # with this T, theta stays above any bound
         assert not torch.equal(unchanged[0], results[0][0][0]) or setting in ("capturable", "s")
 
@@ -113,8 +113,8 @@ def test_settings_change_as_those_of_adam_do(setting, foreach):
     for number, value in enumerate(reversed(CHANGES[setting])):
         for one in (optimizer, adam):
             one.param_groups[0][setting] = value.squeeze() if torch.is_tensor(value) else value
-        train(optimizer, ours, steps=8, seed=number)
-        train(adam, adams, steps=8, seed=number)
+        train(optimizer, ours, steps=4, seed=number)
+        train(adam, adams, steps=4, seed=number)
     for p, q in zip(ours, adams, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=0)
 

@@ -262,11 +262,15 @@ def test_weights_that_share_memory_among_themselves_are_refused(variant, path, s
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have the weights' dtype")
 @variants
 @paths
-def test_gradients_of_another_dtype(variant, path):
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.bfloat16)],
+)
+def test_gradients_of_another_dtype(variant, path, dtype, other):
     def run(gradient_dtype):
-        params = parameters(dtype=torch.bfloat16)
-        optimizer = make(variant, params, weight_decay=0.1, **path)
-        torch.manual_seed(0)
+        params = parameters(dtype=dtype)
+        random = {} if variant == "grad" else dict(T=0.0, max_s=1.0)
+        optimizer = make(variant, params, weight_decay=0.1, **path, **random)
         for _ in range(5):
             for p in params:
                 p.grad_dtype = gradient_dtype
@@ -274,6 +278,6 @@ def test_gradients_of_another_dtype(variant, path):
             optimizer.step()
         return params
 
-    for p, q in zip(run(torch.float32), run(torch.bfloat16), strict=True):
-        assert p.dtype == torch.bfloat16
+    for p, q in zip(run(other), run(dtype), strict=True):
+        assert p.dtype == dtype
         torch.testing.assert_close(p, q, rtol=0.02, atol=1e-3)

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_examples_run(tmp_path):
     """As a stranger would run them, one after the other: with the modules and what they import alone."""
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    examples = re.findall(r"```py(?:thon)?\n(.*?)```", README, re.DOTALL)
     assert all(5 <= len(example.strip().splitlines()) <= 25 for example in examples)
     last = "\npruning.step()\nassert pruning.state[weights[0]]['step'] == 2\n"
     for module in ("rewiring.py", "gradrewire.py", "deeprewire.py"):
