@@ -102,7 +102,7 @@ def test_a_run_killed_before_its_first_epochs_end_goes_on(run, tmp_path, monkeyp
     assert_same_run(tmp_path / "one", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("what", ["record.Recorder.__init__", "record.write_json", "record.Recorder.describe"])
+@pytest.mark.parametrize("what", ["recorder.Recorder.__init__", "record.write_json", "recorder.Recorder.describe"])
 def test_a_run_killed_while_its_logs_are_begun_goes_on(run, tmp_path, monkeypatch, what):
     run(*GRAD, "-N", "1", dump=tmp_path / "one")
     right = operator.attrgetter(what)(loop)
@@ -348,7 +348,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(run, tmp_path, m
     if where == "checkpoint":
         monkeypatch.setattr(storage._HashingFile, "write", no_space)
     else:
-        monkeypatch.setattr("training.record.Recorder.results", no_space)
+        monkeypatch.setattr("training.recorder.Recorder.results", no_space)
     result = run(*GRAD, "-N", "3", dump=folder)
     assert result.status == 1
     assert result.err.count("\n") == 1

@@ -151,7 +151,7 @@ def make_options(folder):
 
 def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
     """CIFAR-10's tags, by hand: 2 of 6 weights pruned, and 4 parameters of BatchNorm."""
-    from training.record import Recorder
+    from training.recorder import Recorder
 
     recorder = Recorder(tmp_path / "logs" / "x", {})
     recorder.connections(1, {"a": measure.Connections(4, 6)}, {"a": (3, 1)}, others=4)
@@ -170,7 +170,7 @@ def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
 
 
 def test_histograms_of_chosen_layers_only(tmp_path):
-    from training.record import Recorder
+    from training.recorder import Recorder
 
     network = MnistNet()
     recorder = Recorder(tmp_path / "logs" / "x", {})
@@ -180,7 +180,7 @@ def test_histograms_of_chosen_layers_only(tmp_path):
 
 
 def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
-    from training.record import Recorder
+    from training.recorder import Recorder
 
     recorder = Recorder(tmp_path / "logs" / "x", {})
     recorder.neurons(3, {"fc.0": torch.tensor([0.0, 0.5, 0.0, 0.25])})

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from training import fit, record, storage
+from training import fit, record, recorder, storage
 from training.command_line import Refusal
 from training.locks import Lock
 from training.options import OPTION_NAMES, RECORDING_OPTIONS, arguments
@@ -123,7 +123,7 @@ class Store:
                     f"argument -test: there is no saved model {self.path}; the same command without -test makes one"
                 )
             logs = record.folder_of(options)
-            if record.log_files(logs):
+            if recorder.log_files(logs):
                 raise Refusal(f"{logs} holds results, but {self.folder} no checkpoint: move the results away first")
             return None
         _check_arguments(self.folder, saved["arguments"], options)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from rewiring import RewiringOptimizer
-from training import checks, randomness, record
+from training import checks, randomness, recorder
 from training.measure import connected, pack, prunable
 
 # What a checkpoint holds, with the type of each.
@@ -67,7 +67,7 @@ def check_content(saved: dict[str, Any]) -> None:
     for what, seconds in saved["seconds"].items():
         checks.number(f"seconds of {what}", seconds, 0)
     for name, length in saved["files"].items():
-        if not record.is_log(name) or re.search(r"[/\\:]", name):
+        if not recorder.is_log(name) or re.search(r"[/\\:]", name):
             raise ValueError(f"files has {name!r}, which is no name of a log file")
         checks.whole_number(f"the length of {name}", length)
 

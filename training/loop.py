@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from spiking import SpikingNetwork
-from training import checkpoint, console, evaluation, fit, measure, randomness, record, schedule
+from training import checkpoint, console, evaluation, fit, measure, randomness, record, recorder, schedule
 from training.command_line import Refusal
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.divergence import DivergedError
@@ -183,9 +183,11 @@ class Run:
         if self.step:
             print(f"Going on {self._place()}, of {epochs} epochs.")
         if self.store.saved is None:  # before anything is logged: there are no logs without a checkpoint to go on from
+            start = time.perf_counter()
             self.store.save(self._state(), [])
             self.store.wait()
-        with Signals() as self.signals, record.Recorder(self.folder, self.lengths) as self.recorder:
+            self.seconds["checkpoint"] += time.perf_counter() - start
+        with Signals() as self.signals, recorder.Recorder(self.folder, self.lengths) as self.recorder:
             about = record.describe(self.options, self.network, checkpoint.versions())
             record.write_json(self.folder / "run.json", about)
             self.saved_at = time.monotonic()
