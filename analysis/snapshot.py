@@ -34,7 +34,7 @@ def reason(error: BaseException) -> str:
     """The first line of an error's text, for the errors that a damaged file raises in other libraries."""
     if isinstance(error, KeyError):
         return f"no {error}"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return checks.short((str(error) or type(error).__name__).splitlines()[0], 300)
 
 
 @dataclass(frozen=True)

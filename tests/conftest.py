@@ -99,3 +99,17 @@ def run(mnist_folder, tmp_path, capsys):
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
     return call
+
+
+@pytest.fixture
+def form(request) -> str:
+    """A format of exports, where its packages are installed."""
+    for package in {"safetensors": ["safetensors"], "csr": [], "nir": ["nir", "nirtorch"]}[request.param]:
+        pytest.importorskip(package)
+    return request.param
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """The CIFAR-10 network with 8 channels instead of 256."""
+    monkeypatch.setattr("c10.model.WIDTH", 8)

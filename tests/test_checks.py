@@ -40,6 +40,12 @@ def test_texts_are_short_and_of_one_line(value):
     assert checks.text("run", "lr-1e-4") == "lr-1e-4"
 
 
+def test_texts_for_a_message():
+    assert checks.short("fc.1\x1b[31m\n") == "fc.1?[31m?"
+    assert checks.short("x" * 101) == "x" * 97 + "..."
+    assert checks.short("x" * 100) == "x" * 100
+
+
 def test_keys_are_all_and_only_those_expected():
     checks.keys("layers", ["a", "b"], ("b", "a"))
     with pytest.raises(ValueError, match=r"^layers lacks b$"):

@@ -40,27 +40,27 @@ def keys(name: str, found: Iterable, expected: Iterable) -> None:
     found, expected = set(found), set(expected)
     for what, others in (("lacks", expected - found), ("has the unknown", found - expected)):
         if others:
-            raise ValueError(f"{name} {what} {_short(', '.join(sorted(map(str, others))))}")
+            raise ValueError(f"{name} {what} {short(', '.join(sorted(map(str, others))))}")
 
 
 def whole_number(name: str, value: Any, low: int = 0, high: int = 2**62) -> int:
     """``value``, if it is an int (no bool, no float) with low <= value <= high; raises ValueError otherwise."""
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} is {_short(repr(value))}, not a whole number from {low} to {high}")
+        raise ValueError(f"{name} is {short(repr(value))}, not a whole number from {low} to {high}")
     return value
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """``value``, if it is a finite float or int with low <= value <= high; raises ValueError otherwise."""
     if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name} is {_short(repr(value))}, not a finite number from {low} to {high}")
+        raise ValueError(f"{name} is {short(repr(value))}, not a finite number from {low} to {high}")
     return value
 
 
 def text(name: str, value: Any, length: int = 1000) -> str:
     """``value``, if it is a str of at most ``length`` characters on one line; raises ValueError otherwise."""
     if type(value) is not str or len(value) > length or not value.isprintable():
-        raise ValueError(f"{name} is {_short(repr(value))}, not a text of one line of up to {length} characters")
+        raise ValueError(f"{name} is {short(repr(value))}, not a text of one line of up to {length} characters")
     return value
 
 
@@ -69,8 +69,10 @@ def time_steps(name: str, value: Any) -> int:
     return whole_number(name, value, 1, T_LIMIT)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 100 else text[:97] + "..."
+def short(text: str, length: int = 100) -> str:
+    """The beginning of a text from a file, on one line, without what a terminal would obey."""
+    text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 # -- tensors ---------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def read(path: Path, verify: bool = True) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+    return checks.short((str(error) or type(error).__name__).splitlines()[0].split(". ")[0], 300)
 
 
 def newest(path: Path) -> tuple[Any, list[str]]:

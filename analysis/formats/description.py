@@ -94,7 +94,9 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     snapshot.check()
     for key, there in (("neuron", snapshot.neuron()), ("normalisation", _normalisation(snapshot))):
         if json.dumps(description[key], sort_keys=True) != json.dumps(there, sort_keys=True):  # 1.0 is not true
-            raise ValueError(f"its {key} is {str(description[key])[:200]}, but that of this network is {there}")
+            raise ValueError(
+                f"its {key} is {checks.short(str(description[key]), 200)}, but that of this network is {there}"
+            )
     if description["version"] == 1:
         warnings.warn(
             f"{path} is an export of version 1, which has no digest: a changed byte may go unnoticed; "
@@ -107,7 +109,7 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
 def check_layers(layers: Any, expected: dict[str, dict[str, Any]]) -> None:
     """Raises ValueError unless a description's layers are those of the network, as the format writes them."""
     if json.dumps(layers, sort_keys=True) != json.dumps(expected, sort_keys=True):
-        raise ValueError(f"its layers are {str(layers)[:200]}, not those of this network")
+        raise ValueError(f"its layers are {checks.short(str(layers), 200)}, not those of this network")
 
 
 def arrays_of(snapshot: Snapshot) -> tuple[dict[str, NDArray], dict[str, NDArray]]:

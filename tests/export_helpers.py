@@ -1,0 +1,78 @@
+"""Small pruned networks to export, their runs, and what has to be the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from analysis.snapshot import EXPERIMENTS, Snapshot
+from c10.model import Cifar10Net
+from mnist.model import MnistNet
+from spiking import SpikingNetwork
+from training import measure, storage
+
+forms = pytest.mark.parametrize("form", ["safetensors", "csr", "nir"], indirect=True)
+exact_forms = pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+
+
+@torch.no_grad()
+def pruned(network: SpikingNetwork, sparsities, gain: float) -> SpikingNetwork:
+    """Prunes a network at random, layer by layer to a sparsity, with weights that make it spike."""
+    generator = torch.Generator().manual_seed(0)
+    for weight, sparsity in zip(measure.prunable(network).values(), sparsities, strict=True):
+        kept = torch.rand(weight.shape, generator=generator) >= sparsity
+        weight.mul_(kept * gain / max(1 - sparsity, 0.01) ** 0.5)
+    return network.eval()
+
+
+def mnist(first=0.9, second=0.5, T=8) -> MnistNet:
+    torch.manual_seed(1)
+    return pruned(MnistNet(T), (first, second), gain=4)
+
+
+@torch.no_grad()
+def cifar10(sparsities=(0.0, 0.3, 0.5, 0.7, 0.9, 0.8, 0.95, 0.5), T=4) -> Cifar10Net:
+    """With running statistics, weights and biases of BatchNorm that all matter."""
+    torch.manual_seed(1)
+    network = pruned(Cifar10Net(T), sparsities, gain=3)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.05, 3)
+            module.weight.normal_(1, 0.5)
+            module.bias.normal_(0.6, 0.4)
+            module.num_batches_tracked.fill_(77)
+    network.fc[2].weight.mul_(8)
+    network.fc[4].weight.mul_(8)
+    return network
+
+
+def snapshot_of(network: SpikingNetwork) -> Snapshot:
+    experiment = "mnist" if isinstance(network, MnistNet) else "c10"
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    return Snapshot(experiment, EXPERIMENTS[experiment][1].datasets[0], network.T, "a-run", 3, state)
+
+
+def images_for(network: SpikingNetwork, n: int = 16) -> torch.Tensor:
+    shape = (1, 28, 28) if isinstance(network, MnistNet) else (3, 32, 32)
+    return torch.randn(n, *shape, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def assert_same_counts(one, other, n: int = 16) -> None:
+    counts = one(images_for(one, n))
+    assert counts.sum() > 0
+    assert len(counts.unique()) > 2
+    assert torch.equal(other(images_for(one, n)), counts)
+
+
+def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run") -> Path:
+    """The checkpoint of a run, as training leaves it."""
+    experiment = "mnist" if isinstance(network, MnistNet) else "c10"
+    arguments = {"experiment": experiment, "dataset": EXPERIMENTS[experiment][1].datasets[0], "T": network.T}
+    path = folder / "models" / name / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
+    (folder / "logs" / name).mkdir(parents=True)
+    state = {"format": 1, "arguments": arguments, "epoch": 3, "network": network.state_dict(), "optimizers": []}
+    storage.write(path, state)
+    return path.parent

@@ -1,0 +1,629 @@
+"""The formats of exports: their layouts, and what is not one is refused in one line, and never run."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_helpers import assert_same_counts, cifar10, forms, images_for, mnist, snapshot_of, write_run
+
+from analysis import formats
+from analysis.export import export, load_pruned
+from analysis.formats import csr, description, hdf5, nir, safetensors
+from analysis.snapshot import Unreadable
+from spiking import lif
+from training import storage
+from training.command_line import Refusal
+
+ROOT = Path(__file__).resolve().parent.parent
+SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
+MODULES = {"safetensors": safetensors, "csr": csr, "nir": nir}
+
+# -- layouts ---------------------------------------------------------------------------------------
+
+
+def test_gaps_by_hand():
+    connected = np.zeros(800, dtype=bool)
+    connected[[0, 1, 5, 5 + 255, 5 + 255 + 256, 799]] = True  # gaps 0, 0, 3, 254, 255, 282
+    assert safetensors._gaps(connected).tolist() == [0, 0, 3, 254, 255, 0, 255, 27]
+    np.testing.assert_array_equal(safetensors._positions(safetensors._gaps(connected)), np.flatnonzero(connected))
+
+
+@pytest.mark.parametrize("sparsity", [*SPARSITIES, 0.9999])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 100), (8, 4, 3, 3), (2, 5000)])
+def test_layouts_keep_every_bit(shape, sparsity):
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=shape) * (rng.random(shape) >= sparsity)).astype(np.float32)
+    weight.flat[-1] = 1e-38 if sparsity < 1 else 0  # as connected as any other
+    layout, arrays = safetensors._pack(weight)
+    found = safetensors._unpack(layout, arrays.__getitem__, shape)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, weight)
+    connected = np.count_nonzero(weight)
+    assert sum(array.nbytes for array in arrays.values()) <= min(
+        weight.nbytes, 4 * connected + math.ceil(weight.size / 8)
+    )
+
+
+def test_each_layer_has_the_smallest_layout(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    sizes = []
+    for sparsity, layout in ((0.0, "dense"), (0.5, "bitmap"), (0.95, "gaps")):
+        network = mnist(sparsity, 0.0)
+        export(snapshot_of(network), "safetensors", tmp_path / "file")
+        with safetensors.safe_open(tmp_path / "file", framework="numpy") as file:
+            layers = json.loads(file.metadata()["network"])["layers"]
+        assert layers["static_fc.1.weight"] == {"shape": [800, 784], "layout": layout}
+        sizes.append((tmp_path / "file").stat().st_size)
+    assert sizes[0] < 4 * 635_200 + 4096
+    assert sizes[1] < 0.55 * sizes[0]
+    assert sizes[2] < 0.08 * sizes[0]
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class Trap:
+    """What a pickle does when it is loaded: it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(Unreadable) as caught:
+        load_pruned(path)
+    assert isinstance(caught.value, ValueError)
+    (line,) = str(caught.value).splitlines()
+    assert str(path) in line
+    return line
+
+
+def test_no_pickle_runs(tmp_path):
+    trap = tmp_path / "trap"
+    files = {name: tmp_path / name for name in ("plain", "torch", "array", "member")}
+    files["plain"].write_bytes(pickle.dumps(Trap(trap)))
+    storage.write(files["torch"], {"arguments": Trap(trap)})
+    with open(files["array"], "wb") as file:
+        np.savez(file, network=np.array([Trap(trap)], dtype=object))
+    with open(files["member"], "wb") as file:
+        snapshot = snapshot_of(mnist())
+        text = description.describe(snapshot, {})
+        np.savez(file, network=np.array(text), **{"static_fc.1.weight/data": np.array([Trap(trap)], dtype=object)})
+    for path in files.values():
+        refused(path)
+        assert not trap.exists(), path
+    pickle.loads(files["plain"].read_bytes())
+    assert trap.exists()  # the trap works
+
+
+@forms
+def test_damaged_files(form, tmp_path):
+    export(snapshot_of(mnist()), form, tmp_path / "whole")
+    content = (tmp_path / "whole").read_bytes()
+    for size in (0, 3, 8, 9, 100, len(content) // 2, len(content) - 1):
+        path = tmp_path / f"{size}"
+        path.write_bytes(content[:size])
+        refused(path)
+
+
+def test_damaged_checkpoints(tmp_path):
+    models = write_run(tmp_path, mnist())
+    content = (models / "checkpoint.pt").read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 1):
+        (models / "checkpoint.pt").write_bytes(content[:size])
+        with pytest.raises(Unreadable, match=r"checkpoint\.pt is damaged"):
+            load_pruned(models)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "file"
+    for content in (b"hello, world", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(100), bytes(1000)):
+        path.write_bytes(content)
+        refused(path)
+    with open(path, "wb") as file:
+        np.savez(file, a=np.zeros(3))
+    refused(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("network.npy", "no array")
+    refused(path)
+    storage.write(path, {"weight": torch.zeros(3)})
+    assert "arguments" in refused(path)
+    storage.write(path, torch.zeros(3))
+    refused(path)
+    torch.save({"weight": torch.zeros(3)}, path)
+    assert "its end is missing or foreign" in refused(path)
+    with pytest.raises(FileNotFoundError):
+        load_pruned(tmp_path / "nothing")
+    assert "has no checkpoint.pt" in refused(tmp_path)
+
+
+def test_a_foreign_safetensors_file(tmp_path):
+    save = pytest.importorskip("safetensors.numpy").save
+    path = tmp_path / "file"
+    path.write_bytes(save({"a": np.zeros(3)}))
+    assert "network" in refused(path)
+
+
+CHANGES = {
+    "another program's": lambda d: d.update(format="another"),
+    "a later version": lambda d: d.update(version=3),
+    "a version with a digest said to have none": lambda d: d.update(version=1),
+    "an unknown experiment": lambda d: d.update(experiment="imagenet"),
+    "an unhashable experiment": lambda d: d.update(experiment=["mnist"]),
+    "another experiment": lambda d: d.update(experiment="c10"),
+    "another data set": lambda d: d.update(dataset="cifar10"),
+    "no time": lambda d: d.update(T=0),
+    "text for T": lambda d: d.update(T="8"),
+    "a float for T": lambda d: d.update(T=8.0),
+    "true for T": lambda d: d.update(T=True),
+    "a huge T": lambda d: d.update(T=10**9),
+    "a negative epoch": lambda d: d.update(epoch=-1),
+    "a run of two lines": lambda d: d.update(run="a\nb"),
+    "other neurons": lambda d: d["neuron"].update(tau=3.0),
+    "a flag for a number": lambda d: d["neuron"].update(v_threshold=True),
+    "more of the neurons": lambda d: d["neuron"].update(bias=1.0),
+    "no neurons": lambda d: d.pop("neuron"),
+    "another normalisation": lambda d: d["normalisation"].update(mean=[0.5]),
+    "no normalisation": lambda d: d.pop("normalisation"),
+    "other layers": lambda d: d["layers"].update(extra={"shape": [1]}),
+    "an extra key": lambda d: d.update(extra=1),
+    "a list": lambda d: d.clear(),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "change"),
+    [("safetensors", change) for change in CHANGES]
+    + [(form, change) for form in ("csr", "nir") for change in ("other neurons", "other layers", "a huge T")],
+    indirect=["form"],
+)
+def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
+    describe = description.describe
+
+    def changed(snapshot, layers):
+        description = json.loads(describe(snapshot, layers))
+        CHANGES[change](description)
+        return json.dumps(description)
+
+    monkeypatch.setattr(MODULES[form], "describe", changed)
+    (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
+    refused(tmp_path / "file")
+
+
+@pytest.mark.parametrize("twice", ['"T": 8, "T"', '"version": 2, "version"', '"layers": {}, "layers"'])
+@pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+def test_descriptions_that_say_one_thing_twice(form, twice, tmp_path, monkeypatch):
+    key = twice.split('"')[1]
+    monkeypatch.setattr(
+        MODULES[form], "describe", lambda *args: description.describe(*args).replace(f'"{key}"', twice, 1)
+    )
+    (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
+    assert "two members of one name" in refused(tmp_path / "file")
+
+
+def csr_arrays(network) -> tuple[str, dict[str, np.ndarray]]:
+    with np.load(io.BytesIO(formats.write_csr(snapshot_of(network)))) as file:
+        arrays = dict(file)
+    del arrays["sha256"]
+    return str(arrays.pop("network")), arrays
+
+
+def csr_file(path: Path, **changes) -> Path:
+    """A file whose arrays of the last layer are changed; the digest fits."""
+    text, arrays = csr_arrays(mnist())
+    for key, change in changes.items():
+        array = change(arrays.pop(f"fc.1.weight/{key}", None))
+        if array is not None:
+            arrays[f"fc.1.weight/{key}"] = array
+    with open(path, "wb") as file:
+        np.savez(file, network=np.array(text), sha256=np.array(description.digest(text, arrays)), **arrays)
+    return path
+
+
+def put(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(indices=lambda a: a + 800), "outside its 800 columns"),
+        (dict(indices=lambda a: a - 800), "outside its 800 columns"),
+        (dict(indices=lambda a: a.astype(np.float32)), "float32"),
+        (dict(indices=lambda a: a[:-1]), "inconsistent"),
+        (dict(indices=lambda a: put(a, 1, a[0])), "repeated index"),
+        (dict(indices=lambda a: put(a, slice(0, 2), a[1::-1])), "out of order"),
+        (dict(indptr=lambda a: a[::-1].copy()), "inconsistent"),
+        (dict(indptr=lambda a: a[:-1]), r"indptr is int32 \[10\], not int32 \[11\]"),
+        (dict(indptr=lambda a: a + 1), "inconsistent"),
+        (dict(indptr=lambda a: a.reshape(1, -1)), r"indptr is int32 \[1, 11\]"),
+        # differences of int32 wrap: 2^31 - 1 and then -2^31 + 1 look like an increase
+        (dict(indptr=lambda a: put(a, slice(1, 3), [2**31 - 1, -(2**31) + 1])), "inconsistent"),
+        (dict(data=lambda a: a[:-1]), "inconsistent"),
+        (dict(data=lambda a: a.astype(np.float64)), "float64"),
+        (dict(data=lambda a: put(a, 7, 0)), "the weight 0"),
+        (dict(data=lambda a: put(a, 7, np.nan)), "not finite"),
+        (dict(data=lambda a: put(a, 7, -np.inf)), "not finite"),
+        (dict(data=lambda a: None), r"lacks fc\.1\.weight/data"),
+        (dict(data=lambda a: np.zeros(1 << 20, np.float32)), "more than 32000"),
+        (dict(shape=lambda a: a[::-1].copy()), "has the shape"),
+        (dict(extra=lambda a: np.zeros(1)), "unknown fc.1.weight/extra"),
+    ],
+)
+def test_csr_arrays_that_do_not_fit(changes, message, tmp_path):
+    assert re.search(message, refused(csr_file(tmp_path / "file", **changes)))
+
+
+def test_csr_unchanged_is_accepted(tmp_path):
+    """The counterpart of the test above: it is the changes that are refused."""
+    assert_same_counts(mnist(), load_pruned(csr_file(tmp_path / "file", data=lambda a: a)))
+
+
+def csr_members(path: Path, change) -> Path:
+    """A file whose members, (name, bytes), went through ``change``; lengths and CRCs fit."""
+    with zipfile.ZipFile(io.BytesIO(formats.write_csr(snapshot_of(mnist())))) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in change(members):
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: [*m, ("fc.1.weight/data.npy", dict(m)["fc.1.weight/data.npy"])], "two of one name"),
+        (lambda m: [*m, ("more", b"")], "unknown more"),
+        (lambda m: [*m, *((f"{n}", b"") for n in range(5000))], "it has 5010 members"),
+        (lambda m: [(n, c + bytes((1 << 20) * (n == "fc.1.weight/data.npy"))) for n, c in m], "more than 32000"),
+        (lambda m: [*m, ("bomb", bytes(csr.EXPANDED))], "once expanded, more than"),
+        (lambda m: [(n, re.sub(rb"'shape': \(\d", b"'shape': (9", c)) for n, c in m], "bytes for float32 [9"),
+        (lambda m: [(n, c.replace(b"False", b"True ") if "data" in n else c) for n, c in m], None),
+        (lambda m: m[:1], "version is 2, without a digest"),
+    ],
+)
+def test_csr_archives_that_do_not_fit(change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(csr, "EXPANDED", 1 << 22)
+    path = csr_members(tmp_path / "file", change)
+    if message is None:  # an array of one axis is in Fortran's order as well
+        assert_same_counts(mnist(), load_pruned(path))
+    else:
+        assert message in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "change"),
+    [
+        (0.5, {".bitmap": lambda a: a[:-1]}),
+        (0.5, {".bitmap": lambda a: np.full_like(a, 255)}),
+        (0.5, {".values": lambda a: a[:-1]}),
+        (0.5, {".values": lambda a: a.astype(np.float64)}),
+        (0.95, {".gaps": lambda a: a[:-1]}),
+        (0.95, {".gaps": lambda a: np.full(len(a), 254, np.uint8)}),
+        (0.95, {".gaps": lambda a: a.astype(np.int16)}),
+        (0.5, {".values": lambda a: np.where(np.arange(len(a)) == 7, 0, a)}),
+        (0.5, {".values": lambda a: np.where(np.arange(len(a)) == 7, np.float32(np.nan), a)}),
+        (0.5, {"": lambda a: np.zeros(3, np.float32)}),
+        (0.0, {".gaps": lambda a: np.zeros(3, np.uint8)}),
+        (0.0, {"": lambda a: np.where(np.arange(784) == 7, np.float32(np.inf), a)}),
+        (0.0, {"": lambda a: a[:-1]}),
+        (0.0, {"": lambda a: a.astype(np.float16)}),
+    ],
+)
+def test_packed_weights_that_do_not_fit(sparsity, change, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    pack = safetensors._pack
+
+    def changed(weight):
+        layout, arrays = pack(weight)
+        if weight.size > 10_000:
+            arrays |= {k: np.ascontiguousarray(change[k](arrays.get(k))) for k in change}
+        return layout, arrays
+
+    monkeypatch.setattr(safetensors, "_pack", changed)
+    (tmp_path / "file").write_bytes(formats.write_safetensors(snapshot_of(mnist(sparsity))))
+    assert "digest" not in refused(tmp_path / "file")
+
+
+@pytest.fixture(scope="module")
+def graph() -> bytes:
+    """A network as NIR."""
+    pytest.importorskip("nir")
+    pytest.importorskip("nirtorch")
+    return formats.write_nir(snapshot_of(mnist()))
+
+
+def replaced(file, name, value) -> None:
+    del file[name]
+    file[name] = value
+
+
+WEIGHT = "node/nodes/fc_1/weight"
+GRAPHS = {
+    "fc_0/v_threshold is not": lambda f: f["node/nodes/fc_0/v_threshold"].write_direct(np.full(800, 2.0)),
+    "fc_2/tau is not": lambda f: f["node/nodes/fc_2/tau"].write_direct(np.full(10, 4e-4)),
+    "fc_2/r is not": lambda f: replaced(f, "node/nodes/fc_2/r", np.ones(10, np.int64)),
+    "fc_0/v_leak is not": lambda f: replaced(f, "node/nodes/fc_0/v_leak", np.zeros(799)),
+    "fc_0/type is not": lambda f: replaced(f, "node/nodes/fc_0/type", "LI"),
+    "flatten/start_dim is not": lambda f: replaced(f, "node/nodes/flatten/start_dim", 1),
+    "fc.1.weight is not float32 [10, 800]": lambda f: replaced(f, WEIGHT, np.zeros((10, 799), np.float32)),
+    "static_fc.1.weight is not float32": lambda f: replaced(f, "node/nodes/static_fc_1/weight", np.zeros((800, 784))),
+    "does not match its digest": lambda f: replaced(f, WEIGHT, f[WEIGHT][()] * 2),
+    "edges is not": lambda f: replaced(f, "node/edges", [*f["node/edges"][()].tolist(), [b"fc_0", b"fc_0"]]),
+    "no text": lambda f: f.pop("node/metadata"),
+    "without a digest": lambda f: f.pop("node/metadata/sha256"),
+    "not one Input": lambda f: f.move("node/nodes/input_1", "node/nodes/flatten/input_1"),
+    "unknown node/nodes/fc_0/bias": lambda f: f.create_dataset("node/nodes/fc_0/bias", data=np.zeros(800)),
+    "more than 100 names": lambda f: [f.create_group(f"node/nodes/{n}") for n in range(101)],
+    "groups deeper than 4": lambda f: f.create_group("node/a/b/c/d/e"),
+    "is a link to somewhere else": lambda f: replaced(f, WEIGHT, __import__("h5py").SoftLink("/node/nodes/x")),
+    "a is a link": lambda f: (
+        replaced(f, WEIGHT, __import__("h5py").ExternalLink("/etc/passwd", "/")) or f.move(WEIGHT, "a")
+    ),
+    "declares 32000 bytes that are not in the file": lambda f: (
+        (f.pop(WEIGHT) and None) or f.create_dataset(WEIGHT, (10, 800), np.float32, chunks=True)
+    ),
+    "declares 4000000 bytes that are not in the file": lambda f: (
+        (f.pop(WEIGHT) and None) or f.create_dataset(WEIGHT, (1000, 1000), np.float32)
+    ),
+    "has 40000000000 bytes": lambda f: (
+        (f.pop(WEIGHT) and None)
+        or f.create_dataset(WEIGHT, (10**5, 10**5), np.float32, chunks=True, compression="gzip")
+    ),
+    "in chunks of 10000000 elements": lambda f: (
+        (f.pop(WEIGHT) and None)
+        or f.create_dataset(WEIGHT, (10, 800), np.float32, chunks=(10**4, 10**3), maxshape=(None, None))
+    ),
+    "is of type complex": lambda f: replaced(f, WEIGHT, np.zeros(3, np.complex64)),
+    "compressed otherwise": lambda f: f.create_dataset("a", data=np.zeros(100), compression="lzf"),
+}
+
+
+@pytest.mark.parametrize("message", GRAPHS)
+def test_other_nir_graphs(graph, message, tmp_path):
+    """A graph that is not this network's is refused, whatever its metadata say, and before anything large is read."""
+    import h5py
+
+    path = tmp_path / "file"
+    path.write_bytes(graph)
+    with h5py.File(path, "r+") as file:
+        GRAPHS[message](file)
+    assert message in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        ("while True: pass", "reading it takes longer than 0.2 s of processor time"),
+        ("return {'a': np.ones(1 << 27)}", "Unable to allocate"),
+        ("os.abort()", "ended with status -6"),
+        ("raise KeyError('a')", "'a'"),
+    ],
+)
+def test_hdf5_in_a_process_of_its_own(does, message, tmp_path, monkeypatch):
+    """Whatever the HDF5 library does on a damaged file, here it is a line."""
+    pytest.importorskip("h5py")
+    if does.startswith(("while", "return")) and not Path("/proc/self/statm").exists():
+        pytest.skip("this system bounds neither time nor memory")
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys\nimport numpy as np\nsys.path.insert(0, {str(ROOT / 'analysis/formats')!r})\nimport hdf5\n"
+        f"def datasets(path):\n    {does}\nhdf5._datasets, hdf5.SECONDS = datasets, 0.2\n"
+        "sys.exit(hdf5.main(*sys.argv[1:]))\n"
+    )
+    monkeypatch.setattr(hdf5, "__file__", str(script))
+    monkeypatch.setattr(hdf5, "SECONDS", 0.2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hdf5.read(tmp_path / "file")
+
+
+# -- exports of version 1 --------------------------------------------------------------------------
+
+
+def version_1(form: str, path: Path, change=lambda arrays: None) -> Path:
+    """A file as version 1 wrote it: the same, without a digest."""
+    content = formats.WRITERS[form](snapshot_of(mnist()))
+    if form == "csr":
+        text, arrays = csr_arrays(mnist())
+        change(arrays)
+        with open(path, "wb") as file:
+            np.savez_compressed(file, network=np.array(text.replace('"version": 2', '"version": 1')), **arrays)
+    elif form == "safetensors":
+        from safetensors.numpy import load, save
+
+        text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["network"]
+        arrays = load(content)
+        change(arrays)
+        path.write_bytes(save(arrays, metadata={"network": text.replace('"version": 2', '"version": 1')}))
+    else:
+        import h5py
+
+        path.write_bytes(content)
+        with h5py.File(path, "r+") as file:
+            del file["node/metadata/sha256"]
+            text = file["node/metadata/network"][()].decode()
+            replaced(file, "node/metadata/network", text.replace('"version": 2', '"version": 1'))
+    return path
+
+
+@forms
+def test_exports_of_version_1_are_read_with_a_warning(form, tmp_path):
+    with pytest.warns(UserWarning, match="file is an export of version 1, which has no digest"):
+        network = load_pruned(version_1(form, tmp_path / "file"))
+    assert_same_counts(mnist(), network)
+
+
+@pytest.mark.filterwarnings("ignore:.*version 1")
+@pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+def test_what_can_be_checked_in_version_1_is(form, tmp_path):
+    key = {"safetensors": "fc.1.weight.values", "csr": "fc.1.weight/data"}[form]
+    for value, message in ((np.nan, "not finite"), (0, "0")):
+        path = version_1(form, tmp_path / "file", lambda a, value=value: a.update({key: put(a[key], 7, value)}))
+        assert message in refused(path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+def test_a_changed_weight_does_not_match_the_digest(form, tmp_path):
+    """Also where all lengths and CRCs fit: version 2 would read it as another network."""
+    text, arrays = csr_arrays(mnist())
+    sha256 = description.digest(text, arrays)
+    path = tmp_path / "file"
+    if form == "csr":
+        arrays["fc.1.weight/data"] = put(arrays["fc.1.weight/data"], 7, 0.5)
+        with open(path, "wb") as file:
+            np.savez(file, network=np.array(text), sha256=np.array(sha256), **arrays)
+    else:
+        content = bytearray(formats.write_safetensors(snapshot_of(mnist())))
+        content[-7] ^= 1
+        path.write_bytes(content)
+    assert "does not match its digest" in refused(path)
+
+
+def test_the_digest_as_it_is_documented():
+    arrays = {"b": np.array([[1.0, 2.0]], np.float32), "a": np.array([7], np.int32)}
+    content = b'{"T": 8}\na int32 [1]\n' + b"\7\0\0\0" + b"\nb float32 [1, 2]\n" + b"\0\0\x80?\0\0\0@"
+    assert description.digest('{"T": 8}', arrays) == hashlib.sha256(content).hexdigest()
+    fortran = {**arrays, "b": np.asfortranarray(arrays["b"])}
+    assert description.digest('{"T": 8}', fortran) == hashlib.sha256(content).hexdigest()
+
+
+# -- other networks --------------------------------------------------------------------------------
+
+
+def with_neurons(monkeypatch, *settings) -> None:
+    """MnistNet with other settings in its neurons, as if its file were edited."""
+    made = iter(settings * 1000)
+
+    def node():
+        node = lif()
+        for key, value in next(made).items():
+            setattr(node, key, value)
+        return node
+
+    monkeypatch.setattr("mnist.model.lif", node)
+
+
+@forms
+@pytest.mark.parametrize(
+    "settings", [{"tau": 4.0}, {"v_threshold": 0.5}, {"v_reset": -0.25}, {"tau": 3.0, "decay_input": False}]
+)
+def test_the_description_is_of_the_neurons_that_run(form, settings, tmp_path, monkeypatch):
+    """And a program with other neurons does not load it."""
+    path = tmp_path / "file"
+    with monkeypatch.context() as patched:
+        with_neurons(patched, settings)
+        network = mnist()
+        export(snapshot_of(network), form, path)
+        assert_same_counts(network, load_pruned(path))
+    assert "its neuron is" in refused(path)
+    with torch.no_grad():
+        assert not torch.equal(network(images_for(network)), mnist()(images_for(network)))
+
+
+@pytest.mark.parametrize("settings", [[{"tau": 4.0}, {}], [{}, {"v_threshold": 0.5}], [{"v_reset": None}]])
+def test_neurons_that_no_description_fits(settings, tmp_path, monkeypatch):
+    with_neurons(monkeypatch, *settings)
+    with pytest.raises(Refusal, match="mnist has neurons"):
+        export(snapshot_of(mnist()), "csr", tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@forms
+def test_a_bias_is_kept_or_refused(form, tmp_path, monkeypatch):
+    from spikingjelly.activation_based import layer
+
+    linear = layer.Linear
+    monkeypatch.setattr("mnist.model.layer.Linear", lambda *args, bias: linear(*args, bias=True))
+    network = mnist()
+    if form == "safetensors":
+        export(snapshot_of(network), form, tmp_path / "file")
+        assert torch.equal(load_pruned(tmp_path / "file").fc[1].bias, network.fc[1].bias)
+    else:
+        with pytest.raises(Refusal, match=rf"{form} has no place for fc\.1\.bias; safetensors has"):
+            export(snapshot_of(network), form, tmp_path / "file")
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def weight(state, change) -> None:
+    state["network"]["fc.1.weight"] = change(state["network"]["fc.1.weight"])
+
+
+CHECKPOINTS = {
+    "lacks fc.1.weight": lambda s: s["network"].pop("fc.1.weight"),
+    "unknown extra": lambda s: s["network"].update(extra=torch.zeros(1)),
+    "float32 [10, 801], not float32 [10, 800]": lambda s: weight(s, lambda w: torch.zeros(10, 801)),
+    "float64 [10, 800], not float32": lambda s: weight(s, lambda w: w.double()),
+    "of type str, not a tensor": lambda s: weight(s, lambda w: "text"),
+    "fc.1.weight has values that are not finite": lambda s: weight(s, lambda w: w / 0),
+    "strides (0, 0)": lambda s: weight(s, lambda w: torch.ones(1).expand(10, 800)),
+    "strides (1, 10)": lambda s: weight(s, lambda w: w.t().contiguous().t()),
+    "_rebuild_sparse_tensor": lambda s: weight(s, lambda w: w.to_sparse()),
+    "_rebuild_meta_tensor_no_storage": lambda s: weight(s, lambda w: w.to("meta")),
+    "one tensor in two places": lambda s: s.update(again=s["network"]["fc.1.weight"]),
+    "the network lacks conv.1.weight": lambda s: s["arguments"].update(experiment="c10", dataset="cifar10"),
+    "experiment is 'nothing'": lambda s: s["arguments"].update(experiment="nothing"),
+    "dataset is '7'": lambda s: s["arguments"].update(dataset=7),
+    "T is True": lambda s: s["arguments"].update(T=True),
+    "T is 8.0": lambda s: s["arguments"].update(T=8.0),
+    "T is '8'": lambda s: s["arguments"].update(T="8"),
+    "T is 1000000000": lambda s: s["arguments"].update(T=10**9),
+    "T is None": lambda s: s["arguments"].pop("T"),
+    "epoch is -1": lambda s: s.update(epoch=-1),
+    "epoch is 3.0": lambda s: s.update(epoch=3.0),
+    "no arguments": lambda s: s.pop("arguments"),
+    "no network": lambda s: s.update(network=[1]),
+}
+
+
+@pytest.mark.parametrize("message", CHECKPOINTS)
+def test_checkpoints_that_do_not_fit(message, tmp_path):
+    path = write_run(tmp_path, mnist()) / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    CHECKPOINTS[message](state)
+    storage.write(path, state)
+    assert message in refused(path)
+
+
+def test_batch_norms_that_do_not_fit(tmp_path, narrow):
+    network = cifar10()
+    network.conv[2].running_var[3] = -1
+    path = write_run(tmp_path, network) / "checkpoint.pt"
+    assert "conv.2.running_var has values below 0" in refused(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes")
+    os.mkfifo(tmp_path / "pipe")
+    assert "is not a file" in refused(tmp_path / "pipe")
+
+
+def test_nir_has_no_max_pooling(tmp_path, narrow):
+    with pytest.raises(Refusal, match="max pooling"):
+        export(snapshot_of(cifar10()), "nir", tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("form", "module"), [("safetensors", "safetensors.numpy"), ("nir", "nir")])
+def test_a_package_that_is_not_there(form, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(Refusal, match=rf"pip install {form}"):
+        export(snapshot_of(mnist()), form, tmp_path / "file")
