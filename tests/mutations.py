@@ -250,7 +250,7 @@ def rezipped(rng: random.Random, content: bytes, compression: int) -> bytes:
     with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(file, "w", compression) as archive:
         for name, member in members:
             kind = zipfile.ZIP_DEFLATED if change in ("bomb", "compress") else compression
-            archive.writestr(name, member, kind)
+            archive.writestr(zipfile.ZipInfo(name), member, kind)  # its time is always the same
     return file.getvalue()
 
 

@@ -18,7 +18,7 @@ from analysis.export import differing_counts, export, load_pruned, main
 from analysis.snapshot import from_checkpoint, models_folder
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
-from training import measure
+from training import measure, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
