@@ -315,6 +315,27 @@ def test_a_run_begun_in_the_former_default_folder_goes_on_there(run, mnist_folde
     assert len(list((tmp_path / "runs" / "mnist" / "models").iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "-lr 1e30",
+        "-lr 1e-320",
+        "-m grad -s 0.9999999999999999 -penalty 1e30",
+        "-m deep -s 0.9 -temperature 1e30 -penalty 1e-300",
+        "-m deep -soft -s 0 -temperature 1e30",
+        "-m grad --recipe fast --connectivity 1e-300 -lr 1e30",
+        f"-i1 {2**63 - 1} -i2 {2**63 - 1} --seed {2**63 - 1} --checkpoint-minutes 1e300",
+    ],
+)
+def test_extreme_values_that_are_accepted_are_trained_tested_and_gone_on_with(run, argv):
+    argv = [*argv.split(), "-b", "20"]
+    for more in (["-N", "2"], ["-test"], ["-N", "2"]):
+        more += ["-N", "2"] if "fast" in argv and "-N" not in more else []
+        result = run(*argv, *more)
+        assert (result.status, result.err) == (0, "")
+    assert "has finished its 2 epochs" in result.out
+
+
 def test_two_experiments_with_the_same_options_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("training.options.REPOSITORY", tmp_path)
     former, argv = tmp_path / "runs", ["-b", "16"]

@@ -360,3 +360,5 @@ def test_a_terminal_gets_a_progress_bar(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     err = run(*GRAD, "-N", "2").err
     assert "epoch 2/2:" in err
+    assert "test:" in err
+    assert "test:" in run(*GRAD, "-test").err

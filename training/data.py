@@ -212,6 +212,9 @@ class TestBatches:
     def __init__(self, split: Split, batch_size: int, normalisation: Normalisation):
         self.split, self.batch_size, self.normalisation = split, batch_size, normalisation
 
+    def __len__(self) -> int:
+        return math.ceil(len(self.split) / self.batch_size)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self.split), self.batch_size):
             batch = slice(start, start + self.batch_size)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from rewiring import RewiringOptimizer
 from training import checks, randomness, recorder
+from training.command_line import LARGEST
 from training.measure import connected, pack, prunable
 
 # What a checkpoint holds, with the type of each.
@@ -84,7 +85,7 @@ def _check_plain(name: str, value: Any) -> None:
 def _check_counters(saved: dict[str, Any]) -> None:
     arguments = saved["arguments"]
     for name in ("batch_size", "epoch", "T", "interval_test", "interval_train"):
-        checks.whole_number(f"{name} of arguments", arguments.get(name), 1)
+        checks.whole_number(f"{name} of arguments", arguments.get(name), 1, LARGEST)
     match = FINGERPRINT.fullmatch(saved["data"])
     if match is None or int(match[1]) < arguments["batch_size"]:
         batch = arguments["batch_size"]

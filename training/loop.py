@@ -21,6 +21,11 @@ from training.options import Recipe, arguments
 from training.step import TrainingStep, autocast, set_precision
 
 
+def _bar(batches: Iterable[tuple[Tensor, Tensor]], what: str, **settings: Any) -> tqdm:
+    """The batches with a progress bar, where there is a terminal, that goes when they are done."""
+    return tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty(), **settings)
+
+
 class Run:
     """One run: a network with its optimizers on a data set, trained from where its checkpoint is.
 
@@ -218,13 +223,11 @@ class Run:
         spent = self.seconds["train"]
         saving = self.seconds["checkpoint"]
         self.network.train()
-        bar = tqdm(
+        bar = _bar(
             self.training.epoch(self.position),
-            desc=f"epoch {self.epoch + 1}/{self.options.epoch}",
+            f"epoch {self.epoch + 1}/{self.options.epoch}",
             total=len(self.training),
             initial=self.position,
-            leave=False,
-            disable=not sys.stderr.isatty(),
         )
         shown = start
         self.time_left.start()
@@ -272,7 +275,7 @@ class Run:
         full, extra = epoch == 1 or epoch % self.options.interval_test == 0, {}
         if full:
             with measure.SpikeCounter(self.network) as spikes:
-                accuracy = self._accuracy(self._stoppable(self.test_set))
+                accuracy = self._accuracy()
             rates = spikes.rates()
             names = self.recipe.histograms
             self.recorder.neurons(epoch, rates)
@@ -282,7 +285,7 @@ class Run:
                 "distributions": record.distributions(self.network, self.optimizers, names),
             }
         else:
-            accuracy = self._accuracy(self._stoppable(self.test_set))
+            accuracy = self._accuracy()
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, self._masks()
         layers, rewired = measure.count(self.masks), measure.rewired(before, self.masks)
@@ -324,12 +327,12 @@ class Run:
             self.signals.check()
             yield batch
 
-    def _accuracy(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-        with autocast(self.options.precision_used, self.options.device):
-            return measure.accuracy(self.network, batches)
+    def _accuracy(self) -> float:
+        with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
+            return measure.accuracy(self.network, self._stoppable(bar))
 
     def test(self) -> None:
         """Evaluates the network as it is; prints the results and stores them in the log folder."""
-        with autocast(self.options.precision_used, self.options.device):
-            report = evaluation.report(self.network, self.test_set, self.epoch)
+        with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
+            report = evaluation.report(self.network, bar, self.epoch)
         record.store_test(self.folder, self.epoch, report.lines(), report.numbers(), report.rates)

@@ -168,10 +168,11 @@ class Recorder:
         self, epoch: int, network: nn.Module, optimizers: list[Optimizer], names: tuple[str, ...] | None
     ) -> None:
         """Records the distributions of weights and, where the algorithm has it, of theta; all layers, or ``names``."""
+        last = self.writer.default_bins[-2]  # TensorBoard fails where all values are beyond its bins
         for name, tensors in weights_and_theta(network, optimizers, names):
             for kind, values in tensors.items():
                 with self._naming():
-                    self.writer.add_histogram(f"{name}-{kind}", values, epoch)
+                    self.writer.add_histogram(f"{name}-{kind}", values.clamp(-last, last), epoch)
 
     def close(self) -> None:
         with self._quiet, self._naming():
