@@ -51,7 +51,7 @@ class StepwiseBatchNorm2d(nn.BatchNorm2d, base.StepModule):
         """Normalises [N, C, H, W] in 's' mode, [T, N, C, H, W] in 'm' mode."""
         if self.step_mode == "s":
             return super().forward(x)
-        if self.training:
+        if self.training or self.running_mean is None:  # then evaluation goes by batch statistics, too
             return torch.stack([nn.BatchNorm2d.forward(self, x_t) for x_t in x])
         return nn.BatchNorm2d.forward(self, x.flatten(0, 1)).view_as(x)
 

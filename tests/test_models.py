@@ -1,10 +1,11 @@
 """The networks: what they consist of, and two executions of one network."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 from c10.model import Cifar10Net
@@ -165,6 +166,64 @@ def test_both_executions_are_the_same_cifar10_network():
             assert buffer == (1 if name.startswith("static") else 4)
     with torch.no_grad():
         torch.testing.assert_close(other.eval()(images), one.eval()(images))
+
+
+def every(kind, **settings):
+    """A change of the settings of all layers of a kind."""
+
+    def change(network):
+        for module in network.modules():
+            if isinstance(module, kind):
+                for key, value in settings.items():
+                    setattr(module, key, value)
+
+    return change
+
+
+def unchanged_settings(network):
+    pass
+
+
+@functools.cache
+def results_in_double(step_mode, change):
+    """Counts, gradients and buffers of a batch, and the counts of evaluation, of a network with changed settings."""
+    network = narrow_cifar10(step_mode).double()
+    change(network)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts, gradients, buffers = run(network, images, torch.tensor([1, 2]))
+    with torch.no_grad():
+        return {**gradients, **buffers, "counts": counts, "evaluated": network.eval()(images)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        every(neuron.LIFNode, tau=4.0),
+        every(neuron.LIFNode, v_threshold=0.5),
+        every(neuron.LIFNode, v_reset=None),
+        every(neuron.LIFNode, v_reset=-0.25),
+        every(neuron.LIFNode, decay_input=False),
+        every(neuron.LIFNode, detach_reset=False),
+        every(neuron.LIFNode, surrogate_function=surrogate.Sigmoid(alpha=3.0)),
+        every(neuron.LIFNode, surrogate_function=surrogate.ATan(spiking=False)),
+        every(nn.BatchNorm2d, track_running_stats=False, running_mean=None, running_var=None),
+        every(nn.BatchNorm2d, weight=None, bias=None),
+        every(nn.BatchNorm2d, momentum=None),
+        every(nn.BatchNorm2d, momentum=0.5, eps=0.1),
+        every(nn.Conv2d, padding_mode="circular"),
+        every(nn.MaxPool2d, kernel_size=3, padding=1),
+        every(layer.Dropout, p=0.9),
+        every(nn.Linear, bias=nn.Parameter(torch.tensor(0.25, dtype=torch.float64))),
+    ],
+)
+def test_both_executions_are_the_same_network_whatever_its_settings(change):
+    one, other = results_in_double("s", change), results_in_double("m", change)
+    unchanged = results_in_double("s", unchanged_settings)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, msg=name)
+    assert one["conv.1.weight"].abs().sum() > 0
+    assert one.keys() != unchanged.keys() or any(not torch.allclose(one[name], unchanged[name]) for name in one)
 
 
 @modes
