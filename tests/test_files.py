@@ -199,7 +199,7 @@ def test_home_is_expanded(monkeypatch, tmp_path):
     assert folder_path("~/x") == file_path("~/x") == tmp_path / "x"
 
 
-@pytest.mark.parametrize("text", ["", "  ", "a\0b", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("text", ["", "  ", "a\0b", "a\udcff", "~nobody-of-this-name/x"])
 @pytest.mark.parametrize("kind", [folder_path, file_path])
 def test_what_is_no_path_is_refused(kind, text):
     import argparse

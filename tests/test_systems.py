@@ -71,3 +71,23 @@ def test_everything_works_on_a_system_without_what_only_unix_has(tmp_path, mnist
     assert len(told) == 2, told  # in all that was done
     assert "cannot be locked (Function not implemented): do not start its command twice" in told[0]
     assert "cannot be synced (Permission denied)" in told[1]
+
+
+def test_a_console_of_plain_ascii_shows_what_it_can(tmp_path, mnist_folder):
+    """-test prints µJ or nJ, a report dashes: no console is too poor for a run."""
+    code = """
+import sys
+from analysis import report
+from mnist import mnist
+from training import energy
+options = ["-b", "8", "-N", "1", "--dataset-dir", sys.argv[1], "--dump-dir", sys.argv[2]]
+energy.PICOJOULES_PER_MAC = 1e6  # µJ
+assert mnist.main(options) == 0
+assert mnist.main([*options, "-test"]) == 0
+assert report.main([sys.argv[2], "-o", sys.argv[2] + "/page.html"]) == 0
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code, str(mnist_folder), str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert " ?J " in result.stdout

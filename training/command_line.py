@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import io
 import math
 import os
 import re
@@ -44,6 +45,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args: Any) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a console without µ or – shows ?
+            sys.stdout.reconfigure(errors="replace")
         try:
             with torch_defaults(), _warnings_in_one_line():
                 return main(*args)
@@ -285,8 +288,9 @@ def shown(text: str) -> str:
 
 def _path_to(what: str) -> Callable[[str], Path]:
     def parse(text: str) -> Path:
-        if not text.strip() or "\0" in text:
-            raise argparse.ArgumentTypeError(f"must be the path of a {what}, not {shown(text)}")
+        # bytes that are no UTF-8 are surrogates here; TensorBoard, for one, cannot write to such a path
+        if not text.strip() or "\0" in text or re.search("[\ud800-\udfff]", text):
+            raise argparse.ArgumentTypeError(f"must be the path of a {what}, in UTF-8, not {shown(text)}")
         try:
             return files.expanded(text)
         except ValueError as error:
