@@ -421,7 +421,7 @@ def _flaw(state: Any, shape: torch.Size) -> str | None:
     for key in known:
         value = state[key]
         if key == "step":
-            if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+            if not (isinstance(value, Tensor) and value.numel() == 1) and not isinstance(value, Real):
                 return f"step is {value!r}, not one number"
         elif not isinstance(value, Tensor) or value.layout is not torch.strided:
             return f"{key} is no dense tensor"

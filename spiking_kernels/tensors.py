@@ -40,7 +40,10 @@ def flaw(
 
 def _has_memory(tensor: Tensor) -> bool:
     """Whether the storage is as large as the tensor says: it may have been resized behind its back."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.is_contiguous():
+        last = tensor.numel() - 1
+    else:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize
 
 

@@ -401,6 +401,7 @@ def test_a_cuda_graph_captures_the_step_and_draws_fresh_noise(variant):
 needs_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
+@pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("variant", ["grad", "deep", "soft deep"])
 def test_the_compiled_update_is_the_plain_one(variant, monkeypatch):
