@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
-from spikingjelly.activation_based import precision as sj_precision  # noqa: F401 - that it is there
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -230,6 +229,23 @@ def test_a_change_of_the_layers_changes_the_result_with_and_without_the_kernel(c
     if change in CHANGES:
         with pytest.raises(AssertionError):  # the kernel's result would be another one
             assert_same(before, plain)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_node(0, "_neuron_precision", (torch.bfloat16, "fp32", "fp32")),  # which SpikingJelly has on CUDA only
+        lambda network: network.fc[1].float().to(torch.float64),
+        lambda network: setattr(network, "T", 2.5),
+        lambda network: setattr(network, "T", 0),
+    ],
+)
+def test_what_the_layers_refuse_the_kernel_does_not_accept(change, calls):
+    network = small()
+    change(network)
+    plain, fused = results(network, False), results(network, True)
+    assert calls == []
+    assert plain["error"] == fused["error"]
 
 
 @pytest.mark.parametrize("change", [*CHANGES, *OTHERS])
