@@ -151,6 +151,26 @@ def test_foreign_files(tmp_path):
     assert "has no checkpoint.pt" in refused(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (
+            json.dumps({f"{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(20_000)}),
+            "1048576",
+        ),
+        ('{"a": 1, "a": 1}', "two members of one name"),
+        ('{"__metadata__": {"network": "{}", "more": ""}}', "metadata are not network and sha256"),
+        ('{"a": NaN}', "the number NaN"),
+        ('{"a": ' + "[" * 100_000, "recursion"),
+    ],
+    ids=["many names", "twice", "metadata", "NaN", "nested"],
+)
+def test_headers_of_safetensors_that_do_not_fit(header, message, tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert message in refused(tmp_path / "file")
+
+
 def test_a_foreign_safetensors_file(tmp_path):
     save = pytest.importorskip("safetensors.numpy").save
     path = tmp_path / "file"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import checks, files
+from training import archives, checks, files
 
 FOOTER = re.compile(rb"\ngradrewire 2 bytes (\d{20}) sha256 ([0-9a-f]{64})\n")
 FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
@@ -97,8 +97,8 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def read(path: Path, verify: bool = True) -> Any:
     """Reads what :func:`write` stored, on the CPU, once its digest is verified.
 
-    Only plain tensors, numbers, texts and containers of them are read (see :func:`training.checks.pickled`), and
-    only once the sizes that it declares are found to be those of the file: no code in it can run.
+    Only plain tensors, numbers, texts and containers of them are read, and only once the sizes that they declare
+    are found to be those of the file (see :mod:`training.archives`): no code in it can run.
     Without ``verify`` only the file's length is checked, and tensors are read from the disk as they are
     used: for a quick look at some of them.
 
@@ -122,8 +122,8 @@ def read(path: Path, verify: bool = True) -> Any:
         if verify and digest.hexdigest().encode() != footer[2]:
             raise DamagedError("its content does not match its digest")
         try:
-            with checks.archive(file, size - FOOTER_LENGTH) as archive:
-                checks.pickled(archive)
+            with archives.opened(file, size - FOOTER_LENGTH) as archive:
+                archives.check_pickled(archive)
             file.seek(0)
             return torch.load(file if verify else path, map_location="cpu", weights_only=True, mmap=not verify)
         except Exception as error:  # what is not an archive of plain data is refused by zipfile, pickle or torch

@@ -3,6 +3,7 @@
 import io
 import math
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from analysis.formats.description import (
     digest,
 )
 from analysis.snapshot import Snapshot, batch_norms
-from training import checks, measure
+from training import archives, checks, measure
 from training.command_line import Refusal
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -77,7 +78,7 @@ def write_csr(snapshot: Snapshot) -> bytes:
 
 
 def read_csr(path: Path) -> Snapshot:
-    with open(path, "rb") as file, checks.archive(file, expanded=EXPANDED) as archive:
+    with open(path, "rb") as file, archives.opened(file, expanded=EXPANDED) as archive:
         names = archive.namelist()
         text = _text(archive, "network", LENGTH)
         sha256 = _text(archive, "sha256", 64) if "sha256.npy" in names else None
@@ -162,5 +163,6 @@ def _dense(name: str, arrays: list[NDArray], shape: tuple[int, ...]) -> NDArray[
     if not increases.all():
         raise ValueError(f"{name} has a row with a repeated index, or indices out of order")
     weight = np.zeros((rows, columns), dtype=np.float32)
-    weight[np.repeat(np.arange(rows, dtype=np.int32), np.diff(indptr)), indices] = data
+    for row, (start, end) in zip(weight, pairwise(indptr.tolist()), strict=True):
+        row[indices[start:end]] = data[start:end]
     return weight.reshape(shape)

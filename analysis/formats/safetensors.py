@@ -24,7 +24,7 @@ from analysis.formats.description import (
 from analysis.snapshot import Snapshot
 from training import checks, measure
 
-HEADER_LIMIT = 1 << 20  # bytes; the CIFAR-10 network's has 6000
+HEADER_LIMIT = 1 << 20  # bytes; the CIFAR-10 network's has 8000
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # of a network's tensors
 
 
