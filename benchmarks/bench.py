@@ -31,8 +31,7 @@ from gradrewire import GradRewiring
 from mnist.mnist import RECIPE as MNIST
 from mnist.model import MnistNet
 from training import data, measure
-from training.command_line import Parser, check_output, command, file_path, folder_path, whole_number
-from training.files import write_whole
+from training.command_line import Parser, check_output, command, file_path, folder_path, output_file, whole_number
 from training.record import processor
 from training.step import TrainingStep, autocast, set_precision
 
@@ -450,7 +449,8 @@ def main(argv: list[str] | None = None) -> int:
         tables += bench_cifar10(device, arguments.rounds if on_gpu else 1, batch=16 if on_gpu else 4)
     if arguments.json:
         head = {"date": str(date.today()), "hardware": hardware, "versions": versions}
-        write_whole(arguments.json, json.dumps({**head, "tables": tables}, indent=1) + "\n")
+        with output_file("--json", arguments.json) as temporary:
+            temporary.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -26,8 +26,7 @@ from benchmarks.bench import in_turns, median, mnist_images, table
 from mnist.mnist import RECIPE
 from mnist.model import MnistNet
 from training import data, measure
-from training.command_line import Parser, check_output, command, file_path, folder_path, whole_number
-from training.files import write_whole
+from training.command_line import Parser, check_output, command, file_path, folder_path, output_file, whole_number
 from training.record import processor
 
 SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
@@ -188,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     tables = bench_networks(networks, images, arguments.rounds)
     tables += bench_products(images, arguments.rounds) + bench_convolution(arguments.rounds)
     if arguments.json:
-        write_whole(arguments.json, json.dumps({**head, "tables": tables}, indent=1) + "\n")
+        with output_file("--json", arguments.json) as temporary:
+            temporary.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

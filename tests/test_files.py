@@ -84,6 +84,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
 
+def write(path, content):
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def test_a_device_stays_a_device(tmp_path):
     device = tmp_path / "null"
     try:
@@ -91,7 +96,7 @@ def test_a_device_stays_a_device(tmp_path):
         device.write_bytes(b"")
     except (OSError, AttributeError):  # only root makes devices, and not on every file system
         device = Path("/dev/null")
-    files.write_whole(device, "text")
+    write(device, "text")
     assert stat.S_ISCHR(os.lstat(device).st_mode)
 
 
@@ -100,7 +105,7 @@ def test_a_pipe_gets_the_content_and_stays_a_pipe(tmp_path):
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
     reader.start()
-    files.write_whole(pipe, b"x" * 200_000)  # more than a pipe holds
+    write(pipe, b"x" * 200_000)  # more than a pipe holds
     reader.join(10)
     assert got == [b"x" * 200_000]
     assert stat.S_ISFIFO(os.lstat(pipe).st_mode)
@@ -114,22 +119,38 @@ def test_a_link_stays_a_link(tmp_path, there):
     if there:
         target.write_text("old")
     link.symlink_to(Path("elsewhere") / "target")
-    files.write_whole(link, "new")
+    write(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["elsewhere", "link", "target"]
 
 
+def test_in_a_folder_of_ours_nothing_leads_elsewhere(tmp_path):
+    """A run's folder may come from a stranger, with links in it to files of mine."""
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.write_text("mine")
+    run.mkdir()
+    for name in ("run.json", "run.json.tmp"):
+        (run / name).symlink_to(mine)
+    os.mkfifo(run / "test.json")
+    for name in ("run.json", "test.json"):
+        files.write_whole(run / name, "text")
+        assert stat.S_ISREG(os.lstat(run / name).st_mode)
+        assert (run / name).read_text() == "text"
+    assert mine.read_text() == "mine"
+    assert sorted(p.name for p in run.iterdir()) == ["run.json", "test.json"]
+
+
 def test_permissions_of_a_file_stay(tmp_path):
     path = tmp_path / "private"
     path.touch(0o600)
-    files.write_whole(path, "text")
+    write(path, "text")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_the_longest_name_is_a_name(tmp_path):
     path = tmp_path / ("ä" * 127)
-    files.write_whole(path, "text")
+    write(path, "text")
     assert path.read_text() == "text"
 
 
@@ -152,7 +173,7 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path, place, reason):
     path = place(tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(OSError, match=rf"{reason}: '{path}'"):
-        files.write_whole(path, "text")
+        write(path, "text")
     with pytest.raises(Refusal, match=rf"argument -o: cannot write {path}: {reason}"), output_file("-o", path):
         pass
     assert sorted(tmp_path.iterdir()) == before
@@ -161,7 +182,7 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path, place, reason):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_device_is_named():
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        files.write_whole(Path("/dev/full"), "text")
+        write(Path("/dev/full"), "text")
 
 
 def test_windows_waits_for_readers(tmp_path, monkeypatch):

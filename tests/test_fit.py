@@ -1,6 +1,7 @@
 """Does a checkpoint fit: each field of it is edited in turn, and refused in one line that names file and field."""
 
 import math
+import os
 import random
 import re
 
@@ -328,6 +329,24 @@ def test_a_log_that_leads_elsewhere_is_not_cut(run, tmp_path):
     assert run(*GRAD, "-N", "2").status == 0
     assert outside.read_text() == "outside"
     assert folder.is_dir()
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "a.tfevents"])
+@pytest.mark.parametrize(
+    "make", [lambda path, outside: path.symlink_to(outside), lambda path, outside: os.mkfifo(path)]
+)
+def test_a_log_that_is_a_link_or_a_pipe_is_refused(run, tmp_path, name, make):
+    run(*GRAD, "-N", "1")
+    (logs,) = tmp_path.glob("logs/*")
+    outside = tmp_path / "outside"
+    outside.write_text("outside")
+    (logs / name).unlink(missing_ok=True)
+    make(logs / name, outside)
+    result = run(*GRAD, "-N", "2")
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert f"it is a link, or no regular file; move it away: '{logs / name}'" in result.err
+    assert outside.read_text() == "outside"
 
 
 # -- what need not be the same -----------------------------------------------------------------------------

@@ -114,31 +114,35 @@ def replace(source: Path, target: Path) -> None:
 class _Replacement:
     """A file to be replaced, and the temporary file beside it, made here, from which it gets its content."""
 
-    def __init__(self, path: Path, temporary: str | None = None, parents: bool = False):
+    def __init__(self, path: Path, parents: bool = False, ours: bool = False):
         with naming(path):
-            self.target = Path(os.path.realpath(path))
+            self.target = path if ours else Path(os.path.realpath(path))
             try:
-                self.mode = os.stat(path).st_mode
+                mode = os.stat(path, follow_symlinks=not ours).st_mode
             except FileNotFoundError:
-                self.mode = None
+                mode = None
                 if parents:
                     self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.mode is not None and stat.S_ISDIR(self.mode):
+            if mode is not None and stat.S_ISDIR(mode):
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
-            self.special = self.mode is not None and not stat.S_ISREG(self.mode)
+            regular = mode is not None and stat.S_ISREG(mode)
+            self.special = mode is not None and not regular and not ours
+            self.permissions = stat.S_IMODE(mode) if regular else None
             folder = Path(tempfile.gettempdir()) if self.special else self.target.parent
-            # not after the target's name: that may be as long as a name can be
-            self.temporary = folder / (temporary or f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
-            self.temporary.touch(0o600 if self.special else 0o666)
+            # not after the whole name of the target: that may be as long as a name can be
+            name = f"{path.name[:50]}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp"
+            self.temporary = folder / name
+            self.temporary.unlink(missing_ok=True)  # of a process that was killed
+            self.temporary.touch(0o600 if self.special else 0o666, exist_ok=False)
 
     def finish(self) -> None:
         if self.special:
             with open(self.temporary, "rb") as source, open(self.target, "wb") as out:
                 shutil.copyfileobj(source, out)
             return
-        if self.mode is not None:
-            with contextlib.suppress(OSError):  # not all file systems have permissions
-                os.chmod(self.temporary, stat.S_IMODE(self.mode))
+        if self.permissions is not None:
+            with contextlib.suppress(OSError):  # not all file systems have them
+                os.chmod(self.temporary, self.permissions)
         sync_file(self.temporary)
         replace(self.temporary, self.target)
 
@@ -148,7 +152,7 @@ class _Replacement:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, temporary: str | None = None, parents: bool = False) -> Iterator[Path]:
+def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator[Path]:
     """A temporary file, empty at first, whose content becomes that of ``path`` at the end, all of it or nothing.
 
     A link stays a link: the file that it leads to is replaced. What is no regular file (a pipe, a device such as
@@ -156,13 +160,14 @@ def replacing(path: Path, temporary: str | None = None, parents: bool = False) -
 
     Args:
         path: the file to write.
-        temporary: name of the temporary file, for a file that no two processes write at a time; else a unique one.
         parents: make the folders above it that are missing.
+        ours: it is in a folder of ours, where one process writes at a time. Such a folder may come from somebody else:
+            a link or a pipe in it leads nowhere, but is replaced as any file.
 
     Raises:
         OSError: it cannot be written, known at the beginning as far as it can be; it names ``path``.
     """
-    replacement = _Replacement(path, temporary, parents)
+    replacement = _Replacement(path, parents, ours)
     try:
         yield replacement.temporary
         with naming(path):
@@ -173,14 +178,14 @@ def replacing(path: Path, temporary: str | None = None, parents: bool = False) -
 
 def check_replacing(path: Path, parents: bool = False) -> None:
     """Raises the OSError that :func:`replacing` would begin with; it names ``path``."""
-    _Replacement(path, parents=parents).clean_up()
+    _Replacement(path, parents).clean_up()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a small file, a text in UTF-8, complete or not at all.
+    """Writes a small file of a folder of ours, a text in UTF-8, complete or not at all.
 
     Raises:
         OSError: it cannot be written; it names ``path``, which is as it was.
     """
-    with replacing(path, temporary=f"{path.name[:100]}.tmp") as temporary, naming(path):
+    with replacing(path, ours=True) as temporary, naming(path):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

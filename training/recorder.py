@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,16 @@ def is_log(name: str) -> bool:
 
 
 def log_files(folder: Path) -> list[Path]:
-    """The files of a log folder that grow while a run goes on."""
-    return sorted(path for path in folder.glob("*") if is_log(path.name) and path.is_file())
+    """The files of a log folder that grow while a run goes on.
+
+    Raises:
+        OSError: one of them is a link, or no regular file: what is cut and grows must be in the folder.
+    """
+    paths = [path for path in sorted(folder.glob("*")) if is_log(path.name) and not stat.S_ISDIR(path.lstat().st_mode)]
+    for path in paths:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, "it is a link, or no regular file; move it away", str(path))
+    return paths
 
 
 def _rewind(folder: Path, lengths: dict[str, int]) -> None:
@@ -105,7 +114,7 @@ class Recorder:
         with self._naming():
             self.writer.flush()
             self._check_folder()
-            return {path.name: path.stat().st_size for path in log_files(self.folder)}
+        return {path.name: path.stat().st_size for path in log_files(self.folder)}
 
     def results(self, line: dict[str, Any]) -> None:
         """Appends the results of an epoch, in one write: who reads meanwhile sees whole lines, but perhaps the last."""
