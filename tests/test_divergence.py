@@ -113,12 +113,20 @@ def test_a_run_that_diverges_stops_before_its_last_good_checkpoint(
 
 
 def test_weights_that_overflow_are_named(run, tmp_path):
-    result = run("-lr", "1e38", "-b", "8", "-N", "1", "-i2", "1")
+    result = run("-lr", "1e37", "-b", "8", "-N", "1", "-i2", "1")
     assert result.status == 1
     assert "is not finite since epoch 1, step" in result.err
     state = load(tmp_path)
     assert state["step"] == 0
     assert all(tensor.isfinite().all() for tensor in state["network"].values())
+
+
+def test_a_step_greater_than_float32_is_one_line(run, tmp_path):
+    result = run("-lr", "1e38", "-b", "8", "-N", "1", "--no-compile")
+    assert result.status == 1
+    assert "a step is greater than float32 holds: -lr is too great" in result.err
+    assert result.err.count("\n") == 1
+    assert load(tmp_path)["step"] == 0
 
 
 def test_the_run_stops_at_the_next_recording(run, tmp_path, monkeypatch):

@@ -80,6 +80,8 @@ def _explained(error: Exception) -> str | None:
         return f"out of memory ({text.splitlines()[0] if text else 'no more is known'}); a smaller -b or -T takes less"
     if operation := re.match(r"(\S+) does not have a deterministic implementation", text):
         return f"argument --deterministic: {operation[1]} has no deterministic implementation on this device"
+    if "without overflow" in text:  # Adam's plain step; the fused one goes on with infinity, which is found
+        return "a step is greater than float32 holds: -lr is too great; what was saved before is as it was"
     return None
 
 
