@@ -76,7 +76,7 @@ class Loads:
         raise Unreadable(f"{path} is damaged")
 
     def takes_memory(self, path):
-        torch.ones(1 << 24)  # 64 MB
+        torch.ones(1 << 26)  # 256 MB: a system that is short of memory may take some back meanwhile
         raise Unreadable(f"{path} is damaged")
 
 
