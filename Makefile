@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # a worker for each core; tests/conftest.py gives each one thread
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,golden gradrewire deeprewire rewiring optimizer_state optimizer_tensors kernels spiking_fused models sparse step measure energy))
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,golden gradrewire deeprewire rewiring optimizer_state optimizer_tensors kernels proof models sparse step measure energy))
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -68,7 +68,7 @@ class SpikingNetwork(nn.Module):
             time step by time step. The same network, with the same results within rounding.
 
     Attributes:
-        fused: let fused kernels run on the CPU what they provably can (:mod:`spiking_fused`): the same results
+        fused: let fused kernels run on the CPU what they provably can (:mod:`spiking_kernels.proof`): the same results
             within rounding. Where there is one for this network, but it does not apply, a warning says why,
             once for each reason, and the plain layers run. Off at first.
         spike_counts: to each of these dictionaries such kernels add the spikes of every neuron by the name of

@@ -10,10 +10,10 @@ import torch
 from scipy.sparse import csr_matrix  # on a par with torch.sparse's CSR (benchmarks.sparse), which is in beta state
 from torch import Tensor
 
-import spiking_fused
 import spiking_kernels
 from mnist.model import MnistNet
 from spiking import LIFNode, SpikingNetwork
+from spiking_kernels import proof
 from spiking_kernels.tensors import flaw
 from training import measure
 
@@ -40,14 +40,14 @@ def event_driven(network: SpikingNetwork) -> "EventDrivenMnist":
 
 def _obstacle(network: MnistNet) -> str | None:
     """Why a network computes otherwise than :class:`EventDrivenMnist`, in words; None where it does not."""
-    if own := spiking_fused.overridden(network):
+    if own := proof.overridden(network):
         return f"it has a {own} of its own"
     with torch.device("meta"):
         like = MnistNet(network.T)
     # what a spike is worth backward, and how the layers are run, changes no spike
-    free = spiking_fused.SIZES | {"_memories", "_step_mode", "tau", "v_threshold", "detach_reset", "alpha"}
+    free = proof.SIZES | {"_memories", "_step_mode", "tau", "v_threshold", "detach_reset", "alpha"}
     for name, layers in like.named_children():
-        if reason := spiking_fused.difference(getattr(network, name), layers, name, free):
+        if reason := proof.difference(getattr(network, name), layers, name, free):
             return reason
     if network.fc[0] is network.fc[2]:
         return "fc has one layer of neurons in two places"
@@ -91,8 +91,8 @@ class EventDrivenMnist:
         self.first = csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
         self.second = second[:, leads_on].cpu().float().contiguous()  # [10, H]
         # the step mode and the neurons' state are none of the kernel's concern here
-        free = spiking_fused.STATE | {"_step_mode"}
-        obstacle = spiking_fused.layers_obstacle(network.fc, "fc", LIFNode, self.T, free)
+        free = proof.STATE | {"_step_mode"}
+        obstacle = proof.layers_obstacle(network.fc, "fc", LIFNode, self.T, free)
         self.fused = obstacle is None and bool(leads_on.any())
 
     @torch.no_grad()

@@ -4,9 +4,9 @@ import torch
 from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
-import spiking_fused
 import spiking_kernels
 from spiking import LIFNode, SpikingNetwork, lif
+from spiking_kernels import proof
 
 
 class MnistNet(SpikingNetwork):
@@ -28,14 +28,14 @@ class MnistNet(SpikingNetwork):
         """Why the fused kernel is not what these layers compute of a current, in words; None where it is."""
         if type(self) is not MnistNet:
             return f"{type(self).__name__} is not MnistNet itself"
-        if own := spiking_fused.overridden(self):
+        if own := proof.overridden(self):
             return f"it has a {own} of its own"
         if self.step_mode != "m":
             return "it runs step by step"
         return (
-            spiking_fused.context_obstacle()
-            or spiking_fused.layers_obstacle(self.fc, "fc", LIFNode, self.T, harmless=self.counts_for)
-            or spiking_fused.current_obstacle(current)
+            proof.context_obstacle()
+            or proof.layers_obstacle(self.fc, "fc", LIFNode, self.T, harmless=self.counts_for)
+            or proof.current_obstacle(current)
         )
 
     def fused_counts(self, current: Tensor) -> Tensor | None:
@@ -45,7 +45,7 @@ class MnistNet(SpikingNetwork):
         weight, hidden = self.fc[1].weight, None
         if self.spike_counts:
             hidden = torch.zeros(weight.shape[1], dtype=torch.int64, device="cpu")
-        rounding = spiking_fused.autocast_dtype()
+        rounding = proof.autocast_dtype()
         counts = spiking_kernels.lif_linear_lif(current.float(), weight, self.T, hidden, rounding)  # [N, 10]
         if hidden is not None:
             first, _, last = self.fc._modules
