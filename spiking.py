@@ -67,6 +67,8 @@ class SpikingNetwork(nn.Module):
         step_mode: 'm' runs the spiking part layer by layer, each layer over all time steps; 's' runs it
             time step by time step. The same network, with the same results within rounding.
 
+    Both can be set later, too; the layers follow the network's step_mode.
+
     Attributes:
         fused: let fused kernels run on the CPU what they provably can (:mod:`spiking_kernels.proof`): the same results
             within rounding. Where there is one for this network, but it does not apply, a warning says why,
@@ -81,15 +83,33 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, T: int, step_mode: str):
         super().__init__()
-        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-            raise ValueError(f"T={T!r} is not accepted: T must be a whole number >= 1")
-        if step_mode not in ("s", "m"):
-            raise ValueError(f"step_mode={step_mode!r} is not accepted: step_mode must be 's' or 'm'")
         self.T = T
         self.step_mode = step_mode
         self.fused = False
         self.spike_counts: list[dict[str, Tensor]] = []
         self._said: set[str] = set()
+
+    @property
+    def T(self) -> int:
+        return self._T
+
+    @T.setter
+    def T(self, T: int) -> None:
+        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+            raise ValueError(f"T={T!r} is not accepted: T must be a whole number >= 1")
+        self._T = T
+
+    @property
+    def step_mode(self) -> str:
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, step_mode: str) -> None:
+        if step_mode not in ("s", "m"):
+            raise ValueError(f"step_mode={step_mode!r} is not accepted: step_mode must be 's' or 'm'")
+        self._step_mode = step_mode
+        for child in self.children():  # in another mode than the network's, layers take images for time steps
+            functional.set_step_mode(child, step_mode)
 
     def static(self, images: Tensor) -> Tensor:
         """The first layer: images to the input current of the first neurons."""

@@ -1,6 +1,6 @@
 """The CIFAR-10 network: six spiking convolutions and two fully connected layers, 36.7 M weights."""
 
-from spikingjelly.activation_based import functional, layer
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 from spiking import SpikingNetwork, StepwiseBatchNorm2d, lif
@@ -8,12 +8,9 @@ from spiking import SpikingNetwork, StepwiseBatchNorm2d, lif
 WIDTH = 256
 
 
-def conv3x3(in_channels: int) -> layer.Conv2d:
-    return layer.Conv2d(in_channels, WIDTH, kernel_size=3, padding=1, bias=False)
-
-
 def block() -> tuple[nn.Module, nn.Module, nn.Module]:
-    return conv3x3(WIDTH), StepwiseBatchNorm2d(WIDTH), lif()
+    convolution = layer.Conv2d(WIDTH, WIDTH, kernel_size=3, padding=1, bias=False)
+    return convolution, StepwiseBatchNorm2d(WIDTH), lif()
 
 
 class Cifar10Net(SpikingNetwork):
@@ -25,7 +22,10 @@ class Cifar10Net(SpikingNetwork):
 
     def __init__(self, T: int = 8, step_mode: str = "m"):
         super().__init__(T, step_mode)
-        self.static_conv = nn.Sequential(conv3x3(3), nn.BatchNorm2d(WIDTH))
+        self.static_conv = nn.Sequential(
+            nn.Conv2d(3, WIDTH, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(WIDTH),
+        )
         self.conv = nn.Sequential(
             lif(),
             *block(),
@@ -44,9 +44,8 @@ class Cifar10Net(SpikingNetwork):
             layer.Linear(2048, 100, bias=False),
             lif(),
         )
-        self.boost = layer.VotingLayer(10)
-        functional.set_step_mode(self.conv, step_mode)
-        functional.set_step_mode(self.fc, step_mode)
+        self.boost = nn.AvgPool1d(10)
+        self.step_mode = step_mode
 
     def static(self, images: Tensor) -> Tensor:
         return self.static_conv(images)  # [N, 256, 32, 32]
@@ -55,4 +54,4 @@ class Cifar10Net(SpikingNetwork):
         return self.fc(self.conv(current))
 
     def readout(self, counts: Tensor) -> Tensor:
-        return self.boost(counts)
+        return self.boost(counts.unsqueeze(1)).squeeze(1)  # without an axis of channels, it takes no empty batch

@@ -1,7 +1,7 @@
 """The MNIST network: a spiking multilayer perceptron, 784-800-10."""
 
 import torch
-from spikingjelly.activation_based import functional, layer
+from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
 import spiking_kernels
@@ -16,7 +16,7 @@ class MnistNet(SpikingNetwork):
         super().__init__(T, step_mode)
         self.static_fc = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 800, bias=False))
         self.fc = nn.Sequential(lif(), layer.Linear(800, 10, bias=False), lif())
-        functional.set_step_mode(self.fc, step_mode)
+        self.step_mode = step_mode
 
     def static(self, images: Tensor) -> Tensor:
         return self.static_fc(images)  # [N, 800]

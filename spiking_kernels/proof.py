@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from spikingjelly.activation_based import functional, layer, surrogate
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 import spiking_kernels
 from spiking_kernels.tensors import flaw
@@ -57,9 +58,13 @@ def _difference(
             return f"{name} has {key.lstrip('_')} {_shown(value)}, not {_shown(expected)}"
         if not all(map(harmless, value.values())):
             return f"{name} has hooks"
-    if key := overridden(module):
+    # what the one has registered may be a plain attribute of the other: a bias that is not trained, say
+    registered = {key for kind in ("_parameters", "_buffers", "_modules", "_memories") for key in other.get(kind, ())}
+    if key := overridden(module) or next(iter(own.keys() & registered), None):
         return f"{name} has a {key} of its own"
     for kind in ("parameters", "buffers"):
+        if lacks := other[f"_{kind}"].keys() - own[f"_{kind}"].keys():
+            return f"{name} lacks its {lacks.pop()}"
         ours, theirs = ([key for key, tensor in d[f"_{kind}"].items() if tensor is not None] for d in (own, other))
         if ours != theirs:
             return f"{name} has the {kind} {', '.join(ours) or 'none'}, not {', '.join(theirs) or 'none'}"
@@ -214,6 +219,10 @@ def context_obstacle() -> str | None:
         return "a transform of torch.func is active"
     if torch._C._len_torch_dispatch_stack():
         return "a mode of torch's dispatcher is active"
+    if torch._C._len_torch_function_stack() and any(  # a default device is such a mode, too
+        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "a mode of torch's functions is active"
     return None
 
 

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from spikingjelly.activation_based import layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 from c10.model import Cifar10Net
@@ -103,6 +103,40 @@ def test_lif_by_hand():
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*must be"):
         MnistNet(**bad)
+
+
+@pytest.mark.parametrize("bad", [dict(T=0), dict(T=2.5), dict(step_mode="x")])
+def test_bad_settings_of_a_network_that_is_there(bad):
+    network, (name, value) = spiking_mnist(4, "m"), *bad.items()
+    before = getattr(network, name)
+    with pytest.raises(ValueError, match=f"{name}=.*must be"):
+        setattr(network, name, value)
+    assert getattr(network, name) == before
+
+
+@pytest.mark.parametrize("change", [functional.set_step_mode, MnistNet.step_mode.fset])
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_the_step_mode_of_a_network_is_that_of_its_layers(name, change):
+    """Whether it was so from the beginning or is set later; images are not taken for time steps."""
+    network = (spiking_mnist(4, "m") if name == "mnist" else narrow_cifar10("m")).double()
+    images = torch.randn(4, 1, 28, 28) if name == "mnist" else torch.randn(4, 3, 32, 32)
+
+    def counts():
+        torch.manual_seed(7)  # the dropout mask
+        return network(images.double())
+
+    expected = counts()
+    assert expected.sum() > 0
+    for step_mode in ("s", "m"):
+        change(network, step_mode)
+        assert network.step_mode == network.fc[-1].step_mode == step_mode
+        torch.testing.assert_close(counts(), expected)
+
+
+@modes
+def test_no_images_have_no_counts(step_mode):
+    for network, shape in ((MnistNet(2, step_mode), (0, 1, 28, 28)), (narrow_cifar10(step_mode), (0, 3, 32, 32))):
+        assert network(torch.zeros(shape)).shape == (0, 10)
 
 
 def run(network, images, labels):

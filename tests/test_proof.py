@@ -8,6 +8,7 @@ import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
 
 import spiking_kernels
 from mnist.model import MnistNet
@@ -133,6 +134,12 @@ def with_bias(network):
         network.fc[1].bias.fill_(0.5)
 
 
+def with_constant_bias(network):
+    """No parameter, but an attribute of that name, as torch.nn.functional.linear takes it."""
+    del network.fc[1].bias
+    network.fc[1].bias = torch.full((10,), 0.5)
+
+
 def one_neuron_twice(network):
     network.fc[1] = layer.Linear(24, 24, bias=False, step_mode="m")
     nn.init.constant_(network.fc[1].weight, 0.125)
@@ -169,6 +176,10 @@ CHANGES = {
     "no neuron": lambda network: network.fc.__delitem__(2),
     "one neuron twice": one_neuron_twice,
     "a bias": with_bias,
+    "a bias that is no parameter": with_constant_bias,
+    "a surrogate beside the registered one": lambda network: network.fc[0].__dict__.update(
+        surrogate_function=surrogate.Sigmoid()
+    ),
     "a layer more": insert(1, lambda: nn.AvgPool1d(3, 1, 1)),
     "dropout": lambda network: network.fc.insert(1, layer.Dropout(0.9, step_mode="m")),
     "a layer last": lambda network: network.fc.append(nn.Hardtanh(0, 0.5)),
@@ -236,8 +247,6 @@ def test_a_change_of_the_layers_changes_the_result_with_and_without_the_kernel(c
     [
         set_node(0, "_neuron_precision", (torch.bfloat16, "fp32", "fp32")),  # which SpikingJelly has on CUDA only
         lambda network: network.fc[1].float().to(torch.float64),
-        lambda network: setattr(network, "T", 2.5),
-        lambda network: setattr(network, "T", 0),
     ],
 )
 def test_what_the_layers_refuse_the_kernel_does_not_accept(change, calls):
@@ -271,6 +280,7 @@ def test_one_line_says_why_the_plain_layers_run(change):
         ("soft reset 2", "fc.2 has v_reset None, not 0.0"),
         ("alpha 0", "fc.0.surrogate_function has alpha 3.0, not 2.0"),
         ("a bias", "fc.1 has the parameters weight, bias, not weight"),
+        ("a bias that is no parameter", "fc.1 has a bias of its own"),
         ("no neuron", "fc has 2 layers, not 3"),
         ("a hook of the sequence", "fc has hooks"),
         ("a forward of its own", "fc.1 has a forward of its own"),
@@ -394,6 +404,34 @@ def test_what_counts_operations_sees_them_all(calls):
         flops.append(counter.get_total_flops())
     assert calls == []
     assert flops[0] == flops[1] > 0
+
+
+class DoublesProducts(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is nn.functional.linear else result
+
+
+def test_what_changes_operations_changes_them_all(calls):
+    network = small()
+    before = results(network, False)
+    with DoublesProducts():
+        plain, fused = results(network, False), results(network, True)
+    assert calls == []
+    assert_same(plain, fused)
+    assert not torch.equal(plain["counts"], before["counts"])
+    with torch.device("cpu"):  # a mode of the same kind, that changes nothing here
+        assert_same(before, results(network, True))
+    assert calls == [1]
+
+
+def test_a_layer_that_lacks_an_attribute_fails_with_and_without_the_kernel(calls):
+    network = small()
+    del network.fc[1].bias
+    plain, fused = results(network, False), results(network, True)
+    assert calls == []
+    assert plain == fused
+    assert plain["error"][0] is AttributeError
 
 
 def test_transforms_of_functions(calls):
