@@ -8,6 +8,8 @@ d_t = sqrt(v) / sqrt(1 - beta2^t) + eps the denominator.
 
 import functools
 import math
+import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -28,8 +30,15 @@ __all__ = ["RewiringOptimizer", "check_bool", "check_number", "moments", "overla
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
     """Raises ValueError, naming the argument, unless ``value`` is a finite number for which ``condition`` holds."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not condition(value):
+    if not number or not abs(value) <= sys.float_info.max or not condition(value):
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
+
+
+def _plain(value: Any) -> Any:
+    """A number of another type, NumPy's say, as a float: it would have others computed in its own precision."""
+    if isinstance(value, (tuple, list)):
+        return value if all(type(x) in PLAIN for x in value) else tuple(map(_plain, value))
+    return float(value) if isinstance(value, Real) and type(value) not in PLAIN else value
 
 
 def check_bool(name: str, value: Any, or_none: bool = False) -> None:
@@ -43,6 +52,7 @@ def check_bool(name: str, value: Any, or_none: bool = False) -> None:
 ADAM_SETTINGS = {"lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "maximize", "capturable", "fused"}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 AMSGRAD_STATE = "max_exp_avg_sq"
+PLAIN = (bool, int, float)  # types of numbers that compute in full precision
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -113,6 +123,11 @@ class RewiringOptimizer(Optimizer):
         """
         raise NotImplementedError
 
+    @torch._disable_dynamo  # it compiles, or calls a kernel, itself
+    def _fused_tensors(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for param in params:
+            self._fused_tensor(param, group)
+
     def _fused_tensor(self, param: Tensor, group: dict[str, Any]) -> None:
         """Updates one parameter in place, in one pass over memory; a kernel draws random numbers of its own."""
         states = self._states([param], group)
@@ -141,6 +156,7 @@ class RewiringOptimizer(Optimizer):
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._make_plain(self.param_groups[-1])
         for param in self.param_groups[-1]["params"]:
             try:
                 self._check_param(param, self.param_groups[-1])
@@ -168,6 +184,13 @@ class RewiringOptimizer(Optimizer):
         if group["fused"] and group["foreach"]:
             raise ValueError("foreach=True is not accepted with fused=True: they are two ways to do one thing")
         self._check_settings(group)
+
+    @staticmethod
+    def _make_plain(group: dict[str, Any]) -> None:
+        """Has the settings of a group hold Python's numbers, which :func:`torch.load` takes, too."""
+        for key, value in group.items():
+            if type(value) not in PLAIN and key not in ("params", "param_names"):
+                group[key] = _plain(value)
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         """Raises ValueError for a parameter that no step could update."""
@@ -340,7 +363,7 @@ class RewiringOptimizer(Optimizer):
                 self._begin_state(param, group)
                 self._prepare_gradient(param, group)
             if group["fused"]:
-                updates += [(_run, self._fused_tensor, param, group) for param in params]
+                updates.append((self._fused_tensors, params, group))
                 continue
             foreach = group["foreach"]
             if foreach is None:
@@ -363,6 +386,7 @@ class RewiringOptimizer(Optimizer):
     def _check_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Raises an error for what a step of a group's parameters could not take, in one line."""
         self._check_group(group, wait=False)
+        self._make_plain(group)
         if params and params[0].is_cuda and not group["capturable"]:
             _check_not_capturing()
         for param in params:
@@ -379,15 +403,22 @@ class RewiringOptimizer(Optimizer):
                 self._check_state(param, self.state[param])
 
 
-@torch._disable_dynamo
-def _run(update: Callable[..., None], *arguments: Any) -> None:
-    """Runs what torch.compile shall not trace."""
-    update(*arguments)
-
-
 @functools.cache
 def _compiled(update: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(update, dynamic=True)
+    """An update, compiled; the plain one from then on, and one line, where that fails."""
+    compiled = torch.compile(update, dynamic=True)
+
+    def run(*arguments: Any) -> None:
+        nonlocal compiled
+        try:
+            compiled(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, nothing has been changed
+            reason = type(getattr(error, "inner_exception", error)).__name__
+            warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=2)
+            compiled = update
+            update(*arguments)
+
+    return run
 
 
 def _check_not_capturing() -> None:

@@ -135,7 +135,8 @@ def _names(kind: type) -> frozenset[str]:
 
 def overridden(instance: object) -> str | None:
     """An attribute of an object that stands in the place of what its class has; None where there is none."""
-    return next(iter(vars(instance).keys() & _names(type(instance))), None)
+    names = _names(type(instance))
+    return None if names.isdisjoint(vars(instance)) else next(iter(names & vars(instance).keys()))
 
 
 def _type_name(module: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+CPU = torch.device("cpu")
 LARGEST = 1 << 30  # of a size that is an int in C, with room for sums of a few
 
 
@@ -41,10 +42,10 @@ def flaw(
 def _has_memory(tensor: Tensor) -> bool:
     """Whether the storage is as large as the tensor says: it may have been resized behind its back."""
     if tensor.is_contiguous():
-        last = tensor.numel() - 1
+        reach = tensor.numel()
     else:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + last + 1) * tensor.dtype.itemsize
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + reach) * tensor.itemsize
 
 
 def laid_out(tensor: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def whole(name: str, value: object, least: int, most: int) -> int:
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for a kernel to write to, whatever torch's default dtype and device are."""
-    made = torch.empty(shape, dtype=dtype, device="cpu")
+    made = torch.empty(shape, dtype=dtype, device=CPU)
     if type(made) is not Tensor:  # a mode of torch's dispatcher is active
         raise Unfit(f"torch.empty makes a {type(made).__name__}, not a plain tensor")
     return made

@@ -7,6 +7,7 @@ import pytest
 import torch
 from optim_helpers import PATHS, VARIANTS, parameters
 
+import rewiring
 import spiking_kernels
 
 needs_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -119,6 +120,26 @@ def test_the_arithmetic_is_compiled_once_for_all_groups_and_learning_rates(varia
     training(variant, torch.compile(backend=counter), changes={n: {"lr": 0.01 / (n + 1)} for n in range(8)})
     assert counter.frame_count <= 5
     assert sum("foreach" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes) > 20
+
+
+def test_where_torch_cannot_compile_the_plain_update_runs(monkeypatch):
+    """One line says so, once; no C++ compiler is one reason."""
+
+    def no_compiler(graph, inputs):
+        raise OSError("there is no C++ compiler")
+
+    compile = torch.compile
+    monkeypatch.setattr("rewiring.spiking_kernels", None)
+    monkeypatch.setattr("rewiring.torch.compile", lambda update, **_: compile(update, backend=no_compiler))
+    rewiring._compiled.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="torch.compile") as caught:
+            params, _ = training("grad", lambda step: step, fused=True)
+    finally:
+        rewiring._compiled.cache_clear()
+    assert [str(w.message) for w in caught] == ["torch.compile fails (OSError): fused=True is as slow as foreach=False"]
+    for p, q in zip(params, training("grad", lambda step: step, foreach=False)[0], strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.slow

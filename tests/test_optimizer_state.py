@@ -1,7 +1,9 @@
 """The state of the optimizers: settings that change, weights that others change, and what is loaded."""
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from optim_helpers import PATHS, VARIANTS, parameters, train
@@ -493,6 +495,43 @@ def test_foreign_entries_are_left_alone(variant, path):
     assert optimizer.state[params[0]]["slow_weights"].shape == (20, 30)
     assert optimizer.state[params[1]]["calls"] == 7
     assert optimizer.state["calls"] == 3
+
+
+NUMBERS = {
+    "lr": 0.01,
+    "betas": (0.9, 0.99),
+    "eps": 1e-3,
+    "weight_decay": 0.1,
+    "alpha": 0.1,
+    "s": 0.9,
+    "T": 0.02,
+    "l1": 0.01,
+    "max_s": 0.6,
+}
+
+
+@variants
+@paths
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("number", [np.float32, np.float16, lambda x: Fraction(x).limit_denominator(1000)])
+def test_numbers_of_other_types_are_those_numbers(variant, path, later, number):
+    """They are not the precision of what is computed with them, and a saved state holds none of them."""
+    runs = []
+    for of in (lambda x: float(number(x)), number):
+        params = parameters(shapes=[(3, 4), (2,)])
+        optimizer = make(variant, params, **path)
+        settings = {key: value for key, value in NUMBERS.items() if key in optimizer.defaults}
+        settings = {key: tuple(map(of, v)) if isinstance(v, tuple) else of(v) for key, v in settings.items()}
+        if later:
+            optimizer.param_groups[0].update(settings)
+        else:
+            optimizer = make(variant, params, **path, **settings)
+        train(optimizer, params, steps=4)
+        assert all(type(optimizer.param_groups[0][key]) in (float, tuple) for key in settings)
+        assert all(type(beta) is float for beta in optimizer.param_groups[0]["betas"])
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert torch.equal(p, q)
 
 
 @variants

@@ -25,7 +25,7 @@ def make(variant, params, **settings):
     return optimizer_class(params, **{"lr": 0.01, **own, **settings})
 
 
-NUMBERS = [math.nan, math.inf, -math.inf, "0.1", None, True, [0.1]]
+NUMBERS = [math.nan, math.inf, -math.inf, 10**400, "0.1", None, True, [0.1]]
 BAD = [
     *[(cls, name, bad) for cls in (GradRewiring, DeepRewiring) for name in ("lr", "eps") for bad in [*NUMBERS, -1e-9]],
     *[(cls, "weight_decay", bad) for cls in (GradRewiring, DeepRewiring) for bad in [*NUMBERS, -1e-9]],
