@@ -130,19 +130,20 @@ class RewiringOptimizer(Optimizer):
 
     def _fused_tensor(self, param: Tensor, group: dict[str, Any]) -> None:
         """Updates one parameter in place, in one pass over memory; a kernel draws random numbers of its own."""
-        states = self._states([param], group)
-        names = ("exp_avg", "exp_avg_sq", AMSGRAD_STATE, "sign", "theta")
-        tensors = (param, param.grad, *(states[name][0] if name in states else None for name in names))
-        if _has_kernel(tensors):
+        if _has_kernel(param):
+            state = self.state[param]
+            maximum = state[AMSGRAD_STATE] if group["amsgrad"] else None
+            tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], maximum, state["sign"])
             try:
-                self._kernel(tensors, float(states["step"][0]) + 1, group)
-                states["step"][0].add_(1)
+                self._kernel((*tensors, state.get("theta")), float(state["step"]) + 1, group)
+                state["step"].add_(1)
                 return
-            except spiking_kernels.Unfit:  # two of them share memory, say
+            except spiking_kernels.Unfit:  # one is not contiguous, say
                 pass
         # as a tensor, so that a scheduler's new learning rate is not compiled anew
         lr = group["lr"]
         lr = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
+        states = self._states([param], group)
         _compiled(self._update)([param], states, {**group, "lr": lr}, [self._draw(param, group)])
 
     # -- settings ------------------------------------------------------------------------------
@@ -480,11 +481,11 @@ def _as_step(value: Real | Tensor) -> Tensor:
     return step.reshape(()).float()
 
 
-def _has_kernel(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether spiking_kernels takes the update of these tensors, weight first: a first look, see Unfit there."""
-    if spiking_kernels is None or not tensors[0].is_cpu or tensors[0].dtype != torch.float32:
+def _has_kernel(param: Tensor) -> bool:
+    """Whether spiking_kernels takes the update of such a weight: a first look, see Unfit there."""
+    if spiking_kernels is None or not param.is_cpu or param.dtype != torch.float32:
         return False
-    return all(t is None or t.is_contiguous() for t in tensors) and spiking_kernels.available() is None
+    return spiking_kernels.available() is None
 
 
 def _scalar(lr: float | Tensor) -> float | Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from numbers import Number
 from typing import Any, NamedTuple
@@ -87,9 +88,9 @@ class _Plan(NamedTuple):
 
     kind: type
     attributes: int
-    keys: list[str]
-    types: list[type]
-    values: list[Any]
+    get: Callable[[dict[str, Any]], tuple[Any, ...]]
+    types: tuple[type, ...]
+    values: tuple[Any, ...]
     memories: list[tuple[str, dict[str, Any]]]
     parameters: list[tuple[str, bool]]
     layers: list["_Plan"]
@@ -98,13 +99,13 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def _plan(like: nn.Module, free: frozenset[str]) -> _Plan:
     keys, own = _settings(like, free), vars(like)
-    plain = [key for key in keys if key not in STATE]
+    get = operator.itemgetter(*[key for key in keys if key not in STATE])
     return _Plan(
         kind=type(like),
         attributes=len(own),
-        keys=plain,
-        types=[type(own[key]) for key in plain],
-        values=[own[key] for key in plain],
+        get=get,
+        types=tuple(map(type, get(own))),
+        values=get(own),
         memories=[(key, own[key]) for key in keys if key in STATE],
         parameters=[(key, tensor is None) for key, tensor in own["_parameters"].items()],
         layers=[_plan(child, free) for child in like.children()],
@@ -112,20 +113,24 @@ def _plan(like: nn.Module, free: frozenset[str]) -> _Plan:
 
 
 def _alike(module: nn.Module, plan: _Plan) -> bool:
-    """Whether there is no difference at first sight: this is asked before every batch."""
+    """Whether there is no difference at first sight: this is asked before every batch, so it has to be quick."""
+    kind, attributes, get, types, values, memories, parameters, layers = plan
     own = vars(module)
-    values, layers = list(map(own.get, plan.keys)), own["_modules"]
-    return (
-        type(module) is plan.kind
-        and len(own) == plan.attributes
-        and list(map(type, values)) == plan.types
-        and values == plan.values
-        and (not plan.memories or all(_same(own.get(key), memory) for key, memory in plan.memories))
-        and [(key, tensor is None) for key, tensor in own["_parameters"].items()] == plan.parameters
-        and not own["_buffers"]
-        and len(layers) == len(plan.layers)
-        and all(map(_alike, layers.values(), plan.layers))
-    )
+    if type(module) is not kind or len(own) != attributes:
+        return False
+    try:
+        found = get(own)
+    except KeyError:
+        return False
+    if tuple(map(type, found)) != types or found != values or own["_buffers"]:
+        return False
+    for key, memory in memories:
+        if not _same(own.get(key), memory):
+            return False
+    if [(key, tensor is None) for key, tensor in own["_parameters"].items()] != parameters:
+        return False
+    children = own["_modules"]
+    return len(children) == len(layers) and all(map(_alike, children.values(), layers))
 
 
 @functools.cache
