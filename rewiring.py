@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 try:
     import spiking_kernels
-except ImportError:  # this file was taken into another project without them
+except ImportError:  # this file was copied into another project without them
     spiking_kernels = None
 
 __all__ = ["RewiringOptimizer", "check_bool", "check_number", "moments", "overlaps_itself"]
@@ -67,11 +67,11 @@ class RewiringOptimizer(Optimizer):
 
     Every state holds ``step`` (0-dimensional, float32; on the CPU unless ``capturable``), ``exp_avg``,
     ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``sign`` (int8), each of the weight's shape.
-    The settings of a group may change between steps: what they need and the state lacks is begun then.
+    The settings of a group may change between steps: state that they need and that is missing is created then.
     The state follows its weight to another dtype or device. What others keep in it is left alone.
     """
 
-    # settings that came later, and what they were before there were any
+    # settings that were added later, with the values that older states had
     LATER: ClassVar[dict[str, Any]] = {"foreach": None, "maximize": False, "capturable": False, "fused": False}
 
     def __init__(
@@ -183,7 +183,7 @@ class RewiringOptimizer(Optimizer):
             check_bool(name, group[name])
         check_bool("foreach", group["foreach"], or_none=True)
         if group["fused"] and group["foreach"]:
-            raise ValueError("foreach=True is not accepted with fused=True: they are two ways to do one thing")
+            raise ValueError("foreach=True is not accepted with fused=True: choose one of them")
         self._check_settings(group)
 
     @staticmethod
@@ -209,12 +209,12 @@ class RewiringOptimizer(Optimizer):
     # -- state ---------------------------------------------------------------------------------
 
     def _check_state(self, param: Tensor, state: Any) -> None:
-        """Raises ValueError unless a parameter's state has all that an Adam's has or nothing of it, in its shape."""
+        """Raises ValueError unless a parameter's state has all of Adam's tensors, in its shape, or none of them."""
         if flaw := _flaw(state, param.shape):
             raise ValueError(f"the state of {self._name(param)} is not accepted: {flaw}")
 
     def _begin_state(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Has a parameter's state hold all that the settings need, of the dtype and on the device of the weight."""
+        """Creates what the settings need in a parameter's state, with the dtype and the device of the weight."""
         state, own = self.state[param], self.own_state(group)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -233,7 +233,7 @@ class RewiringOptimizer(Optimizer):
             if value.dtype != dtype or value.device != param.device or overlaps_itself(value):
                 state[key] = value.to(param.device, dtype).clone()
         if "theta" not in own:
-            state.pop("theta", None)  # it would be the weights of another time
+            state.pop("theta", None)  # it belongs to earlier weights
         elif "theta" not in state:
             state["theta"] = (param * state["sign"]).clamp_(min=0)
 
@@ -299,9 +299,7 @@ class RewiringOptimizer(Optimizer):
                 state = states.get(param, {})
                 flaw = _flaw(state, param.shape) or _flaw_of_values(state)
                 if not flaw and foreign and "step" not in state and any(value is not None for value in state.values()):
-                    flaw = (
-                        f"it has {', '.join(map(str, state))}, but lacks {', '.join(ADAM_STATE)}: it is not an Adam's"
-                    )
+                    flaw = f"it has {', '.join(map(str, state))}, but lacks {', '.join(ADAM_STATE)}: it is not Adam's"
                 if flaw:
                     raise ValueError(f"the state of {self._name(param)} is not accepted: {flaw}")
             refused = f"param_groups[{number}] is not accepted: "
@@ -352,9 +350,9 @@ class RewiringOptimizer(Optimizer):
             update(*arguments)
         return loss
 
-    @torch._disable_dynamo  # so that torch.compile traces the arithmetic alone: the draws stay those of an eager step
+    @torch._disable_dynamo  # torch.compile traces only the arithmetic, so the random draws are those of an eager step
     def _updates(self) -> list[tuple[Any, ...]]:
-        """The updates of a step, each a function and its arguments; all has been checked, begun and drawn."""
+        """The updates of a step, each a function and its arguments, once all is checked, created and drawn."""
         stepped = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
         for group, params in zip(self.param_groups, stepped, strict=True):
             self._check_step(group, params)
@@ -385,7 +383,7 @@ class RewiringOptimizer(Optimizer):
         return {key: [self.state[param][key] for param in params] for key in keys}
 
     def _check_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Raises an error for what a step of a group's parameters could not take, in one line."""
+        """Raises an error, in one line, for what a step of a group's parameters cannot use."""
         self._check_group(group, wait=False)
         self._make_plain(group)
         if params and params[0].is_cuda and not group["capturable"]:
@@ -456,7 +454,7 @@ def _flaw(state: Any, shape: torch.Size) -> str | None:
             if not (isinstance(value, Tensor) and value.numel() == 1) and not isinstance(value, Real):
                 return f"step is {value!r}, not one number"
         elif not isinstance(value, Tensor) or value.layout is not torch.strided:
-            return f"{key} is no dense tensor"
+            return f"{key} is not a dense tensor"
         elif value.shape != shape:
             return f"{key} has the shape {list(value.shape)}, the parameter {list(shape)}"
     return None

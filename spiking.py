@@ -70,9 +70,9 @@ class SpikingNetwork(nn.Module):
     Both can be set later, too; the layers follow the network's step_mode.
 
     Attributes:
-        fused: let fused kernels run on the CPU what they provably can (:mod:`spiking_kernels.proof`): the same results
-            within rounding. Where there is one for this network, but it does not apply, a warning says why,
-            once for each reason, and the plain layers run. Off at first.
+        fused: let fused kernels run on the CPU wherever they are proven to give the same results within rounding
+            (:mod:`spiking_kernels.proof`). If there is a kernel for this network but it does not apply, the plain
+            layers run, and a warning says why, once for each reason. Off at first.
         spike_counts: to each of these dictionaries such kernels add the spikes of every neuron by the name of
             its LIF layer, int64 of the layer's shape; a hook with such a dictionary as its attribute
             ``spike_counts`` need not be called then (see training.measure.SpikeCounter).
@@ -108,7 +108,7 @@ class SpikingNetwork(nn.Module):
         if step_mode not in ("s", "m"):
             raise ValueError(f"step_mode={step_mode!r} is not accepted: step_mode must be 's' or 'm'")
         self._step_mode = step_mode
-        for child in self.children():  # in another mode than the network's, layers take images for time steps
+        for child in self.children():  # in another mode than the network's, layers would read images as time steps
             functional.set_step_mode(child, step_mode)
 
     def static(self, images: Tensor) -> Tensor:

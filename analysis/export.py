@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.path.realpath(output) in map(os.path.realpath, checkpoint.parent.glob("checkpoint*")):
         raise Refusal(f"argument -o/--output: {output} is the run's checkpoint")
     if options.check and output.exists() and not output.is_file():
-        raise Refusal(f"argument --check: {output} is no file that can be read again")
+        raise Refusal(f"argument --check: {output} is not a file that can be read again")
     snapshot = from_checkpoint(checkpoint)
     with output_file("-o/--output", output, parents=True) as temporary:
         _write(snapshot, options.format, temporary, output)

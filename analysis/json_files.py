@@ -1,4 +1,4 @@
-"""JSON from files that may be damaged, or a stranger's: bounded before it is read, and looked into without a fault."""
+"""Reads JSON files that may be damaged or come from a stranger: of bounded size, and without failing on any content."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def read_file(path: Path, most: int = LARGEST) -> bytes:
     """Reads a regular file of at most ``most`` bytes.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a file.
         OSError: it cannot be read.
     """
     status = path.stat()

@@ -143,7 +143,7 @@ def _prepare_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent has ended, by whatever signal: nobody waits for its pictures then."""
+    """Ends this worker when its parent has ended for any reason: nobody waits for its pictures then."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -156,7 +156,7 @@ def _sections(runs: Sequence[Run]) -> list[tuple[list[Picture], list[str]]]:
         with ProcessPoolExecutor(workers, initializer=_prepare_worker) as pool:
             return list(pool.map(_section, runs))
     except BrokenProcessPool:
-        raise MemoryError("a process that drew pictures has been ended") from None
+        raise MemoryError("a process that was drawing pictures was killed") from None
 
 
 def _changed(run: Run) -> float:

@@ -93,15 +93,17 @@ class Snapshot:
         """The settings of the network's neurons, which are all alike.
 
         Raises:
-            Refusal: they are not, or not LIF neurons with a hard reset: exports cannot say what they compute.
+            Refusal: they differ, or are not LIF neurons with a hard reset; an export cannot describe such neurons.
         """
         nodes = [module for module in self.plan().modules() if isinstance(module, neuron.BaseNode)]
         settings = [{key: getattr(node, key, None) for key in NEURON} for node in nodes]
         if any(type(node) is not LIFNode or node.v_reset is None for node in nodes):
-            raise Refusal(f"{self.experiment} has neurons other than LIF neurons with a hard reset: not described")
+            raise Refusal(
+                f"{self.experiment} has neurons other than LIF neurons with a hard reset, which exports cannot describe"
+            )
         if any(other != settings[0] for other in settings):
             raise Refusal(
-                f"{self.experiment} has neurons of different settings, and an export describes one: {settings}"
+                f"{self.experiment} has neurons with different settings, but exports can describe only one: {settings}"
             )
         return settings[0]
 

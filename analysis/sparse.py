@@ -39,7 +39,7 @@ def event_driven(network: SpikingNetwork) -> "EventDrivenMnist":
 
 
 def _obstacle(network: MnistNet) -> str | None:
-    """Why a network computes otherwise than :class:`EventDrivenMnist`, in words; None where it does not."""
+    """Why a network does not compute what :class:`EventDrivenMnist` does, in words; None if it does."""
     if own := proof.overridden(network):
         return f"it has a {own} of its own"
     with torch.device("meta"):

@@ -54,4 +54,4 @@ class Cifar10Net(SpikingNetwork):
         return self.fc(self.conv(current))
 
     def readout(self, counts: Tensor) -> Tensor:
-        return self.boost(counts.unsqueeze(1)).squeeze(1)  # without an axis of channels, it takes no empty batch
+        return self.boost(counts.unsqueeze(1)).squeeze(1)  # without a channel axis, AvgPool1d refuses an empty batch

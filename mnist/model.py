@@ -25,7 +25,7 @@ class MnistNet(SpikingNetwork):
         return self.fc(current)
 
     def obstacle(self, current: Tensor) -> str | None:
-        """Why the fused kernel is not what these layers compute of a current, in words; None where it is."""
+        """Why the fused kernel does not compute what these layers make of a current, in words; None if it does."""
         if type(self) is not MnistNet:
             return f"{type(self).__name__} is not MnistNet itself"
         if own := proof.overridden(self):

@@ -76,10 +76,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         raise Refusal(f"argument --shard: must be I/N with 1 <= I <= N, not {options.shard!r}")
     options.shard = int(match[1]), int(match[2])
     if options.slurm and options.shard != (1, 1):
-        raise Refusal("argument --shard: not with --slurm, which shares out all rows among the tasks of its array")
+        raise Refusal("argument --shard: not allowed with --slurm, which divides all rows among the tasks of its array")
     for name in ("shard", "without"):
         if options.outcome and getattr(options, name) not in ((1, 1), None):
-            raise Refusal(f"argument --{name}: not with --outcome, which is of all rows")
+            raise Refusal(f"argument --{name}: not allowed with --outcome, which covers all rows")
     options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.experiment}-grid"
     return options
 

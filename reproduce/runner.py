@@ -41,7 +41,7 @@ def log_of(dump: Path, row: Row) -> Path:
 
 
 def finished(dump: Path, row: Row) -> dict[str, Any] | None:
-    """The row's record, or None as long as it is not finished; one that is damaged is none, see :func:`damaged`."""
+    """The row's record; None if the row is not finished or its record is damaged (see :func:`damaged`)."""
     try:
         return _read_record(dump, row)
     except ValueError:
@@ -49,18 +49,20 @@ def finished(dump: Path, row: Row) -> dict[str, Any] | None:
 
 
 def damaged(dump: Path, rows: Sequence[Row]) -> list[str]:
-    """A line for every record that is there, but is not one of its row, with the reason."""
+    """A line, with the reason, for every record that exists but is not a record of its row."""
     lines = []
     for row in rows:
         try:
             _read_record(dump, row)
         except ValueError as error:
-            lines.append(f"{record_of(dump, row)} is damaged ({error}): the row is not done until it is run again")
+            lines.append(
+                f"{record_of(dump, row)} is damaged ({error}): the row counts as not done until it is run again"
+            )
     return lines
 
 
 def _read_record(dump: Path, row: Row) -> dict[str, Any] | None:
-    """The row's record, None where there is none; ValueError for what is no record of this row."""
+    """The row's record, None if there is none; raises ValueError if it is not a record of this row."""
     record = json_files.read_object(record_of(dump, row))
     if record is not None:
         _check_record(record, row)
@@ -179,7 +181,7 @@ class Runner:
                             continue
                         except StopIteration:
                             pass
-                        except (OSError, ValueError) as error:  # it cannot be started, or what it gave not recorded
+                        except (OSError, ValueError) as error:  # its start fails, or the recording of its results
                             fault = f": {error}"
                     del running[slot]
                     if fault is None:
@@ -201,7 +203,7 @@ class Runner:
             if number in _STOPPING:
                 self.stopped = number
             for process in list(processes.values()):
-                with contextlib.suppress(ValueError):  # Windows cannot hand on a Ctrl-C, and gives it to all itself
+                with contextlib.suppress(ValueError):  # Windows cannot pass on a Ctrl-C, but sends it to all itself
                     process.send_signal(number)
 
         return handler

@@ -113,7 +113,7 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(told)})])
-    except OSError:  # where it is not told what a processor can do, a library is for one machine
+    except OSError:  # if the system does not say what its processor can do, a library is for one machine only
         return "\n".join(platform.uname())
 
 
@@ -168,7 +168,7 @@ def compile_file(command: list[str], source: Path, flags: list[str], folder: Pat
     try:
         _, message = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"the C compiler does not end ({name}, in {SECONDS} seconds)") from None
+        raise Unavailable(f"the C compiler does not finish ({name}, in {SECONDS} seconds)") from None
     finally:
         if process.returncode is None:
             _kill(process)

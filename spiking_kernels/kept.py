@@ -1,8 +1,8 @@
 """Compiled libraries on disk: kept for later processes, verified, loaded from a private copy.
 
 A kept library is trusted by its content alone: its file begins with the SHA-256 of what follows, and belongs to this
-user. It is read once, and what was verified is loaded, so that whatever happens to the file afterwards does not matter
-(a cut would kill every process that has it mapped).
+user. It is read once, and what was verified is loaded, so that later changes to the file do not matter
+(cutting it short would kill every process that has it mapped).
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def load(content: bytes) -> ctypes.CDLL:
     """Loads a library from memory, or from a file that is removed at once.
 
     Raises:
-        OSError: it is none for this system, or the system loads none from where this process can write.
+        OSError: it is not for this system, or the system loads no library from where this process can write.
     """
     try:
         return _load_from_memory(content)
@@ -123,7 +123,7 @@ def _dlopen(path: str) -> ctypes.CDLL:
 
 
 def _places() -> list[Path]:
-    """Folders for what exists for a moment: of those that can be written to, the cache leaves least to others."""
+    """Folders for temporary files; the cache comes first, as other users have the least access to it."""
     places = [folder()]
     with contextlib.suppress(OSError):
         places.append(Path(tempfile.gettempdir()))

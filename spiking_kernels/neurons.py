@@ -1,7 +1,7 @@
 """LIF neurons with constant currents, a linear layer, and LIF neurons of which only the number of spikes matters.
 
 The neurons are the paper's: tau 2, threshold 1, hard reset to 0, ATan surrogate with alpha 2, no gradient through
-the reset. That a network is of this kind, its layers must prove (spiking.SpikingNetwork.fused).
+the reset. Whether a network is of this kind is checked before (spiking.SpikingNetwork.fused).
 """
 
 import math

@@ -32,7 +32,7 @@ def difference(
     free: frozenset[str] = frozenset(),
     harmless: Callable[[Any], bool] = _no_hook,
 ) -> str | None:
-    """In what a module computes otherwise than another one, in words; None where in nothing.
+    """How a module differs from another one in what it computes, in words; None if it does not.
 
     Compared are the exact types, all attributes, hooks, and layers within, and which parameters and buffers
     there are, but not what is in them.
@@ -40,7 +40,7 @@ def difference(
     Args:
         name: what the module is called.
         free: attributes that may differ.
-        harmless: whether a hook is known to change nothing, and to miss nothing where it is not called.
+        harmless: whether a hook is known to change nothing, and not to matter if it is not called.
     """
     return None if _alike(module, _plan(like, free)) else _difference(module, like, name, free, harmless)
 
@@ -59,7 +59,7 @@ def _difference(
             return f"{name} has {key.lstrip('_')} {_shown(value)}, not {_shown(expected)}"
         if not all(map(harmless, value.values())):
             return f"{name} has hooks"
-    # what the one has registered may be a plain attribute of the other: a bias that is not trained, say
+    # what one has registered may be a plain attribute of the other, such as a bias that is not trained
     registered = {key for kind in ("_parameters", "_buffers", "_modules", "_memories") for key in other.get(kind, ())}
     if key := overridden(module) or next(iter(own.keys() & registered), None):
         return f"{name} has a {key} of its own"
@@ -209,7 +209,7 @@ def layers_obstacle(
     if reason := flaw(linear.weight, torch.float32, contiguous=False):
         return f"the weight in {name} {reason}"
     if not linear.weight.numel() or not math.isfinite(float(linear.weight.detach().sum())):
-        return f"the weights in {name} are none, or not all finite"  # layers multiply them by 0, too
+        return f"{name} has no weights, or weights that are not finite"  # layers multiply them by 0, too
     if type(T) is not int or not 1 <= T <= spiking_kernels.MAX_T:
         return f"T is {T!r}, not from 1 to {spiking_kernels.MAX_T}"
     return spiking_kernels.available()
@@ -218,7 +218,7 @@ def layers_obstacle(
 def context_obstacle() -> str | None:
     """What looks at single operations now, which a kernel would hide from it; None where nothing does."""
     if torch.nn.modules.module._has_any_global_hook():
-        return "there are hooks of all modules"
+        return "there are hooks on all modules"
     if torch.jit.is_tracing():
         return "torch.jit traces the network"
     if torch._C._are_functorch_transforms_active():

@@ -1,4 +1,4 @@
-"""What a tensor must be before C works on its memory: said and checked here, for every tensor that crosses over."""
+"""What a tensor must be before C works on its memory, checked here for every tensor that C gets."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ class Unfit(ValueError):
 def flaw(
     tensor: object, dtype: torch.dtype, shape: tuple[int, ...] | None = None, contiguous: bool = True
 ) -> str | None:
-    """Why a kernel cannot work on a tensor's memory, in words that follow its name; None where it can.
+    """Why a kernel cannot work on a tensor's memory, in words that can follow its name; None if it can.
 
     It can where the memory holds what the tensor means, element by element: a plain tensor on the CPU,
     strided and contiguous, of the dtype, and of the shape unless that is None. With ``contiguous`` False,
@@ -40,7 +40,7 @@ def flaw(
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether the storage is as large as the tensor says: it may have been resized behind its back."""
+    """Whether the storage is as large as the tensor says: it may have been resized."""
     if tensor.is_contiguous():
         reach = tensor.numel()
     else:

@@ -186,8 +186,8 @@ def test_a_storage_is_as_long_as_its_member():
         (shorter, "3996 bytes for 1000 elements"),
         (lambda members: members.pop("archive/data/0"), "0 bytes for 1000 elements"),
         (lambda members: members.update({"archive/data/7": b"more"}), "data/7 belongs to no tensor"),
-        (lambda members: members.update({"other/data/0": b"more"}), "no archive of torch.save"),
-        (lambda members: members.pop("archive/data.pkl"), "no archive of torch.save"),
+        (lambda members: members.update({"other/data/0": b"more"}), "not an archive of torch.save"),
+        (lambda members: members.pop("archive/data.pkl"), "not an archive of torch.save"),
     ):
         with pytest.raises(ValueError, match=message):
             check(resaved(torch.ones(1000), change))
@@ -197,12 +197,12 @@ def test_a_storage_is_as_long_as_its_member():
     ("content", "message"),
     [
         (b"\x80\x02cos\nsystem\nX\x02\0\0\0lsq\0\x85R.", "it holds os.system"),
-        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", "opcode FRAME|no pickle"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", "opcode FRAME|not a pickle"),
         (b"\x80\x05\x96\0\0\0\0\1\0\0\0.", "bytearray|opcode BYTEARRAY8"),  # a bytearray of 4 GB
         (b"\x80\x02]r\xff\xff\xff\x7f.", "remembers 2147483647 values"),  # a table of 16 GB
         (b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.", "attributes of a dictionary"),
-        (b"\x80\x02(K\x01K\x02tQ.", "refers to something that is no storage"),
-        (b"\x80\x02K\x01K\x02\x86R.", "no pickle of plain data"),
+        (b"\x80\x02(K\x01K\x02tQ.", "refers to something that is not a storage"),
+        (b"\x80\x02K\x01K\x02\x86R.", "not a pickle of plain data"),
         (b"\x80\x02]", "exhausted"),
         (b"", "exhausted"),
         (pickle.dumps([1], protocol=0), "opcode"),

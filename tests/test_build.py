@@ -367,7 +367,7 @@ def test_a_compiler_that_does_not_end_is_ended_with_its_children(places, monkeyp
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setattr(build, "SECONDS", 0.5)
     with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as child:
-        assert build.available() == f"the C compiler does not end ({script}, in 0.5 seconds)"
+        assert build.available() == f"the C compiler does not finish ({script}, in 0.5 seconds)"
         os.set_blocking(child.fileno(), True)
         assert child.read() == b"started\n"  # to the end: nobody has it open
     assert files(places.cache) == []

@@ -199,7 +199,7 @@ def test_the_time_left_is_told_beside_a_progress_bar(run, monkeypatch):
         (
             "-m deep -s 0.9 -temperature 1e-3 --dataset digits",
             "Deep R on digits: penalty 1e-3, temperature 1e-3, ",
-            "-s 0.9 is the most that stays pruned, not the sparsity that is reached: what is pruned beyond it is "
+            "-s 0.9 is the maximum sparsity, not the sparsity that is reached: connections pruned beyond it are "
             "re-activated; --connectivity sets what is reached, with -m grad --recipe fast.",
         ),
         (

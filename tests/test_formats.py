@@ -386,9 +386,9 @@ GRAPHS = {
     "static_fc.1.weight is not float32": lambda f: replaced(f, "node/nodes/static_fc_1/weight", np.zeros((800, 784))),
     "does not match its digest": lambda f: replaced(f, WEIGHT, f[WEIGHT][()] * 2),
     "edges is not": lambda f: replaced(f, "node/edges", [*f["node/edges"][()].tolist(), [b"fc_0", b"fc_0"]]),
-    "no text": lambda f: f.pop("node/metadata"),
+    "is not a text": lambda f: f.pop("node/metadata"),
     "without a digest": lambda f: f.pop("node/metadata/sha256"),
-    "not one Input": lambda f: f.move("node/nodes/input_1", "node/nodes/flatten/input_1"),
+    "not have exactly one Input": lambda f: f.move("node/nodes/input_1", "node/nodes/flatten/input_1"),
     "unknown node/nodes/fc_0/bias": lambda f: f.create_dataset("node/nodes/fc_0/bias", data=np.zeros(800)),
     "more than 100 names": lambda f: [f.create_group(f"node/nodes/{n}") for n in range(101)],
     "groups deeper than 4": lambda f: f.create_group("node/a/b/c/d/e"),
@@ -411,7 +411,7 @@ GRAPHS = {
         or f.create_dataset(WEIGHT, (10, 800), np.float32, chunks=(10**4, 10**3), maxshape=(None, None))
     ),
     "is of type complex": lambda f: replaced(f, WEIGHT, np.zeros(3, np.complex64)),
-    "compressed otherwise": lambda f: f.create_dataset("a", data=np.zeros(100), compression="lzf"),
+    "is not compressed by one of": lambda f: f.create_dataset("a", data=np.zeros(100), compression="lzf"),
 }
 
 

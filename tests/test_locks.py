@@ -99,7 +99,7 @@ def test_without_locks_this_machine_is_locked_and_a_warning_says_so(tmp_path, wi
     another.release()
     assert capsys.readouterr().err == (
         f"warning: {tmp_path / 'run'} cannot be locked against processes on other machines ({os.strerror(code)}): "
-        "do not start its command twice at a time, or use a --dump-dir on a file system with locks\n"
+        "do not run its command twice at the same time, or use a --dump-dir on a file system with locks\n"
     )
 
 
@@ -109,7 +109,7 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, without_locks, 
     assert lock.acquire()
     lock.check()
     lock.release()
-    assert f"{tmp_path / 'run'} cannot be locked (No locks available): do not start" in capsys.readouterr().err
+    assert f"{tmp_path / 'run'} cannot be locked (No locks available): do not run" in capsys.readouterr().err
 
 
 def test_a_disk_that_fails_is_no_file_system_without_locks(tmp_path, without_locks):
@@ -128,7 +128,7 @@ def test_a_folder_that_is_removed_is_locked_no_more(tmp_path, again):
     if again:
         assert other.acquire()
         other.check()
-    with pytest.raises(FileNotFoundError, match=rf"removed while the run went on: '{tmp_path / 'run'}'"):
+    with pytest.raises(FileNotFoundError, match=rf"removed during the run: '{tmp_path / 'run'}'"):
         lock.check()
     lock.release()
     other.release()

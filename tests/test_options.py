@@ -148,7 +148,7 @@ BAD = [
     ("--connectivity 0.1", "--connectivity", "-m grad and --recipe fast"),
     ("-m grad -s 0.9 --connectivity 0.1", "--connectivity", "-m grad and --recipe fast"),
     ("-m deep -s 0.9 --recipe fast --connectivity 0.1", "--connectivity", "-m grad and --recipe fast"),
-    ("-m grad --recipe fast --connectivity 0.1 -penalty 1e-3", "-penalty", "not with --connectivity"),
+    ("-m grad --recipe fast --connectivity 0.1 -penalty 1e-3", "-penalty", "not allowed with --connectivity"),
     ("-m grad --recipe fast --connectivity 0", "--connectivity", "above 0, at most 1"),
     ("-m grad --recipe fast --connectivity 1.1", "--connectivity", "above 0, at most 1"),
     ("-m grad --recipe fast --connectivity 0.1 -s 0.4", "-s/--sparsity", r"\[0.5, 1\)"),
@@ -296,7 +296,7 @@ def test_a_run_begun_in_the_former_default_folder_goes_on_there(run, mnist_folde
     run(*argv[:-2], "-N", "1", dump=tmp_path / "runs")
     assert main([*argv, "-N", "2"]) == 0
     out = capsys.readouterr().out
-    assert f"This run is in {tmp_path / 'runs'}, the default --dump-dir of before, and stays there" in out
+    assert f"This run is in {tmp_path / 'runs'}, the old default of --dump-dir, and stays there" in out
     assert "Going on after epoch 1, of 2 epochs." in out
     assert main([*argv, "-test"]) == 0
     assert "after 2 epochs" in capsys.readouterr().out
@@ -415,7 +415,7 @@ def test_failures_of_the_system_and_interruptions_are_one_line_too(capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 2
     assert "No space left on device" in err
-    assert err.count("what was saved before is as it was") == 2
+    assert err.count("what was saved before is unchanged") == 2
 
 
 @pytest.mark.parametrize(

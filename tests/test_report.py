@@ -733,7 +733,7 @@ def test_a_worker_that_is_killed_is_a_line(dump, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "_section", end_process)
     assert call(dump, "-o", tmp_path / "page.html") == 1
     err = capsys.readouterr().err
-    assert "out of memory (a process that drew pictures has been ended)" in err
+    assert "out of memory (a process that was drawing pictures was killed)" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
 

@@ -334,7 +334,7 @@ def test_a_damaged_record_is_named_and_its_row_is_not_done(tmp_path, monkeypatch
         path.mkdir()
     else:
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(whole | content).encode())
-    line = f"{path} is damaged ({reason}): the row is not done until it is run again\n"
+    line = f"{path} is damaged ({reason}): the row counts as not done until it is run again\n"
     assert reproduce.main(["mnist", "--list", "--dump-dir", str(stub)]) == 0
     out, err = capsys.readouterr()
     assert err == line
@@ -506,7 +506,7 @@ def test_a_warned_task_stops_its_rows_and_queues_again(task, number, requeued):
 
 def test_an_array_is_of_all_rows(tmp_path, capsys):
     assert reproduce.main(["mnist", "--slurm", str(tmp_path / "array.sh"), "--shard", "1/2"]) == 2
-    assert "argument --shard: not with --slurm" in capsys.readouterr().err
+    assert "argument --shard: not allowed with --slurm" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -723,7 +723,7 @@ def test_a_folder_without_an_outcome_has_no_rows_to_leave_out(tmp_path, capsys):
     assert capsys.readouterr().err.count(f"argument --without: no outcome of finished rows in {tmp_path}") == 1
     for option, value in (("--without", str(tmp_path)), ("--shard", "1/2")):
         assert reproduce.main(["mnist", "--outcome", str(tmp_path / "new"), option, value]) == 2
-        assert f"argument {option}: not with --outcome" in capsys.readouterr().err
+        assert f"argument {option}: not allowed with --outcome" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -69,7 +69,7 @@ def test_everything_works_on_a_system_without_what_only_unix_has(tmp_path, mnist
         assert line in result.stdout
     told = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
     assert len(told) == 2, told  # in all that was done
-    assert "cannot be locked (Function not implemented): do not start its command twice" in told[0]
+    assert "cannot be locked (Function not implemented): do not run its command twice" in told[0]
     assert "cannot be synced (Permission denied)" in told[1]
 
 

@@ -1,4 +1,4 @@
-"""What a zip archive declares to hold, checked before anything in it is expanded or made: checkpoints, and .npz files.
+"""Checks what a zip archive (a checkpoint or an .npz file) says it holds, before anything in it is expanded.
 
 Every function raises ValueError with one line that says what is wrong; the caller names the file.
 """
@@ -49,7 +49,7 @@ def opened(
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, UnicodeError) as error:
-        raise ValueError(f"it is no zip archive ({error})") from None
+        raise ValueError(f"it is not a zip archive ({error})") from None
     infos = archive.infolist()
     if len({info.filename.lower() for info in infos}) != count:  # torch.load does not tell case apart
         raise ValueError(f"it has {len(infos)} members, {count} declared, or two of one name")
@@ -117,7 +117,7 @@ def check_pickled(archive: zipfile.ZipFile) -> None:
     folder = next(iter(sizes), "").partition("/")[0]
     name = f"{folder}/data.pkl"
     if name not in sizes or not all(member.startswith(f"{folder}/") for member in sizes):
-        raise ValueError("it is no archive of torch.save")
+        raise ValueError("it is not an archive of torch.save")
     if sizes[name] > PICKLE_LIMIT:
         raise ValueError(f"its content without tensors has {sizes[name]} bytes, more than {PICKLE_LIMIT}")
     try:
@@ -128,14 +128,14 @@ def check_pickled(archive: zipfile.ZipFile) -> None:
     except ValueError:
         raise
     except Exception as error:  # what a damaged pickle raises is up to zipfile and pickle
-        raise ValueError(f"its content is no pickle of plain data ({type(error).__name__}: {error})") from None
+        raise ValueError(f"its content is not a pickle of plain data ({type(error).__name__}: {error})") from None
     unused = {member for member in sizes if member.startswith(f"{folder}/data/")} - unpickler.used
     if unused:
         raise ValueError(f"{min(unused)} belongs to no tensor")
 
 
 def _check_opcodes(content: bytes) -> None:
-    """Lets only pass what torch.save writes: with other opcodes, a few bytes can ask for gigabytes."""
+    """Accepts only opcodes that torch.save writes: with others, a few bytes can ask for gigabytes."""
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name not in OPCODES:
             raise ValueError(f"its pickle has the opcode {opcode.name}")
@@ -157,7 +157,7 @@ class _Tensor:
 
 
 class _State(OrderedDict):
-    """In the place of what state_dict() returns, with the one attribute that it has."""
+    """In the place of what state_dict() returns, with its one attribute."""
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict or set(state) != {"_metadata"}:
@@ -184,7 +184,7 @@ class _Declared(pickle.Unpickler):
     def persistent_load(self, reference: Any) -> _Storage:
         kinds = (str, torch.dtype, str, str, int)
         if type(reference) is not tuple or tuple(map(type, reference)) != kinds or reference[0] != "storage":
-            raise ValueError("its pickle refers to something that is no storage")
+            raise ValueError("its pickle refers to something that is not a storage")
         _, dtype, key, _, elements = reference
         member = f"{self.folder}{key}"
         if elements < 0 or self.sizes.get(member) != elements * dtype.itemsize:

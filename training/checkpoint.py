@@ -41,12 +41,12 @@ def load(folder: Path) -> dict[str, Any] | None:
     A line on the console names each file that was passed over.
 
     Raises:
-        Refusal: there are checkpoints, but no good one, or it was written by another program or version.
+        Refusal: there are checkpoints but no good one, or the newest is from another program or version.
     """
     try:
         state, complaints = storage.newest(path_of(folder))
     except storage.DamagedError as error:
-        raise Refusal(f"{error}; there is no good checkpoint: move the folder away to start the run afresh") from None
+        raise Refusal(f"{error}; there is no good checkpoint: move the folder away to start anew") from None
     for complaint in complaints:
         print(f"{complaint}; going back to the checkpoint before it.", flush=True)
     if state is None:
@@ -110,7 +110,7 @@ class Store:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         try:
-            if error is None or isinstance(error, Exception):  # who interrupts does not want to wait
+            if error is None or isinstance(error, Exception):  # after an interrupt nobody wants to wait
                 self.writer.wait()
         finally:
             self.lock.release()
@@ -124,7 +124,9 @@ class Store:
                 )
             logs = record.folder_of(options)
             if recorder.log_files(logs):
-                raise Refusal(f"{logs} holds results, but {self.folder} no checkpoint: move the results away first")
+                raise Refusal(
+                    f"{logs} holds results, but {self.folder} holds no checkpoint: move the results away first"
+                )
             return None
         _check_arguments(self.folder, saved["arguments"], options)
         if not options.test and options.epoch < saved["epoch"]:

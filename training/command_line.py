@@ -37,7 +37,7 @@ class Refusal(Exception):
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates a script's main: a failure becomes one line, with status 2 when it is the user's to mend.
+    """Decorates a script's main: a failure becomes one line, with status 2 when the user can fix it.
 
     A :class:`Refusal` gives status 2; a run that diverges, too little memory or an error of the operating
     system 1; a signal that stops a run 128 and its number. A UserWarning becomes one line too.
@@ -54,16 +54,16 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return _fail(str(refusal), 2)
         except DivergedError as error:
             return _fail(str(error), 1)
-        except FileNotFoundError as error:  # what was saved before may be what was not found
+        except FileNotFoundError as error:  # perhaps what was saved before is what was not found
             return _fail(str(error), 1)
         except OSError as error:
-            return _fail(f"{error}; what was saved before is as it was", 1)
+            return _fail(f"{error}; what was saved before is unchanged", 1)
         except Interrupted as stop:
             name = signal.Signals(stop.number).name
             print(f"Stopped by {name} {stop}, and saved. To go on: {shlex.join(['python', *sys.argv])}", flush=True)
             return 128 + stop.number
         except KeyboardInterrupt:
-            return _fail("interrupted; what was saved before is as it was", 130)
+            return _fail("interrupted; what was saved before is unchanged", 130)
         except (MemoryError, RuntimeError) as error:
             line = _explained(error)
             if line is None:
@@ -81,13 +81,13 @@ def _explained(error: Exception) -> str | None:
     if operation := re.match(r"(\S+) does not have a deterministic implementation", text):
         return f"argument --deterministic: {operation[1]} has no deterministic implementation on this device"
     if "without overflow" in text:  # Adam's plain step; the fused one goes on with infinity, which is found
-        return "a step is greater than float32 holds: -lr is too great; what was saved before is as it was"
+        return "a step is too large for float32: -lr is too large; what was saved before is unchanged"
     return None
 
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """A warning for the user, who need not see the line of code that gives it; other categories stay as they are."""
+    """Prints a UserWarning without the line of code that gives it; other categories stay as they are."""
     usual = warnings.formatwarning
 
     def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
@@ -113,10 +113,10 @@ def _fail(message: str, status: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses in one line, by Refusal, and names the nearest right option or choice.
+    """An ArgumentParser that refuses in one line, by Refusal, and suggests the nearest right option or choice.
 
-    Unlike argparse's own it takes no abbreviations, not of options with a single dash either; it takes negative numbers
-    of any form for values; and an option that is given twice must have the same value.
+    Unlike argparse's own, it accepts no abbreviations, even of options with a single dash. It takes negative numbers
+    in any form as values, and an option that is given twice must have the same value.
     """
 
     def __init__(self, **settings: Any):
@@ -141,7 +141,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _check_option(self, word: str) -> None:
-        """Refuses a word that looks like an option and is none; argparse would take -seed 3 for -s with eed."""
+        """Refuses a word that looks like an option but is not one; argparse would read -seed 3 as -s eed."""
         name, known = word.partition("=")[0], self._option_string_actions
         if len(word) < 2 or word[0] not in DASHES or " " in word or NUMBER.match(word) or name in known:
             return
@@ -194,7 +194,7 @@ def _check_once(parser: Parser, action: argparse.Action, value: Any) -> None:
 
 
 def _accepts(action: argparse.Action, text: str) -> bool:
-    """Whether a text that is attached to an option is its value; a number is, be it a bad one."""
+    """Whether a text that is attached to an option is its value; a number is, even one that the option refuses."""
     if re.match(r"[-+.]?\d", text):
         return True
     try:
@@ -210,9 +210,9 @@ def bare(word: str) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:
-    """Those of ``words`` that a mistyped one may mean: as good as the same, beginning with it, or else the most alike.
+    """Those of ``words`` that a mistyped one may mean: nearly the same, beginning with it, or else the most similar.
 
-    Several where they have equal right; none where none is near.
+    Several if they are equally near; none if none is near.
     """
     words, typed = list(words), bare(word)
     same = [right for right in words if bare(right) == typed]
@@ -244,7 +244,7 @@ def whole_number(least: int, most: int = LARGEST) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
-        except ValueError:  # this, or it has thousands of digits
+        except ValueError:  # not a number, or one of thousands of digits
             value = None
         if value is None or not least <= value <= most:
             from_least = f">= {least}" if value is None or value < least else "below 2^63"
@@ -309,7 +309,7 @@ def check_writable(option: str, folder: Path) -> None:
     """Makes the folder that an option names.
 
     Raises:
-        Refusal: there is none afterwards in which files can be made.
+        Refusal: the folder cannot be made, or no file can be made in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def check_writable(option: str, folder: Path) -> None:
 
 
 def check_output(option: str, path: Path, parents: bool = False) -> None:
-    """Raises Refusal unless the file that an option names can be written; for what is computed long before."""
+    """Raises Refusal unless the file that an option names can be written; for use before a long computation."""
     try:
         files.check_replacing(path, parents)
     except OSError as error:

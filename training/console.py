@@ -1,4 +1,4 @@
-"""What a training run tells on the console: what runs and where, how an epoch has ended, how long the rest takes."""
+"""What a training run prints: what runs and where, how an epoch ended, how long the rest takes."""
 
 import statistics
 import time
@@ -14,14 +14,14 @@ from training.options import format_number
 from training.record import percent
 
 METHODS = {"no_prune": "Dense training", "grad": "Grad R", "deep": "Deep R"}
-UNITS = (  # of durations: the name, its seconds, and the number of them from which on the next unit is used
+UNITS = (  # of durations: the name, its seconds, and the number from which the next unit is used
     ("second", 1.0, 100),
     ("minute", 60.0, 100),
     ("hour", 3600.0, 48),
     ("day", 86400.0, 400),
     ("year", 365.25 * 86400, float("inf")),
 )
-LONG = 86400.0  # seconds from which on a run is told what would be shorter
+LONG = 86400.0  # seconds; a run that takes longer is told what would be shorter
 
 
 def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
@@ -51,8 +51,8 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
         )
     elif options.mode == "deep":
         lines.append(
-            f"-s {options.sparsity} is the most that stays pruned, not the sparsity that is reached: what is pruned "
-            "beyond it is re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
+            f"-s {options.sparsity} is the maximum sparsity, not the sparsity that is reached: connections pruned "
+            "beyond it are re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
         )
     return lines
 
@@ -90,7 +90,7 @@ def _counted(number: float, noun: str) -> str:
 
 
 class TimeLeft:
-    """How long a run still takes, by the speed of this process: training and what follows each epoch apart.
+    """How long a run still takes, from the speed of this process; training and tests are timed separately.
 
     Args:
         epochs: of the whole run.
@@ -99,8 +99,8 @@ class TimeLeft:
         wait: waits for the device; time is taken after it.
     """
 
-    WARM_UP = 4, 10.0  # steps, or seconds, that are measured apart: kernels are built, a CUDA graph is captured
-    ENOUGH = 5.0  # seconds of training after these, by which the speed is known
+    WARM_UP = 4, 10.0  # steps, or seconds, that are timed separately: kernels are built, a CUDA graph is captured
+    ENOUGH = 5.0  # seconds of training after these, when the speed is known
 
     def __init__(self, epochs: int, batches: int, interval: int, wait: Callable[[], object]):
         self.epochs, self.batches, self.interval, self.wait = epochs, batches, interval, wait
@@ -116,7 +116,7 @@ class TimeLeft:
         self.lap, self.begun = 0, self.now
 
     def step(self) -> bool:
-        """Counts a step; says whether the speed has become known by it, inside the first epoch of this process."""
+        """Counts a step; True if the speed is known since this step, within the first epoch of this process."""
         self.steps += 1
         self.lap += 1
         passed, (most_steps, most_seconds) = time.perf_counter() - self.begun, self.WARM_UP
@@ -163,7 +163,7 @@ class TimeLeft:
         return self.per_epoch * (self.epochs - epoch - position / self.batches) + after
 
     def line(self, epoch: int, position: int, options: Namespace) -> str:
-        """What is told when the speed has become known."""
+        """What to print when the speed is known."""
         left = self.left(epoch, position)
         rest = f"the {_counted(self.epochs, 'epoch')}" if self.epochs > 1 else "it"
         line = (

@@ -1,4 +1,4 @@
-"""Data sets as tensors in memory, read from the files that publish them, each checked before it is believed."""
+"""Data sets as tensors in memory, read from the files that publish them, each checked before it is used."""
 
 import contextlib
 import io
@@ -62,7 +62,7 @@ def load(name: str, folder: Path) -> Dataset:
     are not there; CIFAR-10 is read from class folders if there are any (see :func:`load_class_folders`).
 
     Raises:
-        Refusal: the data cannot be had, or are not what they should be.
+        Refusal: the data cannot be loaded, or are not what they should be.
     """
     dataset = {"mnist": _load_mnist, "digits": _load_digits, "cifar10": _load_cifar10}[name](folder)
     shape = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
@@ -119,7 +119,7 @@ def _load_mnist(folder: Path) -> Dataset:
     if not all(path.is_file() for part in parts for path in part):
         published = ((raw / name, md5) for name, md5 in MNIST.resources)
         _torchvision(MNIST, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte", published)
-    # torchvision checks the MD5 of what it downloads alone, and asserts without a word what it then reads
+    # torchvision checks the MD5 of downloads only, and what it then reads with assertions that have no text
     return Dataset(
         *(Split(_read_idx(images, (28, 28)).unsqueeze(1), _read_idx(labels).long()) for images, labels in parts)
     )

@@ -1,4 +1,4 @@
-"""The default dtype and device of torch: a caller may have set others than this program is written for."""
+"""The default dtype and device of torch: a caller may have set others, but this program needs these."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Float32 and the CPU while it is open, as torch has them by itself; also a decorator of functions."""
+    """Sets torch's own defaults, float32 and the CPU, while it is open; also a decorator of functions."""
     dtype = torch.get_default_dtype()
     # a device as the context costs time in every call of torch
     other_device = torch.get_default_device().type != "cpu"

@@ -10,9 +10,9 @@ from training.command_line import Refusal
 
 
 def choose(options: Namespace) -> None:
-    """Sets ``device`` and ``precision_used``, and what ``compile`` and ``deterministic`` come to on this machine.
+    """Sets ``device`` and ``precision_used``, and what ``compile`` and ``deterministic`` mean on this machine.
 
-    ``precision`` becomes None where it is the device's default, for a run to change devices.
+    ``precision`` becomes None if it is the device's default, so that a run can change devices.
 
     Raises:
         Refusal: an option cannot work on this machine.

@@ -1,4 +1,4 @@
-"""Runs that diverge: which loss, gradient or weight was the first that was not finite, found on the device."""
+"""Runs that diverge: finds, on the device, the loss, gradient or parameter that was first not finite."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,21 @@ NEVER = 2**62
 
 
 class DivergedError(Exception):
-    """A run has come upon numbers that are not finite; its text is the one line to print."""
+    """A run has met numbers that are not finite; its text is the one line to print."""
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What was not finite first: the loss, a gradient or a weight; and in which of the steps watched, from 0."""
+    """What was not finite first (the loss, a gradient or a parameter), and in which of the steps watched, from 0."""
 
     what: str
     step: int
 
 
 class FiniteCheck:
-    """Watches the loss, all gradients and all weights, each step, without waiting for the device.
+    """Watches the loss, all gradients and all parameters at each step, without waiting for the device.
 
-    A tensor is finite when its sum is: one pass over it, which takes a sum that overflows for not finite.
+    A tensor counts as finite when its sum is, which takes one pass. So a sum that overflows counts as not finite.
 
     Args:
         network: its parameters are watched.
@@ -33,13 +33,13 @@ class FiniteCheck:
     def __init__(self, network: nn.Module, device: torch.device):
         names, parameters = zip(*network.named_parameters(), strict=True)
         self.parameters = parameters
-        self.names = ["the loss", *(f"the gradient of {n}" for n in names), *(f"the weights {n}" for n in names)]
+        self.names = ["the loss", *(f"the gradient of {n}" for n in names), *(f"the parameter {n}" for n in names)]
         self.first = torch.full((len(self.names),), NEVER, device=device)  # the steps, int64
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> None:
-        """Looks at the loss and the gradients of a step, and at the weights after it."""
+        """Looks at the loss and the gradients of a step, and at the parameters after it."""
         gradients = (parameter.grad for parameter in self.parameters)
         zero = torch.zeros_like(loss)
         sums = [zero if gradient is None else gradient.sum() for gradient in gradients]

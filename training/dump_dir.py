@@ -1,4 +1,4 @@
-"""Where a run's folders are when --dump-dir does not say it."""
+"""Where a run's folders are without --dump-dir."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ from pathlib import Path
 def default(runs: Path, experiment: str, name: str) -> Path:
     """The dump folder of a run: ``runs/<experiment>``, or ``runs`` for a run that was begun there.
 
-    All experiments had ``runs`` for their default before; the same command has to go on with such a run, and not to
-    train it once more. A line on the console says so.
+    The default used to be ``runs`` for all experiments. The same command must go on with such a run instead of training
+    it again; a line on the console says so.
     """
     own = runs / experiment
     if _begun(own, name) or not _begun(runs, name) or _experiment(runs, name) not in (experiment, None):
         return own
     print(
-        f"This run is in {runs}, the default --dump-dir of before, and stays there; "
+        f"This run is in {runs}, the old default of --dump-dir, and stays there; "
         f"to have it in {own}, move its folders logs/{name} and models/{name} there.",
         flush=True,
     )

@@ -1,7 +1,7 @@
-"""Files on any file system: whole or not there, on the disk where that can be had, and named when something fails.
+"""Files on any file system: written whole or not at all, synced where possible, and named when something fails.
 
-Not every file system and system can do all that is asked of it here. What only makes a file safer is then left out,
-with one line that says so; what a file needs raises an OSError that names it.
+Not every file system can do all that is asked of it here. What only makes a file safer is then left out, with one
+line that says so; what a file needs raises an OSError that names it.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WINDOWS = os.name == "nt"
-# What file systems answer to a request that they do not know, or that they do not grant.
+# The errors of file systems for a request that they do not know or do not allow.
 UNSUPPORTED = {
     getattr(errno, name)
     for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EPERM", "EACCES", "EBADF", "EISDIR", "ENOTTY", "EROFS")
 }
 BINARY = getattr(os, "O_BINARY", 0)  # for os.open: Windows would turn every \n into \r\n
-PATIENCE = 2.0  # seconds that a file on Windows may be open in another process
+PATIENCE = 2.0  # seconds to wait on Windows while another process has the file open
 
 _told: set[str] = set()
 
@@ -53,11 +53,11 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path} begins with the home folder of somebody who has none here") from None
+        raise ValueError(f"{path} begins with ~, but there is no such home folder") from None
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Has an open file or folder survive a loss of power, where its file system can do that; else warns once."""
+    """Makes an open file or folder survive a loss of power, if its file system can do that; else warns once."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -94,12 +94,12 @@ def _unsynced(path: Path, error: OSError) -> None:
     warn_once(
         "sync",
         f"{path} cannot be synced ({os.strerror(error.errno)}): files there are written whole, but a loss of power "
-        "may take the newest; a folder on a local disk keeps them",
+        "may cost the newest; a folder on a local disk keeps them",
     )
 
 
 def replace(source: Path, target: Path) -> None:
-    """os.replace; on Windows it waits a while for another process that has the target open."""
+    """os.replace; on Windows it waits a while if another process has the target open."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -112,7 +112,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 class _Replacement:
-    """A file to be replaced, and the temporary file beside it, made here, from which it gets its content."""
+    """A file to be replaced, and the temporary file, made here, that gives it its content."""
 
     def __init__(self, path: Path, parents: bool = False, ours: bool = False):
         with naming(path):
@@ -129,7 +129,7 @@ class _Replacement:
             self.special = mode is not None and not regular and not ours
             self.permissions = stat.S_IMODE(mode) if regular else None
             folder = Path(tempfile.gettempdir()) if self.special else self.target.parent
-            # not after the whole name of the target: that may be as long as a name can be
+            # not the whole name of the target: that may already be as long as a name can be
             name = f"{path.name[:50]}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp"
             self.temporary = folder / name
             self.temporary.unlink(missing_ok=True)  # of a process that was killed
@@ -147,25 +147,25 @@ class _Replacement:
         replace(self.temporary, self.target)
 
     def clean_up(self) -> None:
-        with contextlib.suppress(OSError):  # of two failures, the first one tells more
+        with contextlib.suppress(OSError):  # the first of two failures is the one to report
             self.temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator[Path]:
-    """A temporary file, empty at first, whose content becomes that of ``path`` at the end, all of it or nothing.
+    """Yields a temporary file, empty at first; at the end its content becomes that of ``path``, all of it or nothing.
 
-    A link stays a link: the file that it leads to is replaced. What is no regular file (a pipe, a device such as
+    A link stays a link: the file that it leads to is replaced. A file that is not regular (a pipe, a device such as
     /dev/null) stays what it is, and the content is written to it.
 
     Args:
         path: the file to write.
         parents: make the folders above it that are missing.
         ours: it is in a folder of ours, where one process writes at a time. Such a folder may come from somebody else:
-            a link or a pipe in it leads nowhere, but is replaced as any file.
+            a link or a pipe in it is not followed, but replaced like any file.
 
     Raises:
-        OSError: it cannot be written, known at the beginning as far as it can be; it names ``path``.
+        OSError: it cannot be written (found at the beginning if possible); it names ``path``.
     """
     replacement = _Replacement(path, parents, ours)
     try:

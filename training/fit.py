@@ -1,7 +1,7 @@
-"""Does a checkpoint fit: every field of it, by type, range and agreement with the others, before any is applied.
+"""Checks that a checkpoint fits the run: every field, by type, range and consistency, before any is applied.
 
-A checkpoint may be of another version, of another run, or have been edited. Each function raises ValueError with one
-line that names the field and what is wrong with it; the caller names the file.
+A checkpoint may come from another version or another run, or may have been edited. Each function raises ValueError
+with one line that names the field and what is wrong with it; the caller names the file.
 """
 
 import re
@@ -39,8 +39,8 @@ CONTENT = {
     "files": dict,  # the lengths of the log files
 }
 FINGERPRINT = re.compile(r"(\d{1,12})\+\d{1,12} images, crc32 [0-9a-f]{8}")
-EXACT = 2**24  # steps that a float32 can count; an optimizer's count stays there
-# Settings of an optimizer that say how it is executed: they are those of the machine.
+EXACT = 2**24  # the most steps that a float32 can count; an optimizer's count stays there
+# Settings of an optimizer that say how it is executed: these depend on the machine.
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 # Settings that the optimizers of older checkpoints lack, with the value that they had.
 LATER_SETTINGS = {"plain_gradient": False}
@@ -69,7 +69,7 @@ def check_content(saved: dict[str, Any]) -> None:
         checks.number(f"seconds of {what}", seconds, 0)
     for name, length in saved["files"].items():
         if not recorder.is_log(name) or re.search(r"[/\\:]", name):
-            raise ValueError(f"files has {name!r}, which is no name of a log file")
+            raise ValueError(f"files has {name!r}, which is not the name of a log file")
         checks.whole_number(f"the length of {name}", length)
 
 

@@ -1,4 +1,4 @@
-"""Image files: the picture that one holds, where it is one in 8-bit RGB exactly, and in one line why not elsewhere."""
+"""Reads image files whose picture is exactly 8-bit RGB; refuses all others with one line that says why."""
 
 import io
 import stat
@@ -20,13 +20,13 @@ SRGB = {  # what PNG's chunks gAMA and cHRM say of sRGB
 def read_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
     """Reads a PNG or JPEG file of this size as it is shown: uint8 [height, width, 3], in sRGB.
 
-    What the format keeps in another way but says exactly is accepted: grey levels, a palette, a channel of opacity
-    that is opaque everywhere, a turn in the EXIF data, a colour profile that changes nothing. The rest is refused,
-    where a conversion would make another picture of it: more than 8 bits, transparency, CMYK, other colours, several
-    frames. Nothing is decoded before its size is known.
+    What another form of storage says exactly is accepted: grey levels, a palette, an alpha channel that is opaque
+    everywhere, a rotation in the EXIF data, a colour profile that changes nothing. What a conversion would change is
+    refused: more than 8 bits, transparency, CMYK, other colours, several frames. Nothing is decoded before its size is
+    known.
 
     Raises:
-        ValueError: the file is none that is accepted; the text is one line that says why.
+        ValueError: the file is not accepted; the text is one line that says why.
         OSError: the file cannot be read.
     """
     status = path.stat()
@@ -58,7 +58,7 @@ def _check_size(found: tuple[int, int], width: int, height: int) -> None:
 
 
 def _check_png_header(content: bytes, width: int, height: int) -> None:
-    """Refuses what Pillow says nothing of: it drops the lower half of 16-bit RGB."""
+    """Refuses 16-bit RGB: Pillow drops its lower half without a word."""
     if content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and len(content) > 24:
         *size, depth = struct.unpack(">IIB", content[16:25])
         _check_size(tuple(size), width, height)
@@ -86,7 +86,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_profile(image: Image.Image) -> None:
-    """Raises ValueError where the colours that the profile means are other numbers in sRGB, but for rounding."""
+    """Raises ValueError if the profile's colours are other numbers in sRGB, beyond rounding."""
     grey = image.mode in ("1", "L", "LA")
     values = image.convert("L" if grey else "RGB")
     profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))

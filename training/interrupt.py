@@ -1,4 +1,4 @@
-"""Signals: what asks a run to stop or to save is heeded between two steps, never inside one."""
+"""Signals: a run stops or saves between two steps, never inside one."""
 
 import signal
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def known(names: Iterable[str]) -> list[signal.Signals]:
-    """Those of some signals that the system has: Windows has no SIGUSR1."""
+    """Those of these signals that the system has: Windows has no SIGUSR1."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
@@ -31,7 +31,7 @@ class Signals:
 
     Attributes:
         stop: the number of the signal that asks to stop, or None.
-        save: whether a SIGUSR1 waits to be heeded.
+        save: whether a SIGUSR1 has come and the run has not saved yet.
     """
 
     def __init__(self) -> None:

@@ -11,15 +11,16 @@ import filelock
 
 from training import files
 
-# What file systems and systems without locks answer to the request for one.
+# The errors of file systems and systems without locks.
 NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL", "EPERM")}
 
 
 class Lock:
     """Keeps a folder to one process, from :meth:`acquire` to :meth:`release` or the process's end, however it ends.
 
-    Where the folder's file system has no locks, a file in this machine's temporary folder is locked in its place, and
-    a warning says that processes of other machines are not kept out; where that fails too, that nothing is.
+    Where the folder's file system has no locks, a file in this machine's temporary folder is locked instead, and a
+    warning says that this does not keep out processes on other machines. If that fails too, it says that nothing is
+    locked.
     """
 
     def __init__(self, folder: Path):
@@ -71,8 +72,8 @@ class Lock:
         if taken:
             files.warn_once(
                 "lock",
-                f"{self.folder} cannot be locked{whom} ({reason}): do not start its command twice at a time, or use a "
-                "--dump-dir on a file system with locks",
+                f"{self.folder} cannot be locked{whom} ({reason}): do not run its command twice at the same time, "
+                "or use a --dump-dir on a file system with locks",
             )
         return taken
 
@@ -84,7 +85,7 @@ class Lock:
                     return
         elif self.folder.is_dir():
             return
-        raise FileNotFoundError(errno.ENOENT, "its folder was removed while the run went on", str(self.folder))
+        raise FileNotFoundError(errno.ENOENT, "its folder was removed during the run", str(self.folder))
 
     def release(self) -> None:
         if self.descriptor is not None:

@@ -22,7 +22,7 @@ from training.step import TrainingStep, autocast, set_precision
 
 
 def _bar(batches: Iterable[tuple[Tensor, Tensor]], what: str, **settings: Any) -> tqdm:
-    """The batches with a progress bar, where there is a terminal, that goes when they are done."""
+    """The batches with a progress bar, if there is a terminal; the bar goes away at the end."""
     return tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty(), **settings)
 
 
@@ -147,7 +147,7 @@ class Run:
             )
 
     def _save(self) -> None:
-        """Has the state written; training goes on meanwhile. What is not finite is not saved."""
+        """Has the state written while training goes on. A state that is not finite is not saved."""
         start = time.perf_counter()
         self._check_finite()
         self.lengths = self.recorder.lengths()
@@ -166,8 +166,8 @@ class Run:
         indices = self.training.indices(position).tolist()
         record.write_json(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
         raise DivergedError(
-            f"{found.what} is not finite since epoch {epoch + 1}, step {step}; the indices of that batch's images are "
-            f"in {where}, the checkpoint is of before"
+            f"{found.what} is not finite from epoch {epoch + 1}, step {step} on; the indices of that batch's images "
+            f"are in {where}, the checkpoint is from before that"
         )
 
     # -- training ------------------------------------------------------------------------------------
@@ -177,12 +177,12 @@ class Run:
 
         Raises:
             Interrupted: a signal has stopped the run; it is saved.
-            DivergedError: something is not finite; the checkpoint is of before.
+            DivergedError: something is not finite; the checkpoint is from before that.
             OSError: logs or a checkpoint cannot be written; the last one that could is there.
         """
         epochs = self.options.epoch
         if self.epoch >= epochs:
-            print(f"The run has finished its {epochs} epochs; a greater -N prolongs it, -test evaluates it.")
+            print(f"The run has finished its {epochs} epochs; a larger -N prolongs it, -test evaluates it.")
             return
         print("\n".join(console.first_lines(self.options, self.folder, self.store.folder)), flush=True)
         if self.step:
@@ -269,7 +269,7 @@ class Run:
                 print(f"Saved {self._place()}, as SIGUSR1 asked; going on.", flush=True)
 
     def _end_epoch(self) -> None:
-        """Tests and records what the epoch has given, and saves; in full after the first and every -i1 epochs."""
+        """Tests, records and saves after an epoch; records in full after the first and every -i1 epochs."""
         start = time.perf_counter()
         epoch = self.epoch + 1
         full, extra = epoch == 1 or epoch % self.options.interval_test == 0, {}

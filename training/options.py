@@ -122,7 +122,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     add(
         "plain_gradient",
         action="store_true",
-        help="Grad R without its redefined gradient, with -m grad: pruned connections receive none, for ablations "
+        help="Grad R without its redefined gradient, with -m grad: pruned connections get no gradient, for ablations "
         "(default: off)",
     )
     add(
@@ -136,7 +136,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "connectivity",
         type=number("above 0, at most 1", lambda x: 0 < x <= 1, share=True),
         metavar="C",
-        help="share of the connections that is reached in the end, with -m grad --recipe fast: schedules the penalty "
+        help="share of the connections that is left at the end, with -m grad --recipe fast: schedules the penalty "
         "(default: none, a constant penalty)",
     )
     add(
@@ -196,12 +196,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "compile",
         action="switch",
         default=True,
-        help="run fused kernels where there are any: the same results within rounding, faster (default: --compile)",
+        help="use fused kernels where there are any: faster, and the same results within rounding (default: --compile)",
     )
     add(
         "precision",
         choices=("fp32", "tf32", "bf16"),
-        help="of matrix products and convolutions; all state stays fp32 (default: tf32 on a GPU, fp32 on the CPU)",
+        help="precision of matrix products and convolutions; all state stays fp32 "
+        "(default: tf32 on a GPU, fp32 on the CPU)",
     )
     add(
         "deterministic",
@@ -213,7 +214,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         type=number("> 0", lambda x: x > 0),
         default=10.0,
         metavar="M",
-        help="minutes between checkpoints inside an epoch; there is one after each epoch, too (default: 10)",
+        help="minutes between checkpoints within an epoch; there is always one after each epoch (default: 10)",
     )
     add("test", action="store_true", help="only evaluate the saved model (default: off)")
     add(
@@ -290,7 +291,7 @@ def _check_connectivity(options: argparse.Namespace) -> None:
     if options.mode != "grad" or options.recipe != "fast":
         _refuse("connectivity", "needs -m grad and --recipe fast")
     if options.penalty is not None:
-        _refuse("penalty", "not with --connectivity, which schedules the penalty")
+        _refuse("penalty", "not allowed with --connectivity, which schedules the penalty")
     if options.sparsity is None:
         options.sparsity = min(max(round(1 - options.connectivity, 9), 0.5), 0.9999)
 

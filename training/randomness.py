@@ -1,4 +1,4 @@
-"""Random numbers: every generator of a run, seeded at its start, and kept by its checkpoints."""
+"""Random numbers: every generator of a run, seeded at its start and saved in its checkpoints."""
 
 import random
 from collections.abc import Sequence
@@ -35,46 +35,46 @@ def states(device: torch.device, data: Tensor) -> dict[str, Any]:
 def check_states(kept: dict[str, Any]) -> None:
     """Raises ValueError unless these are states that :func:`states` may have given.
 
-    Each must be one that its generator takes and gives back as it was. A Mersenne Twister of zeros is none: it draws
-    the same number for ever.
+    Its generator must accept it and give it back unchanged. A Mersenne Twister of zeros is refused: it draws the same
+    number for ever.
     """
     checks.keys("random", kept.keys() - {"cuda"}, ("python", "numpy", "torch", "data"))
     python, numpy = kept["python"], kept["numpy"]
     if _types(python) not in ([int, tuple, float], [int, tuple, type(None)]) or python[0] != 3:
-        raise ValueError("random numbers python are not a state of its version 3")
+        raise ValueError("the random state of python is not a state of its version 3")
     _check_twister("python", python[1][:-1], python[1][-1] if python[1] else None, python[2])
     if _types(numpy) != [str, list, int, int, float] or numpy[0] != "MT19937" or numpy[3] not in (0, 1):
-        raise ValueError("random numbers numpy are not a state of MT19937")
+        raise ValueError("the random state of numpy is not a state of MT19937")
     _check_twister("numpy", numpy[1], numpy[2], numpy[4])
     generator = torch.Generator()
     for name in ("torch", "data"):
-        state = checks.tensor(f"random numbers {name}", kept[name], generator.get_state().shape, torch.uint8)
+        state = checks.tensor(f"the random state of {name}", kept[name], generator.get_state().shape, torch.uint8)
         try:
             generator.set_state(state)
         except RuntimeError as error:
-            raise ValueError(f"random numbers {name} are not accepted: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the random state of {name} is not accepted: {str(error).splitlines()[0]}") from None
         if not torch.equal(generator.get_state(), state) or len(torch.rand(8, generator=generator).unique()) == 1:
-            raise ValueError(f"random numbers {name} are not the state of a generator")
+            raise ValueError(f"the random state of {name} is not the state of a generator")
     if "cuda" in kept:
-        checks.tensor("random numbers cuda", kept["cuda"], (16,), torch.uint8)  # seed and offset
+        checks.tensor("the random state of cuda", kept["cuda"], (16,), torch.uint8)  # seed and offset
 
 
 def _types(value: Any) -> list[type] | None:
-    """The types of a tuple's items; None for what is no tuple."""
+    """The types of a tuple's items; None if it is not a tuple."""
     return [*map(type, value)] if type(value) is tuple else None
 
 
 def _check_twister(name: str, words: Sequence[Any], index: Any, normal: Any) -> None:
     """Checks a Mersenne Twister's 624 words, the index of the next, and a normal number that is left over, or None."""
     if len(words) != 624:
-        raise ValueError(f"random numbers {name} have {len(words)} words, not 624")
+        raise ValueError(f"the random state of {name} has {len(words)} words, not 624")
     for word in words:
-        checks.whole_number(f"a word of random numbers {name}", word, 0, 2**32 - 1)
+        checks.whole_number(f"a word of the random state of {name}", word, 0, 2**32 - 1)
     if not any(words):
-        raise ValueError(f"random numbers {name} have words of 0 only")
-    checks.whole_number(f"the index of random numbers {name}", index, 0, 624)
+        raise ValueError(f"the random state of {name} has words of 0 only")
+    checks.whole_number(f"the index of the random state of {name}", index, 0, 624)
     if normal is not None:
-        checks.number(f"the normal number of random numbers {name}", normal)
+        checks.number(f"the normal number of the random state of {name}", normal)
 
 
 def set_states(kept: dict[str, Any], device: torch.device, data: torch.Generator) -> None:
@@ -92,7 +92,7 @@ def set_states(kept: dict[str, Any], device: torch.device, data: torch.Generator
         try:
             torch.cuda.set_rng_state(kept["cuda"], device)
         except RuntimeError as error:
-            raise ValueError(f"random numbers cuda are not accepted: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the random state of cuda is not accepted: {str(error).splitlines()[0]}") from None
     random.setstate(kept["python"])
     np.random.set_state(kept["numpy"])  # noqa: NPY002
     torch.set_rng_state(kept["torch"])

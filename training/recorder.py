@@ -55,12 +55,12 @@ def _rewind(folder: Path, lengths: dict[str, int]) -> None:
         path = folder / name
         there = path.stat().st_size if path.exists() else 0
         if there < length:
-            print(f"{path} has lost its end ({there} bytes of {length}); going on behind it.", flush=True)
+            print(f"{path} has lost its end ({there} of {length} bytes are left); going on after it.", flush=True)
 
 
 @contextlib.contextmanager
 def _quiet_writer() -> Iterator[None]:
-    """Keeps Python from printing what TensorBoard's thread fails with: it is raised where the next thing is logged."""
+    """Keeps Python from printing an error of TensorBoard's thread: the next call that logs raises it."""
     before = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:
@@ -107,7 +107,7 @@ class Recorder:
 
     def _check_folder(self) -> None:
         if not self.folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the folder was removed while the run went on", str(self.folder))
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed during the run", str(self.folder))
 
     def lengths(self) -> dict[str, int]:
         """Flushes all that was logged, and gives the length of every log file."""
@@ -120,7 +120,7 @@ class Recorder:
         """Appends the results of an epoch, in one write: who reads meanwhile sees whole lines, but perhaps the last."""
         rest = (json.dumps(line, allow_nan=False) + "\n").encode()
         with files.naming(self.folder / RESULTS), open(self.folder / RESULTS, "ab", buffering=0) as file:
-            while rest:  # a disk that becomes full takes a part, and refuses the rest
+            while rest:  # a disk that becomes full takes a part and refuses the rest
                 rest = rest[file.write(rest) :]
 
     def _scalars(self, values: dict[str, float], step: int) -> None:

@@ -98,7 +98,7 @@ class Fast(Constant):
         if wanted is None or abs(connectivity - wanted) <= 0.1 * wanted:
             return None
         return (
-            f"--connectivity: {100 * wanted:g} % was not reached, but {100 * connectivity:.2f} %; the gradient alone "
+            f"--connectivity: {100 * connectivity:.2f} % was reached, not {100 * wanted:g} %; the gradient alone "
             "prunes more, or the run has too few steps"
         )
 

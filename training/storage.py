@@ -1,4 +1,4 @@
-"""States that survive: complete or not there, verified when they are read, written in the background.
+"""Saved states: written completely or not at all, in the background, and verified when they are read.
 
 A stored file is a torch.save archive with a footer of fixed length behind it: the format, the number of
 bytes before the footer, and their SHA-256. ``torch.load`` reads such a file as if the footer were not there.
@@ -23,7 +23,7 @@ FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
 
 
 class DamagedError(Exception):
-    """A file is not what was written to it, or was never written here; its text says how one knows."""
+    """A file is not what was written to it, or was never written here; its text says what shows that."""
 
 
 class _HashingFile:
@@ -113,7 +113,7 @@ def read(path: Path, verify: bool = True) -> Any:
         if footer is None:
             raise DamagedError("its end is missing or foreign")
         if int(footer[1]) != size - FOOTER_LENGTH:
-            raise DamagedError(f"it has {size - FOOTER_LENGTH} bytes of {int(footer[1])}")
+            raise DamagedError(f"it has {size - FOOTER_LENGTH} of {int(footer[1])} bytes")
         file.seek(0)
         digest, left = hashlib.sha256(), size - FOOTER_LENGTH
         while verify and left and (chunk := file.read(min(left, 1 << 22))):
@@ -174,7 +174,7 @@ def _copy(value: Any, into: Any) -> Any:
 
 
 class Writer:
-    """Stores states in the background: the caller stands still only while a state is copied.
+    """Stores states in the background: the caller waits only while a state is copied.
 
     One state is written at a time. A failure is raised by the next call, once.
     """

@@ -61,7 +61,7 @@ SUFFIXES = {"safetensors": ".safetensors", "csr": ".npz", "nir": ".nir"}
 
 
 def _reader(path: Path) -> Callable[[Path], Snapshot]:
-    """What reads a file, from its first bytes: every reader then checks that it is what it seems."""
+    """The reader of a file, chosen by its first bytes; the reader then checks that the file is what it seems."""
     with open(path, "rb") as file:
         head = file.read(41)
     if head.startswith(b"PK"):
@@ -81,7 +81,7 @@ def read(path: Path) -> Snapshot:
         Refusal: a package that reads it is not installed.
         OSError: the file cannot be read.
     """
-    if path.exists() and not path.is_file():  # to open a pipe would wait for its other end
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise Unreadable(f"{path} is not a file")
     read_format = _reader(path)
     try:

@@ -58,7 +58,7 @@ def check_digest(text: str, arrays: Mapping[str, NDArray], sha256: str | None) -
 
 
 def parse(text: str) -> Any:
-    """JSON in which no name is twice, and every number is finite."""
+    """JSON in which no name occurs twice and every number is finite."""
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

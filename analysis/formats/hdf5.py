@@ -96,7 +96,7 @@ def _array(dataset: Any, name: str, limit: int) -> NDArray:
     settings = dataset.id.get_create_plist()
     filters = {settings.get_filter(number)[0] for number in range(settings.get_nfilters())}
     if filters - FILTERS.keys():
-        raise ValueError(f"{name} is compressed otherwise than by {', '.join(FILTERS.values())}")
+        raise ValueError(f"{name} is not compressed by one of {', '.join(FILTERS.values())}")
     size, chunk = math.prod(dataset.shape) * dataset.dtype.itemsize, math.prod(dataset.chunks or ())
     if max(size, chunk * dataset.dtype.itemsize) > limit or (text and math.prod(dataset.shape) > LINKS):
         raise ValueError(f"{name} has {size} bytes, in chunks of {chunk} elements, more than {limit} bytes")

@@ -63,7 +63,7 @@ def read_nir(path: Path) -> Snapshot:
     found = hdf5.read(path)
     texts = [found.pop(f"node/metadata/{key}", None) for key in ("network", "sha256")]
     if any(text is not None and (text.shape != () or text.dtype.kind != "U") for text in texts) or texts[0] is None:
-        raise ValueError("its node/metadata/network is no text")
+        raise ValueError("its node/metadata/network is not a text")
     text, sha256 = (None if text is None else str(text) for text in texts)
     snapshot, layers = described(path, text, sha256)
     if snapshot.experiment != "mnist":
@@ -87,7 +87,7 @@ def _check_graph(snapshot: Snapshot, found: dict[str, NDArray]) -> None:
         [node for node in others if np.array_equal(found.get(f"node/nodes/{node}/type", ""), kind)] for kind in ENDS
     ]
     if any(len(nodes) != 1 for nodes in ends):
-        raise ValueError(f"it has not one {ENDS[0]} and one {ENDS[1]}")
+        raise ValueError(f"it does not have exactly one {ENDS[0]} and one {ENDS[1]}")
     wanted = _graph(snapshot, *(node for (node,) in ends))
     checks.keys("it", found, wanted)
     found["node/edges"] = np.array(sorted(map(tuple, found["node/edges"].tolist())))

@@ -121,7 +121,7 @@ def _header(path: Path) -> dict[str, Any]:
             raise ValueError(f"its header has {length} bytes, more than {HEADER_LIMIT}")
         header = parse(file.read(length).decode())
     if type(header) is not dict:
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     return header
 
 
