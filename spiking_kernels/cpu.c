@@ -135,7 +135,7 @@ static inline __attribute__((always_inline)) void constant_lif_gradient(const fl
             float slope = 0.5f + 0.5f * trace[i];
             float u = pi * (h - 1.0f);
             total[i] += g[t][i] * slope / (1.0f + u * u);
-            v[i] = h >= 1.0f ? h - h : h;
+            v[i] = h >= 1.0f ? 0.0f : h; /* an infinite h is seen to below */
             trace[i] = h >= 1.0f ? 0.0f : slope;
         }
     }
@@ -167,6 +167,8 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
                     constant_lif_gradient(rows, w + start, x, v, trace, total, m, smaller(STEPS, T - first),
                                           (size_t)N * O, H, O);
             }
+            for (int i = 0; i < m; i++) /* after the spike of an infinite h, v is NaN, and so is what depends on it */
+                if (x[i] > FLT_MAX && T > 1) total[i] = NAN;
             memcpy(grad_current + (size_t)n * H + start, total, sizeof(float) * m);
         }
     }
