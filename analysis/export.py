@@ -32,7 +32,7 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
 
     Raises:
         ValueError: the file is damaged, or not of this program; its text is one line.
-        training.options.Refusal: a package that reads the format is not installed.
+        training.command_line.Refusal: a package that reads the format is not installed.
         OSError: the file cannot be read.
     """
     path = files.expanded(path)

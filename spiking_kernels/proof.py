@@ -209,7 +209,7 @@ def layers_obstacle(
     if reason := flaw(linear.weight, torch.float32, contiguous=False):
         return f"the weight in {name} {reason}"
     if not linear.weight.numel() or not math.isfinite(float(linear.weight.detach().sum())):
-        return f"{name} has no weights, or weights that are not finite"  # layers multiply them by 0, too
+        return f"{name} has no weights, or weights whose sum is not finite"  # layers multiply them by 0, too
     if type(T) is not int or not 1 <= T <= spiking_kernels.MAX_T:
         return f"T is {T!r}, not from 1 to {spiking_kernels.MAX_T}"
     return spiking_kernels.available()

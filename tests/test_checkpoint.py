@@ -207,6 +207,8 @@ def test_a_finished_run_says_so_and_does_nothing(run, tmp_path):
     assert result.status == 0
     assert "finished its 2 epochs" in result.out
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()} == before
+    run(*GRAD, "-N", "1", dump=tmp_path / "short")
+    assert "finished its 1 epoch;" in run(*GRAD, "-N", "1", dump=tmp_path / "short").out
 
 
 def test_fewer_epochs_than_done_are_refused(run, tmp_path):
@@ -257,6 +259,23 @@ def test_lost_results_are_said_and_the_run_goes_on(run, tmp_path):
     assert result.status == 0
     assert "results.jsonl has lost its end" in result.out
     assert [line["epoch"] for line in results(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("option", [[], ["-test"]])
+def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, option):
+    run(*GRAD, "-N", "2", "-i1", "1")
+    run(*GRAD, "-N", "2", "--seed", "3", dump=tmp_path / "other")
+    (own,), (others,) = tmp_path.glob("logs/*"), tmp_path.glob("other/logs/*")
+    shutil.rmtree(own)
+    shutil.copytree(others, own)
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    result = run(*GRAD, "-N", "3", *option)
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert f"{own} has the logs of another run, with --seed 3, not 2020" in result.err
+    assert {path: path.read_bytes() for path in own.iterdir()} == before
+    (own / "run.json").write_text("[]")  # whose they are cannot be told
+    assert run(*GRAD, "-N", "3", *option).status == 0
 
 
 # -- what cannot be gone on from --------------------------------------------------------------------

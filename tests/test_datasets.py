@@ -224,6 +224,13 @@ def test_a_folder_that_cannot_be_read_is_refused(cifar_folder, monkeypatch):
         datasets.load("cifar10", cifar_folder)
 
 
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_folder_that_may_not_even_be_looked_into_is_refused(tmp_path, name):
+    folder = tmp_path / ("x" * 300)  # as without permission, the system answers with an error, to whomever
+    with pytest.raises(Refusal, match=r"argument --dataset-dir: .*x{300}"):
+        datasets.load(name, folder)
+
+
 def test_fingerprints_tell_data_sets_apart(mnist_folder):
     dataset = datasets.load("mnist", mnist_folder)
     images = dataset.test.images.clone()

@@ -191,6 +191,20 @@ def test_the_state_before_is_found_behind_a_damaged_file(path):
         storage.newest(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_a_pipe_in_the_place_of_a_state_is_not_waited_for(path):
+    storage.write(path, state(1))
+    storage.write(path, state(2))
+    path.unlink()
+    os.mkfifo(path)
+    read, (complaint,) = storage.newest(path)
+    assert read["n"] == 1
+    assert f"{path} is damaged" in complaint
+    assert "no regular file" in complaint
+    storage.write(path, state(3))
+    assert storage.read(path)["n"] == 3
+
+
 class Payload:
     def __init__(self, marker):
         self.marker = marker

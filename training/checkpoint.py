@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from training import fit, record, recorder, storage
+from training import checks, dump_dir, fit, record, recorder, storage
 from training.command_line import Refusal
 from training.locks import Lock
 from training.options import OPTION_NAMES, RECORDING_OPTIONS, arguments
@@ -77,7 +77,8 @@ class Store:
 
     Raises:
         Refusal: another process trains this run; its checkpoints are damaged, of other arguments, of more
-            epochs than -N, or missing beside existing results; or there are none, and -test asks for one.
+            epochs than -N, beside another run's logs, or missing beside existing results; or there are none, and -test
+            asks for one.
     """
 
     def __init__(self, options: Namespace):
@@ -129,6 +130,7 @@ class Store:
                 )
             return None
         _check_arguments(self.folder, saved["arguments"], options)
+        _check_logs(record.folder_of(options), saved["arguments"])
         if not options.test and options.epoch < saved["epoch"]:
             raise Refusal(
                 f"argument -N/--epoch: the run in {self.folder} has done {saved['epoch']} epochs, "
@@ -163,6 +165,20 @@ def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) ->
             raise Refusal(
                 f"argument {OPTION_NAMES.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
                 "use the same, or another --dump-dir"
+            )
+
+
+def _check_logs(logs: Path, saved: dict[str, Any]) -> None:
+    """Refuses the logs of another run, by their run.json: going on would cut them, and mix two runs' results."""
+    theirs = dump_dir.about(logs).get("arguments")
+    if not isinstance(theirs, dict):
+        return
+    for key in sorted((theirs.keys() & saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
+        if theirs[key] != saved[key]:
+            found = checks.short(str(theirs[key]), 60)
+            raise Refusal(
+                f"{logs} has the logs of another run, with {OPTION_NAMES.get(key, key)} {found}, "
+                f"not {saved[key]}: move them away; the run goes on without its earlier logs, too"
             )
 
 

@@ -28,7 +28,7 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     """What runs, where, and what its -s means."""
     method = f"Soft {METHODS['deep']}" if options.soft else METHODS[options.mode]
     settings = [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
-    settings += [_counted(options.T, "time step"), _counted(options.epoch, "epoch"), f"seed {options.seed}"]
+    settings += [counted(options.T, "time step"), counted(options.epoch, "epoch"), f"seed {options.seed}"]
     if options.temperature:
         settings.insert(0, f"temperature {format_number(options.temperature)}")
     if options.penalty is not None:
@@ -82,10 +82,11 @@ def duration(seconds: float) -> str:
         text = f"{value:.0f}" if unit == "second" or value >= 9.95 else f"{value:.1f}".removesuffix(".0")
         if float(text) < most:
             break
-    return _counted(float(text), unit)
+    return counted(float(text), unit)
 
 
-def _counted(number: float, noun: str) -> str:
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: 1 epoch, 2 epochs."""
     return f"{number:,.10g} {noun}{'' if number == 1 else 's'}"
 
 
@@ -165,7 +166,7 @@ class TimeLeft:
     def line(self, epoch: int, position: int, options: Namespace) -> str:
         """What to print when the speed is known."""
         left = self.left(epoch, position)
-        rest = f"the {_counted(self.epochs, 'epoch')}" if self.epochs > 1 else "it"
+        rest = f"the {counted(self.epochs, 'epoch')}" if self.epochs > 1 else "it"
         line = (
             f"An epoch takes about {duration(self.per_epoch)} of training here, the rest of {rest} about "
             f"{duration(left)}, without tests"

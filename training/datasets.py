@@ -64,7 +64,10 @@ def load(name: str, folder: Path) -> Dataset:
     Raises:
         Refusal: the data cannot be loaded, or are not what they should be.
     """
-    dataset = {"mnist": _load_mnist, "digits": _load_digits, "cifar10": _load_cifar10}[name](folder)
+    try:
+        dataset = {"mnist": _load_mnist, "digits": _load_digits, "cifar10": _load_cifar10}[name](folder)
+    except OSError as error:  # a folder that may not even be looked into
+        raise Refusal(f"argument --dataset-dir: {name} in {folder} cannot be read: {_one_line(error)}") from None
     shape = (3, 32, 32) if name == "cifar10" else (1, 28, 28)
     for split in (dataset.train, dataset.test):
         if split.images.shape[1:] != shape or split.images.dtype != torch.uint8:

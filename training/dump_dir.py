@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def default(runs: Path, experiment: str, name: str) -> Path:
@@ -25,9 +26,16 @@ def _begun(dump: Path, name: str) -> bool:
     return (dump / "logs" / name / "run.json").exists() or any((dump / "models" / name).glob("checkpoint*.pt"))
 
 
-def _experiment(dump: Path, name: str) -> str | None:
+def _experiment(dump: Path, name: str) -> Any:
     """Whose run it is; None where that cannot be told."""
+    return about(dump / "logs" / name).get("experiment")
+
+
+def about(logs: Path) -> dict[str, Any]:
+    """What ``run.json`` says of the run whose logs a folder has; nothing where that cannot be told."""
+    path = logs / "run.json"
     try:
-        return json.loads((dump / "logs" / name / "run.json").read_bytes())["experiment"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        found = json.loads(path.read_bytes()) if path.is_file() else None  # reading a pipe would wait for ever
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}

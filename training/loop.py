@@ -182,7 +182,8 @@ class Run:
         """
         epochs = self.options.epoch
         if self.epoch >= epochs:
-            print(f"The run has finished its {epochs} epochs; a larger -N prolongs it, -test evaluates it.")
+            done = console.counted(epochs, "epoch")
+            print(f"The run has finished its {done}; a larger -N prolongs it, -test evaluates it.")
             return
         print("\n".join(console.first_lines(self.options, self.folder, self.store.folder)), flush=True)
         if self.step:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,9 +104,11 @@ def read(path: Path, verify: bool = True) -> Any:
     used: for a quick look at some of them.
 
     Raises:
-        DamagedError: the file is torn, changed, or was not written by :func:`write`.
+        DamagedError: the file is torn, changed, no regular file, or was not written by :func:`write`.
         OSError: the file cannot be read.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise DamagedError("it is no regular file")
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - FOOTER_LENGTH, 0))
