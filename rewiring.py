@@ -8,7 +8,6 @@ d_t = sqrt(v) / sqrt(1 - beta2^t) + eps the denominator.
 
 import functools
 import math
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -30,8 +29,15 @@ __all__ = ["RewiringOptimizer", "check_bool", "check_number", "moments", "overla
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
     """Raises ValueError, naming the argument, unless ``value`` is a finite number for which ``condition`` holds."""
     number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max or not condition(value):
+    if not number or not _is_finite(value) or not condition(value):
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number, or a fraction, that no float holds
+        return False
 
 
 def _plain(value: Any) -> Any:
