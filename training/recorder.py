@@ -97,13 +97,14 @@ class Recorder:
             self._quiet = stack.pop_all()
 
     @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        with files.naming(self.folder):
-            try:
+    def _naming(self, path: Path | None = None) -> Iterator[None]:
+        """Raises an OSError of its body as one that names the file, the folder by default, or says that this is gone."""
+        try:
+            with files.naming(path or self.folder):
                 yield
-            except OSError:
-                self._check_folder()
-                raise
+        except OSError:
+            self._check_folder()
+            raise
 
     def _check_folder(self) -> None:
         if not self.folder.is_dir():
@@ -114,12 +115,13 @@ class Recorder:
         with self._naming():
             self.writer.flush()
             self._check_folder()
-        return {path.name: path.stat().st_size for path in log_files(self.folder)}
+            return {path.name: path.stat().st_size for path in log_files(self.folder)}
 
     def results(self, line: dict[str, Any]) -> None:
         """Appends the results of an epoch, in one write: who reads meanwhile sees whole lines, but perhaps the last."""
         rest = (json.dumps(line, allow_nan=False) + "\n").encode()
-        with files.naming(self.folder / RESULTS), open(self.folder / RESULTS, "ab", buffering=0) as file:
+        path = self.folder / RESULTS
+        with self._naming(path), open(path, "ab", buffering=0) as file:
             while rest:  # a disk that becomes full takes a part and refuses the rest
                 rest = rest[file.write(rest) :]
 
