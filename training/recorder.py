@@ -98,7 +98,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _naming(self, path: Path | None = None) -> Iterator[None]:
-        """Raises an OSError of its body as one that names the file, the folder by default, or says that this is gone."""
+        """Raises an OSError of its body as one that names the file (default: the folder), or says that it is gone."""
         try:
             with files.naming(path or self.folder):
                 yield
