@@ -162,16 +162,23 @@ def _one(outcome: Outcome, network: SpikingNetwork, path: Path, change: str, loa
     return None
 
 
+def _form(text: str) -> str:
+    if text not in FORMS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(FORMS)}, not {text!r}")
+    return text
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tests/fuzz.py", description=__doc__.splitlines()[0])
-    parser.add_argument("forms", nargs="*", default=FORMS, choices=FORMS, metavar="FORMAT", help=", ".join(FORMS))
+    # no choices: in Python 3.11, argparse holds the absence of words against them
+    parser.add_argument("forms", nargs="*", type=_form, metavar="FORMAT", help=f"{', '.join(FORMS)} (default: all)")
     parser.add_argument("--mutations", type=int, default=2000, help="of each format (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="a folder for the files that fail")
     options = parser.parse_args(argv)
     print("format       mutations  refused  the same  another, signed anew  worst CPU s  worst MB  failures  seconds")
     failures = []
-    for form in options.forms:
+    for form in options.forms or FORMS:
         start = time.monotonic()
         outcome = fuzz(form, options.mutations, options.first, options.keep)
         failures += outcome.failures

@@ -23,6 +23,17 @@ def test_damaged_files_are_refused_or_the_same(form, count):
     assert outcome.counts["refused"] > count // 2
 
 
+def test_the_command_takes_all_formats_or_some(monkeypatch, capsys):
+    asked = []
+    outcome = fuzz.fuzz("checkpoint", 1)
+    monkeypatch.setattr(fuzz, "fuzz", lambda form, *settings: asked.append(form) or outcome)
+    assert (fuzz.main([]), fuzz.main(["nir", "csr"])) == (0, 0)
+    assert asked == [*fuzz.FORMS, "nir", "csr"]
+    with pytest.raises(SystemExit, match="2"):
+        fuzz.main(["npz"])
+    assert "must be one of safetensors, csr, nir, checkpoint, not 'npz'" in capsys.readouterr().err
+
+
 def test_mutations_are_the_same_each_time():
     ((_, content), _) = mutations.contents("checkpoint")
     first, again = ([mutations.mutation("checkpoint", n, content) for n in range(6)] for _ in range(2))
