@@ -22,9 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, SymmetricalLogLocator
 from torch import Tensor
 
-from analysis.json_files import nested, number, printable
 from analysis.runs import Run, fan_in, fan_out
 from training import measure
+from training.json_files import nested, number, printable
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; black and yellow replaced for both themes
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a6d3b", "#808080")

@@ -21,11 +21,11 @@ import jinja2
 import torch
 
 from analysis import pictures
-from analysis.json_files import nested, number, printable, shown
 from analysis.pictures import Picture
 from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, short_names, weights_of
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
+from training.json_files import nested, number, printable, shown
 from training.record import percent
 
 COLUMNS = (

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from training import checks, measure, storage
+from training.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
 from training.options import Refusal
 
 LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.jsonl

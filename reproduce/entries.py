@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.json_files import nested, number, read_file, shown
 from analysis.runs import LARGEST_RESULTS
 from reproduce import runner
 from reproduce.grid import RECIPES, Row
 from training.command_line import Refusal
+from training.json_files import nested, number, read_file, shown
 from training.options import format_number, read
 
 ROWS, EPOCHS = "rows.csv", "epochs.csv"

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from analysis import json_files, runs
+from analysis import runs
 from reproduce.grid import Row
+from training import json_files
 from training.console import duration
 from training.interrupt import known
 from training.options import REPOSITORY

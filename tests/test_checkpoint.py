@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from run_helpers import assert_same_run, load, results, same, scalars, store, th
 from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
-from training import checkpoint, loop, randomness, storage
+from training import checkpoint, dump_dir, json_files, loop, randomness, storage
 from training.locks import Lock
 from training.schedule import Fast
 from training.storage import previous_of
@@ -262,7 +263,7 @@ def test_lost_results_are_said_and_the_run_goes_on(run, tmp_path):
 
 
 @pytest.mark.parametrize("option", [[], ["-test"]])
-def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, option):
+def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, monkeypatch, option):
     run(*GRAD, "-N", "2", "-i1", "1")
     run(*GRAD, "-N", "2", "--seed", "3", dump=tmp_path / "other")
     (own,), (others,) = tmp_path.glob("logs/*"), tmp_path.glob("other/logs/*")
@@ -276,6 +277,10 @@ def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, option):
     assert {path: path.read_bytes() for path in own.iterdir()} == before
     (own / "run.json").write_text("[]")  # whose they are cannot be told
     assert run(*GRAD, "-N", "3", *option).status == 0
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read as a whole"))
+    with open(own / "run.json", "wb") as file:
+        file.truncate(json_files.LARGEST + 1)
+    assert dump_dir.about(own) == {}
 
 
 # -- what cannot be gone on from --------------------------------------------------------------------

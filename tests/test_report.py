@@ -18,8 +18,8 @@ import pytest
 import torch
 from report_runs import result, write_checkpoint, write_run, write_runs
 
-from analysis import json_files, pictures, report, runs
-from training import storage
+from analysis import pictures, report, runs
+from training import json_files, storage
 from training.command_line import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent

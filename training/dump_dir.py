@@ -1,8 +1,9 @@
 """Where a run's folders are without --dump-dir."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from training import json_files
 
 
 def default(runs: Path, experiment: str, name: str) -> Path:
@@ -33,9 +34,7 @@ def _experiment(dump: Path, name: str) -> Any:
 
 def about(logs: Path) -> dict[str, Any]:
     """What ``run.json`` says of the run whose logs a folder has; nothing where that cannot be told."""
-    path = logs / "run.json"
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else None  # reading a pipe would wait for ever
-    except (OSError, ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        return json_files.read_object(logs / "run.json") or {}
+    except ValueError:
+        return {}
