@@ -75,7 +75,7 @@ class SpikingNetwork(nn.Module):
             layers run, and a warning says why, once for each reason. Off at first.
         spike_counts: to each of these dictionaries such kernels add the spikes of every neuron by the name of
             its LIF layer, int64 of the layer's shape; a hook with such a dictionary as its attribute
-            ``spike_counts`` need not be called then (see training.measure.SpikeCounter).
+            ``spike_counts`` need not be called then (see measuring.SpikeCounter).
 
     Raises:
         ValueError: T or step_mode is not accepted.

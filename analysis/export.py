@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+import measuring
 from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
 from spiking import SpikingNetwork
-from training import data, files, measure
-from training.command_line import Parser, Refusal, command, file_path, folder_path, output_file
+from training import data, files
+from training.command_line import Parser, command, file_path, folder_path, output_file
 from training.defaults import torch_defaults
+from training.errors import Refusal
 from training.options import REPOSITORY
 
 __all__ = ["export", "load_pruned"]
@@ -32,7 +34,7 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
 
     Raises:
         ValueError: the file is damaged, or not of this program; its text is one line.
-        training.command_line.Refusal: a package that reads the format is not installed.
+        training.errors.Refusal: a package that reads the format is not installed.
         OSError: the file cannot be read.
     """
     path = files.expanded(path)
@@ -63,7 +65,7 @@ def _write(snapshot: Snapshot, form: str, temporary: Path, path: Path) -> None:
 
 
 def _check_same(snapshot: Snapshot, other: Snapshot) -> None:
-    weights, others = (measure.prunable(s.network()) for s in (snapshot, other))
+    weights, others = (measuring.prunable(s.network()) for s in (snapshot, other))
     different = [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
     if different or snapshot.T != other.T:
         raise RuntimeError(f"the export does not read back as it was written: {', '.join(different) or 'T'}")
@@ -120,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     with output_file("-o/--output", output, parents=True) as temporary:
         _write(snapshot, options.format, temporary, output)
         size = temporary.stat().st_size
-    weights = measure.prunable(snapshot.network())
-    total = measure.total(measure.count({name: measure.connected(weight) for name, weight in weights.items()}))
+    weights = measuring.prunable(snapshot.network())
+    total = measuring.total(measuring.count({name: measuring.connected(weight) for name, weight in weights.items()}))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())
     print(f"{total.connected} of {total.weights} connections, sparsity {100 * total.sparsity:.2f} %, T {snapshot.T}")
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
@@ -129,9 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"the export   {size:>11,} bytes  {100 * size / dense:.1f} % of the network: {output}")
     if options.check:
         dataset = data.load(snapshot.dataset, options.dataset_dir)
-        recipe = snapshot.recipe
-        normalisation = data.Normalisation(recipe.mean, recipe.std, torch.device("cpu"))
-        test_set = data.TestBatches(dataset.test, recipe.test_batch_size, normalisation)
+        experiment = snapshot.about
+        normalisation = data.Normalisation(experiment.mean, experiment.std, torch.device("cpu"))
+        test_set = data.TestBatches(dataset.test, experiment.test_batch_size, normalisation)
         differing, counted = differing_counts(snapshot.network(), load_pruned(output), test_set)
         print(f"{differing} of {counted} spike counts differ on the {len(dataset.test)} test images")
         return 1 if differing else 0

@@ -22,9 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, SymmetricalLogLocator
 from torch import Tensor
 
+import measuring
 from analysis.runs import Run, fan_in, fan_out
-from training import measure
-from training.json_files import nested, number, printable
+from training.files.json_files import nested, number, printable
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too; black and yellow replaced for both themes
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8a6d3b", "#808080")
@@ -373,7 +373,7 @@ def of_run(run: Run, weights_epoch: int, weights: dict[str, Tensor]) -> list[Pic
         if run.epochs:
             pictures += [_layers(run), _layer_rewiring(run), _neurons(run), _distributions(run)]
         if weights:
-            masks = {name: measure.connected(weight) for name, weight in weights.items()}
+            masks = {name: measuring.connected(weight) for name, weight in weights.items()}
             pictures.append(_connectivity_map(weights_epoch, masks))
             pictures += [
                 _receptive_fields(name, weights_epoch, weight)
@@ -565,7 +565,7 @@ def _connectivity_map(epoch: int, masks: dict[str, Tensor]) -> Picture:
 def _receptive_fields(name: str, epoch: int, weight: Tensor, rows: int = 4, columns: int = 8) -> Picture:
     """weight: [hidden, 784], its inputs the pixels of 28x28 images, row by row."""
     hidden = len(weight)
-    share = (fan_out(measure.connected(weight)) / hidden).reshape(28, 28)
+    share = (fan_out(measuring.connected(weight)) / hidden).reshape(28, 28)
     grid = np.full((rows * 29 - 1, columns * 29 - 1), np.nan)
     fields = weight[: rows * columns].float().view(-1, 28, 28).numpy()  # [neurons, 28, 28]
     for i, field in enumerate(fields):

@@ -23,10 +23,10 @@ import torch
 from analysis import pictures
 from analysis.pictures import Picture
 from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, short_names, weights_of
+from measuring.report import percent
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
-from training.json_files import nested, number, printable, shown
-from training.record import percent
+from training.files.json_files import nested, number, printable, shown
 
 COLUMNS = (
     "run",

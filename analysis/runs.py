@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from c10.model import Cifar10Net
-from mnist.model import MnistNet
-from training import checks, measure, storage
-from training.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
-from training.options import Refusal
+import measuring
+from analysis.experiments import EXPERIMENTS
+from training.errors import Refusal
+from training.files import checks, storage
+from training.files.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
 
 LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.jsonl
 MOST_NAMES = 256  # of layers, those of LIF neurons among them
@@ -30,7 +30,6 @@ RECORDINGS = 7  # of the distributions, that are kept
 
 NEWLINE = b"\n"
 RESULTS, INFO, CHECKPOINT = "results.jsonl", "run.json", "checkpoint.pt"
-NETWORKS = {"mnist": MnistNet, "c10": Cifar10Net}
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Run:
         return float(np.median(seconds)) if len(seconds) else math.nan
 
     @property
-    def connections(self) -> measure.Connections | None:
+    def connections(self) -> measuring.Connections | None:
         """Connected weights, and all that can be pruned, after the last epoch; None when not known."""
         layers = [
             (number(self.last, "layers", name, "connected"), number(self.last, "layers", name, "weights"))
@@ -102,7 +101,7 @@ class Run:
         ]
         if not layers or not np.isfinite(layers).all():
             return None
-        return measure.Connections(*(int(sum(column)) for column in zip(*layers, strict=True)))
+        return measuring.Connections(*(int(sum(column)) for column in zip(*layers, strict=True)))
 
 
 def find(paths: Iterable[str | Path]) -> list[Run]:
@@ -237,7 +236,7 @@ def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
         state = storage.read(run.models / CHECKPOINT, verify=False)  # only the weights are read from the disk
         experiment = state["arguments"]["experiment"]
         with torch.device("meta"):  # for the names alone: no memory, no random numbers
-            names = list(measure.prunable(NETWORKS[experiment]()))
+            names = list(measuring.prunable(EXPERIMENTS[experiment].network()))
         weights = {name: state["network"][name] for name in names}
         for name, weight in weights.items():  # that they are dense and of the file's size, storage.read has checked
             if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():

@@ -9,19 +9,14 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from c10.c10 import RECIPE as C10
-from c10.model import Cifar10Net
-from mnist.mnist import RECIPE as MNIST
-from mnist.model import MnistNet
+import measuring
+from analysis.experiments import EXPERIMENTS
 from spiking import LIFNode, SpikingNetwork
-from training import checks, measure, storage
-from training.command_line import Refusal
 from training.defaults import torch_defaults
-from training.options import Recipe
+from training.errors import Refusal
+from training.experiment import Experiment
+from training.files import checks, storage
 
-EXPERIMENTS: dict[str, tuple[type[SpikingNetwork], Recipe]] = {
-    recipe.name: (network, recipe) for network, recipe in ((MnistNet, MNIST), (Cifar10Net, C10))
-}
 CHECKPOINT = "checkpoint.pt"
 NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 
@@ -42,7 +37,7 @@ class Snapshot:
     """A network at the end of an epoch.
 
     ``state`` is its state_dict, float32 on the CPU; ``T`` the number of time steps; ``experiment`` one of
-    :data:`EXPERIMENTS`; ``dataset``, ``run`` and ``epoch`` say where it comes from.
+    :data:`analysis.experiments.EXPERIMENTS`; ``dataset``, ``run`` and ``epoch`` say where it comes from.
     """
 
     experiment: str
@@ -53,15 +48,15 @@ class Snapshot:
     state: dict[str, Tensor]
 
     @property
-    def recipe(self) -> Recipe:
-        return EXPERIMENTS[self.experiment][1]
+    def about(self) -> Experiment:
+        return EXPERIMENTS[self.experiment]
 
     def check(self) -> None:
         """Raises ValueError unless everything but the state is of its type and in its range."""
         if type(self.experiment) is not str or self.experiment not in EXPERIMENTS:
             raise ValueError(f"experiment is {str(self.experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
-        if type(self.dataset) is not str or self.dataset not in self.recipe.datasets:
-            raise ValueError(f"dataset is {str(self.dataset)[:100]!r}, not one of {', '.join(self.recipe.datasets)}")
+        if type(self.dataset) is not str or self.dataset not in self.about.datasets:
+            raise ValueError(f"dataset is {str(self.dataset)[:100]!r}, not one of {', '.join(self.about.datasets)}")
         checks.time_steps("T", self.T)
         checks.text("run", self.run)
         checks.whole_number("epoch", self.epoch)
@@ -69,11 +64,11 @@ class Snapshot:
     def plan(self) -> SpikingNetwork:
         """The network without its tensors, which are on the device meta. Draws no random number."""
         with torch.device("meta"):
-            return EXPERIMENTS[self.experiment][0](self.T)
+            return self.about.network(self.T)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight that can be pruned: that of this program's network, whatever a file says."""
-        return {name: tuple(weight.shape) for name, weight in measure.prunable(self.plan()).items()}
+        return {name: tuple(weight.shape) for name, weight in measuring.prunable(self.plan()).items()}
 
     @torch_defaults()
     def network(self) -> SpikingNetwork:

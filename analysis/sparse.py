@@ -10,12 +10,12 @@ import torch
 from scipy.sparse import csr_matrix  # on a par with torch.sparse's CSR (benchmarks.sparse), which is in beta state
 from torch import Tensor
 
+import measuring
 import spiking_kernels
 from mnist.model import MnistNet
 from spiking import LIFNode, SpikingNetwork
 from spiking_kernels import proof
 from spiking_kernels.tensors import flaw
-from training import measure
 
 __all__ = ["EventDrivenMnist", "event_driven"]
 
@@ -51,7 +51,7 @@ def _obstacle(network: MnistNet) -> str | None:
             return reason
     if network.fc[0] is network.fc[2]:
         return "fc has one layer of neurons in two places"
-    for name, weight in measure.prunable(network).items():
+    for name, weight in measuring.prunable(network).items():
         if weight.dtype != torch.float32 or weight.layout != torch.strided:
             return f"{name} is {weight.dtype}, {weight.layout}, not torch.float32, torch.strided"
         if not weight.isfinite().all():
@@ -87,7 +87,7 @@ class EventDrivenMnist:
         charge = 1 - (1 - 1 / self.hidden.tau) ** torch.arange(self.T, 0, -1, dtype=torch.float64, device="cpu")
         self.firing = (self.hidden.v_threshold / charge).float()
         first, second = network.static_fc[1].weight.detach(), linear.weight.detach()
-        leads_on = measure.connected(second).any(0)  # a hidden neuron without a connection to an output changes nothing
+        leads_on = measuring.connected(second).any(0)  # the others change nothing
         self.first = csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
         self.second = second[:, leads_on].cpu().float().contiguous()  # [10, H]
         # the step mode and the neurons' state are none of the kernel's concern here

@@ -23,14 +23,15 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
+import measuring
 import spiking_kernels
-from c10.c10 import RECIPE as C10
+from c10.c10 import EXPERIMENT as C10
 from c10.model import Cifar10Net
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
-from mnist.mnist import RECIPE as MNIST
+from mnist.mnist import EXPERIMENT as MNIST
 from mnist.model import MnistNet
-from training import data, measure
+from training import data
 from training.command_line import Parser, check_output, command, file_path, folder_path, output_file, whole_number
 from training.record import processor
 from training.step import TrainingStep, autocast, set_precision
@@ -95,7 +96,7 @@ def mnist_images(folder: Path | None) -> data.Dataset:
 def grad_r(network: nn.Module, fused: bool, device: torch.device) -> list[torch.optim.Optimizer]:
     fast = dict(fused=fused, capturable=fused and device.type == "cuda")
     others = [p for p in network.parameters() if p.dim() == 1]
-    pruning = GradRewiring(measure.prunable(network).values(), lr=1e-4, alpha=1e-3, s=0.95, **fast)
+    pruning = GradRewiring(measuring.prunable(network).values(), lr=1e-4, alpha=1e-3, s=0.95, **fast)
     return [pruning, Adam(others, lr=1e-4, **fast)] if others else [pruning]
 
 
@@ -128,10 +129,10 @@ class Execution:
 
     def test(self) -> float:
         with autocast(self.precision, self.device):
-            return measure.accuracy(self.network, self.test_set)
+            return measuring.accuracy(self.network, self.test_set)
 
     def test_with_rates(self) -> None:
-        with measure.SpikeCounter(self.network) as spikes:
+        with measuring.SpikeCounter(self.network) as spikes:
             self.test()
         spikes.rates()
 
@@ -239,7 +240,7 @@ def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
             counts = timed(
                 "LIF, linear, LIF (kernel)", lambda x=leaf, w=weight: spiking_kernels.lif_linear_lif(x, w, 8)
             )
-        loss = timed("loss", lambda c=counts, y=labels: measure.loss_function(c, y, 8))
+        loss = timed("loss", lambda c=counts, y=labels: measuring.loss_function(c, y, 8))
         timed("backward: loss, LIF, linear, LIF", loss.backward)
         timed("backward: first layer (product)", lambda c=current, g=leaf: c.backward(g.grad))
         timed("Grad R update", optimizer.step)
@@ -346,8 +347,8 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> list[dict]:
         for images, labels in execution.batches:
             loss, _ = execution.step(images, labels)
             losses[name].append(float(loss))
-        masks = {k: measure.connected(w) for k, w in measure.prunable(network).items()}
-        sparsity[name] = measure.total(measure.count(masks)).sparsity
+        masks = {k: measuring.connected(w) for k, w in measuring.prunable(network).items()}
+        sparsity[name] = measuring.total(measuring.count(masks)).sparsity
     rows = []
     for step in (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 299):
         if step < min(map(len, losses.values())):

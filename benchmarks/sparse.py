@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import measuring
 import spiking_kernels
 from analysis.export import load_pruned
 from analysis.sparse import BLOCK, event_driven
 from benchmarks.bench import in_turns, median, mnist_images, table
-from mnist.mnist import RECIPE
+from mnist.mnist import EXPERIMENT
 from mnist.model import MnistNet
-from training import data, measure
+from training import data
 from training.command_line import Parser, check_output, command, file_path, folder_path, output_file, whole_number
 from training.record import processor
 
@@ -46,7 +47,7 @@ def prune(weight: Tensor, sparsity: float, generator: torch.Generator) -> Tensor
 def random_network(sparsity: float) -> MnistNet:
     torch.manual_seed(0)
     network, generator = MnistNet(8), torch.Generator().manual_seed(0)
-    for weight in measure.prunable(network).values():
+    for weight in measuring.prunable(network).values():
         weight.copy_(GAIN * prune(weight, sparsity, generator))
     return network.eval().requires_grad_(False)
 
@@ -64,7 +65,7 @@ def fused(network: MnistNet) -> Callable[[Tensor], Tensor]:
 def compact(network: MnistNet) -> Callable[[Tensor], Tensor]:
     """The fused dense evaluation of a smaller network: without the hidden neurons that lead to no output."""
     first, second = network.static_fc[1].weight, network.fc[1].weight
-    leads_on = measure.connected(second).any(0)
+    leads_on = measuring.connected(second).any(0)
     first, second, T = first[leads_on].contiguous(), second[:, leads_on].contiguous(), network.T
     return lambda images: spiking_kernels.lif_linear_lif(images.flatten(1) @ first.t(), second, T)
 
@@ -80,16 +81,16 @@ def executions(network: MnistNet) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -> list[dict]:
     """Images per second on the whole test set and one image at a time, and whether the spikes are the same."""
-    batches, single = images.split(RECIPE.test_batch_size), images[:100].split(1)
+    batches, single = images.split(EXPERIMENT.test_batch_size), images[:100].split(1)
     rows, latencies = [], []
     for name, network in networks.items():
         made = executions(network)
         dense = torch.cat([network(batch) for batch in batches])
-        with measure.SpikeCounter(network) as spikes:
+        with measuring.SpikeCounter(network) as spikes:
             network(batches[0])
         differing = int((torch.cat([made["sparse"](batch) for batch in batches]) != dense).sum())
-        masks = {key: measure.connected(weight) for key, weight in measure.prunable(network).items()}
-        sparsity = f"{100 * measure.total(measure.count(masks)).sparsity:.2f} %"
+        masks = {key: measuring.connected(weight) for key, weight in measuring.prunable(network).items()}
+        sparsity = f"{100 * measuring.total(measuring.count(masks)).sparsity:.2f} %"
 
         def seconds(parts: tuple[Tensor, ...], made=made) -> dict[str, float]:
             functions = {key: lambda f=f: [f(part) for part in parts] for key, f in made.items()}
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]),
     }
     print(", ".join(head.values()))
-    images = data.Normalisation(RECIPE.mean, RECIPE.std, CPU)(mnist_images(arguments.dataset_dir).test.images)
+    images = data.Normalisation(EXPERIMENT.mean, EXPERIMENT.std, CPU)(mnist_images(arguments.dataset_dir).test.images)
     networks = {f"random, {100 * s:.0f} %": random_network(s) for s in SPARSITIES}
     networks |= {path.name: load_pruned(path) for path in arguments.runs}
     tables = bench_networks(networks, images, arguments.rounds)

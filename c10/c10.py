@@ -10,13 +10,15 @@ from c10.model import Cifar10Net
 from training import checkpoint
 from training.command_line import command
 from training.data import RandomCropFlip, load
-from training.loop import Run
+from training.experiment import Experiment, Pace
+from training.loop import Trainer
 from training.optimizers import build
-from training.options import Pace, Recipe, parse
+from training.options import parse
 from training.randomness import seed
 
-RECIPE = Recipe(
+EXPERIMENT = Experiment(
     name="c10",
+    network=Cifar10Net,
     datasets=("cifar10",),
     paper=Pace(batch_size=16, learning_rate=1e-4, epochs=2048),
     fast=Pace(batch_size=128, learning_rate=1e-3, epochs=30),
@@ -31,16 +33,16 @@ RECIPE = Recipe(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    options = parse(RECIPE, argv)
+    options = parse(EXPERIMENT, argv)
     with checkpoint.Store(options) as store:
         dataset = load(options.dataset, options.dataset_dir)
         seed(options.seed)
         network = Cifar10Net(options.T).to(options.device)  # initialised on the CPU: one start for all devices
-        run = Run(RECIPE, options, network, build(network, options), dataset, store)
+        trainer = Trainer(EXPERIMENT, options, network, build(network, options), dataset, store)
         if options.test:
-            run.test()
+            trainer.test()
         else:
-            run.train()
+            trainer.train()
     return 0
 
 

@@ -10,13 +10,15 @@ from mnist.model import MnistNet
 from training import checkpoint
 from training.command_line import command
 from training.data import RandomAffine, load
-from training.loop import Run
+from training.experiment import Experiment, Pace
+from training.loop import Trainer
 from training.optimizers import build
-from training.options import Pace, Recipe, parse
+from training.options import parse
 from training.randomness import seed
 
-RECIPE = Recipe(
+EXPERIMENT = Experiment(
     name="mnist",
+    network=MnistNet,
     datasets=("mnist", "digits"),
     paper=Pace(batch_size=128, learning_rate=1e-4, epochs=512),
     fast=Pace(batch_size=512, learning_rate=5e-3, epochs=20),
@@ -30,16 +32,16 @@ RECIPE = Recipe(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    options = parse(RECIPE, argv)
+    options = parse(EXPERIMENT, argv)
     with checkpoint.Store(options) as store:
         dataset = load(options.dataset, options.dataset_dir)
         seed(options.seed)
         network = MnistNet(options.T).to(options.device)  # initialised on the CPU: one start for all devices
-        run = Run(RECIPE, options, network, build(network, options), dataset, store)
+        trainer = Trainer(EXPERIMENT, options, network, build(network, options), dataset, store)
         if options.test:
-            run.test()
+            trainer.test()
         else:
-            run.train()
+            trainer.train()
     return 0
 
 

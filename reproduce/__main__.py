@@ -6,19 +6,12 @@ import re
 import sys
 from collections.abc import Sequence
 
+from analysis.experiments import EXPERIMENTS
 from reproduce import entries, grid, outcome, runner, slurm
 from reproduce.grid import Row
 from training import files
-from training.command_line import (
-    Parser,
-    Refusal,
-    check_writable,
-    command,
-    file_path,
-    folder_path,
-    output_file,
-    whole_number,
-)
+from training.command_line import Parser, check_writable, command, file_path, folder_path, output_file, whole_number
+from training.errors import Refusal
 from training.options import REPOSITORY
 
 
@@ -29,7 +22,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         epilog="The same command skips finished rows and goes on with interrupted ones.",
     )
     parser.add_argument(
-        "experiment", choices=sorted(grid.RECIPES), help="whose grid to run: reproduce/<experiment>.toml"
+        "experiment", choices=sorted(EXPERIMENTS), help="whose grid to run: reproduce/<experiment>.toml"
     )
     instead = parser.add_mutually_exclusive_group().add_argument
     instead(

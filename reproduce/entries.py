@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.experiments import EXPERIMENTS
 from analysis.runs import LARGEST_RESULTS
 from reproduce import runner
-from reproduce.grid import RECIPES, Row
-from training.command_line import Refusal
-from training.json_files import nested, number, read_file, shown
-from training.options import format_number, read
+from reproduce.grid import Row
+from training.errors import Refusal
+from training.files.json_files import nested, number, read_file, shown
+from training.naming import format_number
+from training.options import read
 
 ROWS, EPOCHS = "rows.csv", "epochs.csv"
 MADE = ("cpu", "device", "versions", "git_commit")  # what rows.csv says of how a row was made
@@ -71,7 +73,7 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
         lines_of[line["row"]].append(line)
     entries = []
     for row in rows:
-        options = read(RECIPES[row.experiment], list(row.argv))
+        options = read(EXPERIMENTS[row.experiment], list(row.argv))
         record, line = runner.finished(dump, row), earlier.get(row.command)
         if record is not None:
             results = [result for result in runner.state(dump, row).epochs if result["epoch"] <= row.epochs]

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from c10 import c10
-from mnist import mnist
-from training.command_line import Refusal
-from training.options import read, run_name
+from analysis.experiments import EXPERIMENTS
+from training.errors import Refusal
+from training.naming import run_name
+from training.options import read
 
 FOLDER = Path(__file__).resolve().parent
-RECIPES = {"mnist": mnist.RECIPE, "c10": c10.RECIPE}
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,12 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
 
 
 def _row(path: Path, experiment: str, group: dict[str, Any], argv: Sequence[str]) -> Row:
-    recipe, title = RECIPES[experiment], group["title"]
+    title = group["title"]
     try:
-        options = read(recipe, argv)
+        options = read(EXPERIMENTS[experiment], argv)
     except Refusal as refusal:
         raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
-    ablation, name = group.get("ablation", False), run_name(options, recipe)
+    ablation, name = group.get("ablation", False), run_name(options, EXPERIMENTS[experiment])
     return Row(experiment, title, ablation, tuple(argv), name, options.epoch, options.seed)
 
 

@@ -22,8 +22,8 @@ import torch
 
 from analysis import runs
 from reproduce.grid import Row
-from training import json_files
 from training.console import duration
+from training.files import json_files
 from training.interrupt import known
 from training.options import REPOSITORY
 from training.record import write_json

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.snapshot import EXPERIMENTS, Snapshot
+import measuring
+from analysis.experiments import EXPERIMENTS
+from analysis.snapshot import Snapshot
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from spiking import SpikingNetwork
-from training import measure, storage
+from training.files import storage
 
 forms = pytest.mark.parametrize("form", ["safetensors", "csr", "nir"], indirect=True)
 exact_forms = pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
@@ -19,7 +21,7 @@ exact_forms = pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=T
 def pruned(network: SpikingNetwork, sparsities, gain: float) -> SpikingNetwork:
     """Prunes a network at random, layer by layer to a sparsity, with weights that make it spike."""
     generator = torch.Generator().manual_seed(0)
-    for weight, sparsity in zip(measure.prunable(network).values(), sparsities, strict=True):
+    for weight, sparsity in zip(measuring.prunable(network).values(), sparsities, strict=True):
         kept = torch.rand(weight.shape, generator=generator) >= sparsity
         weight.mul_(kept * gain / max(1 - sparsity, 0.01) ** 0.5)
     return network.eval()
@@ -50,7 +52,7 @@ def cifar10(sparsities=(0.0, 0.3, 0.5, 0.7, 0.9, 0.8, 0.95, 0.5), T=4) -> Cifar1
 def snapshot_of(network: SpikingNetwork) -> Snapshot:
     experiment = "mnist" if isinstance(network, MnistNet) else "c10"
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return Snapshot(experiment, EXPERIMENTS[experiment][1].datasets[0], network.T, "a-run", 3, state)
+    return Snapshot(experiment, EXPERIMENTS[experiment].datasets[0], network.T, "a-run", 3, state)
 
 
 def images_for(network: SpikingNetwork, n: int = 16) -> torch.Tensor:
@@ -69,7 +71,7 @@ def assert_same_counts(one, other, n: int = 16) -> None:
 def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run") -> Path:
     """The checkpoint of a run, as training leaves it."""
     experiment = "mnist" if isinstance(network, MnistNet) else "c10"
-    arguments = {"experiment": experiment, "dataset": EXPERIMENTS[experiment][1].datasets[0], "T": network.T}
+    arguments = {"experiment": experiment, "dataset": EXPERIMENTS[experiment].datasets[0], "T": network.T}
     path = folder / "models" / name / "checkpoint.pt"
     path.parent.mkdir(parents=True)
     (folder / "logs" / name).mkdir(parents=True)

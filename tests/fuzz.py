@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 from mutations import contents, mutation, narrow
 
+import measuring
 from analysis.export import load_pruned
 from analysis.snapshot import Unreadable
 from spiking import SpikingNetwork
-from training import measure, storage
+from training.files import storage
 
 SECONDS, MEMORY, HANG = 2.0, 1 << 30, 300  # of the processor; bytes; seconds on the clock, then the fuzzer ends itself
 FORMS = ("safetensors", "csr", "nir", "checkpoint")
@@ -64,7 +65,7 @@ def same(network: SpikingNetwork, other: SpikingNetwork) -> bool:
     if type(network) is not type(other) or network.T != other.T:
         return False
     weights, others = (
-        [weight.numpy(force=True).tobytes() for weight in measure.prunable(n).values()] for n in (network, other)
+        [weight.numpy(force=True).tobytes() for weight in measuring.prunable(n).values()] for n in (network, other)
     )
     if weights != others:
         return False

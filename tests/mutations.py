@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 import c10.model
+import measuring
 from analysis import formats
+from analysis.experiments import EXPERIMENTS
 from analysis.formats import nir
 from analysis.formats.description import digest
-from analysis.snapshot import EXPERIMENTS, Snapshot
+from analysis.snapshot import Snapshot
 from spiking import SpikingNetwork
-from training import measure, storage
+from training.files import storage
 
 # -- files to begin with ---------------------------------------------------------------------------
 
@@ -32,8 +34,8 @@ from training import measure, storage
 def a_network(experiment: str) -> SpikingNetwork:
     """A pruned network, with connections of every layout."""
     generator = torch.Generator().manual_seed(1)
-    network = EXPERIMENTS[experiment][0](T=3)
-    for number, weight in enumerate(measure.prunable(network).values()):
+    network = EXPERIMENTS[experiment].network(T=3)
+    for number, weight in enumerate(measuring.prunable(network).values()):
         weight.copy_(torch.randn(weight.shape, generator=generator))
         weight.masked_fill_(torch.rand(weight.shape, generator=generator) >= (0.01, 0.5, 1)[number % 3], 0)
     return network.eval()
@@ -56,7 +58,7 @@ def contents(form: str) -> list[tuple[SpikingNetwork, bytes]]:
     found = []
     for experiment in ("mnist",) if form == "nir" else ("mnist", "c10"):
         network = a_network(experiment)
-        dataset = EXPERIMENTS[experiment][1].datasets[0]
+        dataset = EXPERIMENTS[experiment].datasets[0]
         snapshot = Snapshot(experiment, dataset, network.T, "a-run", 3, dict(network.state_dict()))
         if form == "checkpoint":
             arguments = {"experiment": experiment, "dataset": dataset, "T": network.T}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training import storage
+from training.files import storage
 
 SHAPES = {
     "mnist": {"static_fc.1.weight": (800, 784), "fc.1.weight": (10, 800)},

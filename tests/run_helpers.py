@@ -5,7 +5,7 @@ import json
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training import storage
+from training.files import storage
 
 
 def the_checkpoint(folder):

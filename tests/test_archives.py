@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import archives, storage
+from training.files import archives, storage
 
 
 class Subclass(torch.Tensor):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import bench
-from mnist.mnist import RECIPE
+from mnist.mnist import EXPERIMENT
 from mnist.model import MnistNet
 from training import data
 
@@ -28,7 +28,7 @@ def test_functions_take_turns():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_execution_trains_the_steps_it_is_asked_for(fused):
-    execution = bench.Execution(MnistNet(2), RECIPE, tiny(), CPU, 8, fused)
+    execution = bench.Execution(MnistNet(2), EXPERIMENT, tiny(), CPU, 8, fused)
     before = execution.network.fc[1].weight.detach().clone()
     execution.train(5)  # beyond an epoch of three
     (state,) = {float(s["step"]) for s in execution.step.optimizers[0].state.values()}

@@ -14,10 +14,11 @@ from run_helpers import assert_same_run, load, results, same, scalars, store, th
 from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
-from training import checkpoint, dump_dir, json_files, loop, randomness, storage
-from training.locks import Lock
+from training import checkpoint, dump_dir, loop, randomness
+from training.files import json_files, storage
+from training.files.locks import Lock
+from training.files.storage import previous_of
 from training.schedule import Fast
-from training.storage import previous_of
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
 MODES = {
@@ -433,7 +434,7 @@ def test_the_clock_is_in_the_results(run, tmp_path):
 
 
 def test_batch_norm_counts_in_one_of_two_sparsities_of_the_results():
-    from training.measure import Connections
+    from measuring import Connections
     from training.record import epoch_results
 
     line = epoch_results(
@@ -469,7 +470,7 @@ def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
     assert said["parameters"]["prunable"] == 635200
     assert said["parameters"]["layers"] == {"static_fc.1.weight": [800, 784], "fc.1.weight": [10, 800]}
     assert said["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert mnist.RECIPE.name == said["experiment"]
+    assert mnist.EXPERIMENT.name == said["experiment"]
 
 
 def test_every_number_is_defined(run, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import checks
+from training.files import checks
 
 # -- fields ----------------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from c10.c10 import RECIPE as C10
-from mnist.mnist import RECIPE as MNIST
+from c10.c10 import EXPERIMENT as C10
+from mnist.mnist import EXPERIMENT as MNIST
 from training import console
 from training.console import UNITS, TimeLeft, duration, first_lines
 from training.options import parse

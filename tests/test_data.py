@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomAffine, RandomCrop, functional
 
 from training import data
-from training.command_line import Refusal
+from training.errors import Refusal
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from training import datasets
-from training.command_line import Refusal
+from training.errors import Refusal
 
 
 def test_mnist_is_what_the_files_hold(mnist_folder):

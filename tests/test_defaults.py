@@ -7,14 +7,16 @@ import warnings
 import pytest
 import torch
 
+import measuring
 from analysis.export import export, load_pruned
 from analysis.snapshot import from_checkpoint
 from analysis.sparse import event_driven
 from mnist import mnist
 from mnist.model import MnistNet
-from training import data, measure, storage
+from training import data
 from training.command_line import command
 from training.defaults import torch_defaults
+from training.files import storage
 
 KINDS = ["float64", "bfloat16", "float16", "meta"]
 
@@ -97,15 +99,15 @@ def test_batches_and_what_a_network_makes_of_them(kind, fused):
     def results():
         normalise = data.Normalisation((0.1307,), (0.3081,), torch.device("cpu"))
         generator = torch.Generator("cpu").manual_seed(3)
-        batches = data.TrainingBatches(split, 8, mnist.RECIPE.augmentation, normalise, generator, fused=fused)
+        batches = data.TrainingBatches(split, 8, mnist.EXPERIMENT.augmentation, normalise, generator, fused=fused)
         made = list(batches)
         network.zero_grad()
-        with measure.SpikeCounter(network) as spikes:
+        with measuring.SpikeCounter(network) as spikes:
             counts = network(made[0][0])
-        loss = measure.loss_function(counts, made[0][1], network.T)
+        loss = measuring.loss_function(counts, made[0][1], network.T)
         loss.backward()
         events = event_driven(network)(made[0][0])
-        seen = measure.evaluate(network, data.TestBatches(split, 8, normalise))
+        seen = measuring.evaluate(network, data.TestBatches(split, 8, normalise))
         gradients = [p.grad.clone() for p in network.parameters()]
         return [made, counts.detach(), loss.detach(), gradients, spikes.rates(), seen.confusion, events]
 

@@ -100,7 +100,7 @@ def test_a_run_that_diverges_stops_before_its_last_good_checkpoint(
     kept = json.loads(path.read_text())
     # the indices are those of the third batch of the second epoch
     generator = torch.Generator().manual_seed(2020)
-    recipe = mnist.RECIPE
+    recipe = mnist.EXPERIMENT
     data = load_data("mnist", mnist_folder).train
     batches = TrainingBatches(data, 8, recipe.augmentation, Normalisation(recipe.mean, recipe.std, CPU), generator)
     for _ in range(2):

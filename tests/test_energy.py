@@ -11,11 +11,12 @@ from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpC
 from torch import nn
 
 import c10.model
+import measuring
 import spiking_kernels
 from c10.model import Cifar10Net
+from measuring import energy
 from mnist.model import MnistNet
 from spiking import SpikingNetwork, lif
-from training import energy, measure
 
 modes = pytest.mark.parametrize("step_mode", ["s", "m"])
 
@@ -51,7 +52,7 @@ def prune(network, sparsity, gain, seed=0):
     """Weights on a grid of powers of two, so that every sum is exact, in any order; ``sparsity`` of them 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for number, weight in enumerate(measure.prunable(network).values()):
+        for number, weight in enumerate(measuring.prunable(network).values()):
             values = torch.randn(weight.shape, generator=generator) + 0.3 * (number > 0)
             kept = torch.rand(weight.shape, generator=generator) >= sparsity
             weight.copy_((values * gain * 32).floor().add(0.5) / 32 * kept)  # none is 0 that is kept
@@ -144,7 +145,7 @@ def test_operations_are_the_brute_force_count(step_mode, sparsity):
     images = grid_images(5, 1, 6, 6)
     expected = expected_operations(network, lambda net: ([net.static_conv], net.body), images)
     operations = counted(network, [images[:3], images[3:]]).operations()
-    assert list(operations) == list(measure.prunable(network))
+    assert list(operations) == list(measuring.prunable(network))
     assert {name: [layer.pruned, layer.dense] for name, layer in operations.items()} == expected
     assert [layer.kind for layer in operations.values()] == ["MAC", "SynOp", "SynOp", "SynOp"]
     assert {layer.images for layer in operations.values()} == {5}

@@ -7,18 +7,19 @@ import pytest
 import torch
 from test_energy import TinyNet, counted, grid_images, prune
 
-from training import energy, evaluation, measure
-from training.measure import Connections
-from training.structure import structural
+import measuring
+from measuring import Connections, energy
+from measuring.paths import structural
+from measuring.report import Report, report_on
 
 
 @pytest.fixture
 def example():
     """A report of two layers with numbers that can be followed by hand."""
     confusion = torch.tensor([[40, 2, 0], [0, 55, 0], [0, 0, 0]])
-    return evaluation.Report(
+    return Report(
         epoch=60,
-        evaluation=measure.Evaluation(confusion),
+        evaluation=measuring.Evaluation(confusion),
         connected={"static_fc.1.weight": Connections(3000, 12000), "fc.1.weight": Connections(300, 600)},
         structural={"static_fc.1.weight": Connections(1500, 12000), "fc.1.weight": Connections(300, 600)},
         rates={"fc.0": torch.tensor([0.5, 0.0, 0.25, 0.25]), "fc.2": torch.zeros(3)},
@@ -59,7 +60,7 @@ energy per image          nJ         55.380   13.845  25.00 %
 def test_the_numbers_by_hand(example):
     numbers = json.loads(json.dumps(example.numbers(), allow_nan=False))
     low, high = numbers.pop("accuracy_interval")
-    assert (low, high) == measure.wilson_interval(95, 97)
+    assert (low, high) == measuring.wilson_interval(95, 97)
     cost = numbers.pop("energy")
     assert cost == pytest.approx({"pruned": 3000 * 4.6 + 50 * 0.9, "dense": 12000 * 4.6 + 200 * 0.9})  # pJ
     assert numbers == {
@@ -105,9 +106,9 @@ def test_large_networks_keep_the_width():
     """CIFAR-10's sizes: 36.7 M weights, 10 000 images, hundreds of millions of operations."""
     names = ["static_conv.0.weight", *(f"conv.{i}.weight" for i in (1, 4, 8, 11, 14)), "fc.2.weight", "fc.4.weight"]
     layers = {name: Connections(33_554_432, 33_554_432) for name in names}
-    report = evaluation.Report(
+    report = Report(
         epoch=2048,
-        evaluation=measure.Evaluation(torch.full((10, 10), 1000)),
+        evaluation=measuring.Evaluation(torch.full((10, 10), 1000)),
         connected=layers,
         structural=layers,
         rates={"conv.10": torch.zeros(256, 32, 32)},
@@ -124,13 +125,13 @@ def test_a_report_is_of_one_pass_and_of_what_the_network_is():
         network.static_conv.weight[1] = 0
     images, labels = grid_images(6, 1, 6, 6), torch.tensor([0, 1, 2, 3, 4, 0])
     batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
-    report = evaluation.report(network, iter(batches), epoch=7)
+    report = report_on(network, iter(batches), epoch=7)
     assert not network.training
     assert report.epoch == 7
-    assert report.evaluation.accuracy == measure.accuracy(network, batches)
-    masks = {name: measure.connected(weight) for name, weight in measure.prunable(network).items()}
-    assert report.connected == measure.count(masks)
-    assert report.structural == measure.count(structural(masks))
+    assert report.evaluation.accuracy == measuring.accuracy(network, batches)
+    masks = {name: measuring.connected(weight) for name, weight in measuring.prunable(network).items()}
+    assert report.connected == measuring.count(masks)
+    assert report.structural == measuring.count(structural(masks))
     assert report.structural != report.connected
     counter = counted(network, [images])
     assert report.operations == counter.operations()
@@ -143,7 +144,7 @@ def test_a_report_is_of_one_pass_and_of_what_the_network_is():
 
 def test_a_network_that_never_spikes_has_a_report():
     network = prune(TinyNet(), 1.0, 1)
-    lines = evaluation.report(network, [(grid_images(3, 1, 6, 6), torch.tensor([0, 1, 2]))], epoch=1).lines()
+    lines = report_on(network, [(grid_images(3, 1, 6, 6), torch.tensor([0, 1, 2]))], epoch=1).lines()
     assert lines[0].startswith("test accuracy 33.33 % after 1 epochs")
     assert any(re.match(r"body\.8\.weight +SynOps +0\.0 +0\.0 +-$", line) for line in lines)
     assert any(re.match(r"total +0\.00 % +0 +-$", line) for line in lines)

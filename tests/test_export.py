@@ -12,13 +12,14 @@ from export_helpers import assert_same_counts, cifar10, exact_forms, forms, imag
 from scipy.sparse import csr_matrix
 from torch.nn import functional as F
 
+import measuring
 from analysis import export as export_module
 from analysis import formats
 from analysis.export import differing_counts, export, load_pruned, main
 from analysis.snapshot import from_checkpoint, models_folder
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
-from training import measure, storage
+from training.files import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
@@ -46,7 +47,7 @@ def test_cifar10_comes_back_with_the_same_spikes(form, tmp_path, narrow):
     export(snapshot_of(network), form, tmp_path / "file")
     loaded = load_pruned(tmp_path / "file")
     assert isinstance(loaded, Cifar10Net)
-    for name, weight in measure.prunable(network).items():
+    for name, weight in measuring.prunable(network).items():
         assert torch.equal(loaded.get_parameter(name), weight), name
     # each layer's own output to the bit, not only what of it comes through as a spike
     for module, other in zip(network.conv, loaded.conv, strict=True):
@@ -65,7 +66,7 @@ def test_a_layer_without_connections(form, tmp_path, first, second):
     network = mnist(first, second)
     export(snapshot_of(network), form, tmp_path / "file")
     loaded = load_pruned(tmp_path / "file")
-    for name, weight in measure.prunable(network).items():
+    for name, weight in measuring.prunable(network).items():
         assert torch.equal(loaded.get_parameter(name), weight)
     assert loaded(images_for(network)).sum() == 0
 
@@ -99,10 +100,10 @@ def test_csr_is_plain_numpy_and_scipy(tmp_path, narrow):
     assert description["normalisation"] == {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}
     assert description["neuron"] == {"tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "decay_input": True}
     matrices = {}
-    for name, weight in measure.prunable(network).items():
+    for name, weight in measuring.prunable(network).items():
         data, indices, indptr, shape = (file[f"{name}/{key}"] for key in ("data", "indices", "indptr", "shape"))
         matrices[name] = csr_matrix((data, indices, indptr), shape)
-        assert matrices[name].nnz == int(measure.connected(weight).sum())
+        assert matrices[name].nnz == int(measuring.connected(weight).sum())
         np.testing.assert_array_equal(matrices[name].toarray(), weight.detach().flatten(1))
         assert description["layers"][name]["shape"] == list(weight.shape)
         assert (f"{name}/scale" in file) == ("conv" in name)
@@ -201,8 +202,8 @@ def test_the_command(form, tmp_path, capsys, mnist_folder):
     assert f"{path.stat().st_size:,} bytes" in out
     assert f"{(models / 'checkpoint.pt').stat().st_size:,} bytes" in out
     assert "0 of 200 spike counts differ on the 20 test images" in out
-    masks = {name: measure.connected(weight) for name, weight in measure.prunable(mnist()).items()}
-    total = measure.total(measure.count(masks))
+    masks = {name: measuring.connected(weight) for name, weight in measuring.prunable(mnist()).items()}
+    total = measuring.total(measuring.count(masks))
     assert f"{total.connected} of 635200 connections, sparsity {100 * total.sparsity:.2f} %" in out
     assert main([str(models), "--format", form, "-o", str(tmp_path / "new folder" / "x")]) == 0
     assert_same_counts(mnist(), load_pruned(tmp_path / "new folder" / "x"))

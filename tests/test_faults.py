@@ -11,7 +11,8 @@ import pytest
 from run_helpers import assert_same_run, load
 
 from mnist.model import MnistNet
-from training import checkpoint, files
+from training import checkpoint
+from training.files import writing
 from training.recorder import Recorder
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
@@ -195,7 +196,7 @@ def test_a_file_system_without_locks_and_syncs_is_trained_on(run, tmp_path, monk
         return fail
 
     run(*GRAD, "-N", "2", dump=tmp_path / "one")
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(writing, "_told", set())
     monkeypatch.setattr(filelock, "lock_descriptor", no(errno.ENOLCK))
     monkeypatch.setattr(os, "fsync", no(errno.EINVAL))
     result = run(*GRAD, "-N", "2", *EVERY_STEP, dump=tmp_path / "other")

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import files, storage
-from training.command_line import Refusal, file_path, folder_path, output_file
+from training.command_line import file_path, folder_path, output_file
+from training.errors import Refusal
+from training.files import storage, writing
 
 
 @pytest.fixture(autouse=True)
 def nothing_told(monkeypatch):
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(writing, "_told", set())
 
 
 # -- a file system that cannot sync -------------------------------------------------------------------
@@ -44,7 +45,7 @@ def test_what_cannot_be_synced_is_a_warning_once(tmp_path, monkeypatch, capsys, 
     for n in range(3):
         writer.submit({"n": n, "weights": torch.ones(3)}, [log])
         writer.wait()
-        files.write_whole(tmp_path / "run.json", str(n))
+        writing.write_whole(tmp_path / "run.json", str(n))
         assert storage.read(path)["n"] == n
     out, err = capsys.readouterr()
     assert out == ""
@@ -68,16 +69,16 @@ def test_a_disk_that_fails_is_no_warning(tmp_path, monkeypatch):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    files.write_whole(path, "one")
+    writing.write_whole(path, "one")
     for failing in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             patch.setattr(os, failing, lambda *_, full=full: (_ for _ in ()).throw(full))
             with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
-                files.write_whole(path, "two")
+                writing.write_whole(path, "two")
         assert path.read_text() == "one"
         assert [p.name for p in path.parent.iterdir()] == ["run.json"]
-    with pytest.raises(ValueError, match="inside"), files.replacing(path) as temporary:  # noqa: PT012
+    with pytest.raises(ValueError, match="inside"), writing.replacing(path) as temporary:  # noqa: PT012
         temporary.write_text("three")
         raise ValueError("inside")
     assert path.read_text() == "one"
@@ -85,7 +86,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def write(path, content):
-    with files.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
@@ -134,7 +135,7 @@ def test_in_a_folder_of_ours_nothing_leads_elsewhere(tmp_path):
         (run / name).symlink_to(mine)
     os.mkfifo(run / "test.json")
     for name in ("run.json", "test.json"):
-        files.write_whole(run / name, "text")
+        writing.write_whole(run / name, "text")
         assert stat.S_ISREG(os.lstat(run / name).st_mode)
         assert (run / name).read_text() == "text"
     assert mine.read_text() == "mine"
@@ -199,15 +200,15 @@ def test_windows_waits_for_readers(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", busy)
     source.write_text("new")
     with pytest.raises(PermissionError):
-        files.replace(source, target)
-    monkeypatch.setattr(files, "WINDOWS", True)
-    files.replace(source, target)
+        writing.replace(source, target)
+    monkeypatch.setattr(writing, "WINDOWS", True)
+    writing.replace(source, target)
     assert target.read_text() == "new"
     assert len(calls) == 3
-    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    monkeypatch.setattr(writing, "PATIENCE", 0.0)
     calls.clear()
     with pytest.raises(PermissionError):
-        files.replace(target, source)
+        writing.replace(target, source)
 
 
 # -- paths ---------------------------------------------------------------------------------------------
@@ -215,8 +216,8 @@ def test_windows_waits_for_readers(tmp_path, monkeypatch):
 
 def test_home_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.expanded("~/x") == tmp_path / "x"
-    assert files.expanded("a/~") == Path("a/~")
+    assert writing.expanded("~/x") == tmp_path / "x"
+    assert writing.expanded("a/~") == Path("a/~")
     assert folder_path("~/x") == file_path("~/x") == tmp_path / "x"
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from c10.model import Cifar10Net
 from gradrewire import GradRewiring
 from mnist.model import MnistNet
-from training import checkpoint, fit, storage
+from training import checkpoint, fit
+from training.files import storage
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
 DEEP = ["-m", "deep", "-s", "0.5", "-temperature", "1e-3", "-lr", "1e-2", "-b", "8"]

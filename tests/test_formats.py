@@ -22,8 +22,8 @@ from analysis.export import export, load_pruned
 from analysis.formats import csr, description, hdf5, nir, safetensors
 from analysis.snapshot import Unreadable
 from spiking import lif
-from training import storage
-from training.command_line import Refusal
+from training.errors import Refusal
+from training.files import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)

@@ -11,11 +11,11 @@ import torch
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
+import measuring
 from c10.model import Cifar10Net
-from mnist.mnist import RECIPE
+from mnist.mnist import EXPERIMENT
 from mnist.model import MnistNet
 from spiking import StepwiseBatchNorm2d
-from training import measure
 from training.data import Normalisation, load
 from training.optimizers import build
 
@@ -121,7 +121,7 @@ def first_batch(facts, change=None, step_mode="m", backward=True):
     network.train()
     with torch.set_grad_enabled(backward):
         counts = network(torch.tensor(facts["x"]))
-        loss = measure.loss_function(counts, torch.tensor(facts["y"]), 8)
+        loss = measuring.loss_function(counts, torch.tensor(facts["y"]), 8)
     if backward:
         loss.backward()
     return SimpleNamespace(network=network, spikes=spikes, counts=counts.detach(), loss=loss.item())
@@ -252,7 +252,7 @@ def mnist_network(facts, execution="m"):
 
 def mnist_batches(facts, real_data):
     train = load("mnist", real_data).train
-    normalise = Normalisation(RECIPE.mean, RECIPE.std, torch.device("cpu"))
+    normalise = Normalisation(EXPERIMENT.mean, EXPERIMENT.std, torch.device("cpu"))
     return ((normalise(train.images[index]), train.labels[index]) for index in torch.tensor(facts["idx"]))
 
 
@@ -296,7 +296,7 @@ def test_golden_mnist_training(golden, real_data, mode, execution):
     losses = []
     for images, labels in mnist_batches(facts, real_data):
         counts = network(images)
-        loss = measure.loss_function(counts, labels, settings["T"])
+        loss = measuring.loss_function(counts, labels, settings["T"])
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -308,7 +308,7 @@ def test_golden_mnist_training(golden, real_data, mode, execution):
         losses.append(loss.item())
     np.testing.assert_allclose(losses[:10], facts["losses"][:10], rtol=0.01)
     assert np.mean(losses) == pytest.approx(np.mean(facts["losses"]), rel=0.05)
-    for name, weight in measure.prunable(network).items():
+    for name, weight in measuring.prunable(network).items():
         assert float((weight == 0).float().mean()) == pytest.approx(float(facts[f"final_zero:{name}"]), abs=0.005)
 
 
@@ -329,5 +329,5 @@ def test_a_wrong_mnist_network_is_told(golden, real_data, change):
     network, settings = mnist_network(facts)
     with_neurons(**change)(network)
     images, labels = next(mnist_batches(facts, real_data))
-    measure.loss_function(network(images), labels, settings["T"]).backward()
+    measuring.loss_function(network(images), labels, settings["T"]).backward()
     assert max(mnist_gradient_errors(network, facts).values()) > 40 * GRADIENT_ERROR

@@ -64,7 +64,7 @@ def test_a_test_of_several_batches_is_left_at_once(run, tmp_path, at_forward, mo
 
     from mnist import mnist
 
-    monkeypatch.setattr(mnist, "RECIPE", replace(mnist.RECIPE, test_batch_size=4))  # five test batches
+    monkeypatch.setattr(mnist, "EXPERIMENT", replace(mnist.EXPERIMENT, test_batch_size=4))  # five test batches
     run(*DEEP, dump=tmp_path / "one")
     passes = at_forward(signal.SIGTERM, 7, training=False)
     assert run(*DEEP, dump=tmp_path / "stopped").status == 128 + signal.SIGTERM

@@ -10,13 +10,14 @@ from test_models import spiking_mnist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import measuring
 import spiking_kernels
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from mnist import mnist
 from spiking import lif
 from spiking_kernels import build
-from training import data, measure
+from training import data
 
 needs_kernels = pytest.mark.skipif(
     spiking_kernels.available() is not None, reason=f"no fused kernels: {spiking_kernels.available()}"
@@ -69,10 +70,10 @@ def test_lif_linear_lif(T, n, h, o):
 @pytest.mark.parametrize("size", [28, 17])
 def test_affine_lookup_is_bitwise_the_plain_path(size):
     images = torch.randint(0, 256, (300, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    matrices = mnist.RECIPE.augmentation.draw(images, torch.Generator().manual_seed(1))
+    matrices = mnist.EXPERIMENT.augmentation.draw(images, torch.Generator().manual_seed(1))
     index = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:128]
     normalise = data.Normalisation((0.1307,), (0.3081,), torch.device("cpu"))
-    expected = normalise(mnist.RECIPE.augmentation.apply(images[index], matrices[:128]))
+    expected = normalise(mnist.EXPERIMENT.augmentation.apply(images[index], matrices[:128]))
     assert torch.equal(spiking_kernels.affine_lookup(images, index, matrices[:128], normalise.table()), expected)
 
 
@@ -86,7 +87,7 @@ def test_fused_batches_are_bitwise_the_plain_ones(monkeypatch):
     epochs = []
     for fused in (True, False):
         generator = torch.Generator().manual_seed(3)
-        batches = data.TrainingBatches(split, 8, mnist.RECIPE.augmentation, normalise, generator, fused=fused)
+        batches = data.TrainingBatches(split, 8, mnist.EXPERIMENT.augmentation, normalise, generator, fused=fused)
         epochs.append([*batches, *batches])
     assert len(calls) == 12
     for (x, y), (a, b) in zip(*epochs, strict=True):
@@ -147,9 +148,9 @@ def test_the_fused_mnist_network_is_the_network(T, batch, monkeypatch):
     images, labels = torch.randn(batch, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(batch)
     results = []
     for network in (plain, fused):
-        with measure.SpikeCounter(network) as spikes:
+        with measuring.SpikeCounter(network) as spikes:
             counts = network(images)
-        measure.loss_function(counts, labels, T).backward()
+        measuring.loss_function(counts, labels, T).backward()
         results.append((counts.detach(), spikes.rates(), [p.grad for p in network.parameters()]))
     assert calls == [1]
     (counts, rates, gradients), (others, other_rates, other_gradients) = results
@@ -830,7 +831,7 @@ def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
     for cached in (build.library, build.available):
         cached.cache_clear()
     try:
-        options = mnist.parse(mnist.RECIPE, ["--dump-dir", str(tmp_path / "runs")])
+        options = mnist.parse(mnist.EXPERIMENT, ["--dump-dir", str(tmp_path / "runs")])
         assert not options.compile
         out = capsys.readouterr().out
         assert out.splitlines()[-1] == (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from run_helpers import assert_same_run, load, the_checkpoint
 
-from training.storage import temporary_of
+from training.files.storage import temporary_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", "1"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import filelock
 import pytest
 
-from training import files
-from training.locks import Lock
+from training.files import writing
+from training.files.locks import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,7 @@ def test_a_folder_is_locked_once(tmp_path):
 
 def test_a_lock_dies_with_its_process(tmp_path):
     code = (
-        "import sys, time, pathlib; from training.locks import Lock; "
+        "import sys, time, pathlib; from training.files.locks import Lock; "
         "print(Lock(pathlib.Path(sys.argv[1])).acquire() or 'no', flush=True); time.sleep(100)"
     )
     # the Lock object is gone at once, the lock is not
@@ -66,7 +66,7 @@ def test_a_child_process_does_not_keep_the_lock(tmp_path):
 @pytest.fixture
 def without_locks(monkeypatch, tmp_path):
     """Lets locks fail in the folders of ``tmp_path``, and, if asked, in the temporary folder too."""
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(writing, "_told", set())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
     (tmp_path / "local").mkdir()
     real = filelock.lock_descriptor

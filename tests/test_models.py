@@ -8,10 +8,10 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
+import measuring
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from spiking import StepwiseBatchNorm2d, lif
-from training import measure
 
 modes = pytest.mark.parametrize("step_mode", ["s", "m"])
 
@@ -64,10 +64,10 @@ def test_state_dict_keys():
 
 
 def test_sizes():
-    assert sum(w.numel() for w in measure.prunable(MnistNet()).values()) == 784 * 800 + 8000
+    assert sum(w.numel() for w in measuring.prunable(MnistNet()).values()) == 784 * 800 + 8000
     with torch.device("meta"):
         network = Cifar10Net()
-    prunable = measure.prunable(network)
+    prunable = measuring.prunable(network)
     assert list(prunable) == [k for k in CIFAR10_KEYS if k.endswith("weight") and network.get_parameter(k).dim() > 1]
     assert sum(w.numel() for w in prunable.values()) == 36_715_264
     assert sum(p.numel() for p in network.parameters()) == 36_715_264 + 6 * 2 * 256
@@ -144,7 +144,7 @@ def run(network, images, labels):
     network.train()
     torch.manual_seed(7)  # the dropout mask
     counts = network(images)
-    measure.loss_function(counts, labels, network.T).backward()
+    measuring.loss_function(counts, labels, network.T).backward()
     return counts.detach(), {n: p.grad for n, p in network.named_parameters()}, dict(network.named_buffers())
 
 

@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import spiking_kernels
-from c10.c10 import RECIPE as C10
-from mnist.mnist import RECIPE as MNIST
+from c10.c10 import EXPERIMENT as C10
+from mnist.mnist import EXPERIMENT as MNIST
 from mnist.mnist import main
-from training.command_line import Refusal, command, nearest
-from training.divergence import DivergedError
-from training.options import SPELLINGS, Pace, arguments, format_number, parse
+from training.command_line import command, nearest
+from training.errors import DivergedError, Refusal
+from training.experiment import Pace
+from training.naming import format_number
+from training.options import SPELLINGS, arguments, parse
 
 
 @pytest.fixture

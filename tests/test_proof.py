@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
+import measuring
 import spiking_kernels
 from mnist.model import MnistNet
 from spiking import LIFNode, lif
-from training import measure
 
 pytestmark = pytest.mark.skipif(
     spiking_kernels.available() is not None, reason=f"no fused kernels: {spiking_kernels.available()}"
@@ -48,7 +48,7 @@ def results(network, fused, images=None):
     network.fused, images = fused, images_of() if images is None else images
     images = images.clone().requires_grad_(images.is_floating_point())
     try:
-        with measure.SpikeCounter(network) as spikes, warnings.catch_warnings():
+        with measuring.SpikeCounter(network) as spikes, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             counts = network(images)
         found = {"counts": counts.detach(), **spikes._counts}
@@ -362,9 +362,9 @@ def test_counters_within_counters(calls):
     """Each has the spikes of all batches while it was open, of the kernel and of the layers."""
     network = small()
     network.fused = True
-    with measure.SpikeCounter(network) as outer:
+    with measuring.SpikeCounter(network) as outer:
         network(images_of(3))
-        with measure.SpikeCounter(network) as inner:
+        with measuring.SpikeCounter(network) as inner:
             network(images_of(4))
             network.fused = False
             network(images_of(2))

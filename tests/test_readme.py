@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from c10.c10 import RECIPE as C10
-from mnist.mnist import RECIPE as MNIST
+from c10.c10 import EXPERIMENT as C10
+from mnist.mnist import EXPERIMENT as MNIST
 from reproduce import grid
 from training.options import _parser, parse
 

@@ -19,8 +19,8 @@ import torch
 from report_runs import result, write_checkpoint, write_run, write_runs
 
 from analysis import pictures, report, runs
-from training import json_files, storage
-from training.command_line import Refusal
+from training.errors import Refusal
+from training.files import json_files, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -247,7 +247,7 @@ def test_fan_in_and_fan_out_by_hand():
     weight = torch.tensor(
         [[0.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, -0.0], [1e-8, 3.0, 1.0, 0.0]]
     )  # [3 outputs, 4 inputs]
-    mask = runs.measure.connected(weight)
+    mask = runs.measuring.connected(weight)
     assert runs.fan_in(mask).tolist() == [2, 0, 3]
     assert runs.fan_out(mask).tolist() == [1, 2, 2, 0]
     kernels = torch.zeros(2, 3, 2, 2, dtype=torch.bool)  # [out, in, kH, kW]

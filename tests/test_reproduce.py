@@ -13,9 +13,10 @@ import time
 
 import pytest
 
+from analysis.experiments import EXPERIMENTS
 from reproduce import __main__ as reproduce
 from reproduce import entries, figures, grid, outcome, runner, tables
-from training.command_line import Refusal
+from training.errors import Refusal
 from training.options import REPOSITORY, read
 from training.record import processor
 
@@ -177,20 +178,20 @@ def test_the_grids_have_what_the_paper_compares(experiment):
         assert short >= 60
         assert not any(row.ablation for row in some)
     assert {row.title for row in rows if not row.ablation} == {*least, "dense, fast recipe", "Grad R, fast recipe"}
-    fast = [read(grid.RECIPES[experiment], row.argv) for row in rows if row.title == "Grad R, fast recipe"]
+    fast = [read(EXPERIMENTS[experiment], row.argv) for row in rows if row.title == "Grad R, fast recipe"]
     assert all(options.recipe == "fast" for options in fast)
-    assert {options.epoch for options in fast} == {grid.RECIPES[experiment].fast.epochs}
+    assert {options.epoch for options in fast} == {EXPERIMENTS[experiment].fast.epochs}
     reached = {options.connectivity for options in fast}
     assert len(reached) >= 4
     assert (min(reached), max(reached)) == (0.007, 0.3)
-    whole = [row for row in rows if row.epochs == grid.RECIPES[experiment].paper.epochs]
+    whole = [row for row in rows if row.epochs == EXPERIMENTS[experiment].paper.epochs]
     assert len([row for row in whole if row.title == "Grad R"]) >= 4
     assert len([row for row in whole if row.title == "dense"]) >= 1
 
 
 def test_the_grids_ablate_prior_target_gradient_and_learning_rate():
     for experiment, rate in (("mnist", 1e-4), ("c10", 1e-3)):
-        options = [read(grid.RECIPES[experiment], row.argv) for row in grid.load(experiment) if row.ablation]
+        options = [read(EXPERIMENTS[experiment], row.argv) for row in grid.load(experiment) if row.ablation]
         assert any(o.mode == "grad" and o.penalty == 0 for o in options)
         assert any(o.plain_gradient for o in options)
         assert {o.sparsity for o in options if o.mode == "grad"} == {0.5, 0.75, 0.9, 0.95, 0.99}
@@ -744,7 +745,7 @@ def test_methods_are_compared_at_equal_connectivity():
         argv = shlex.split(f"-m grad -s 0.95 -penalty {penalty} -N {epochs} --seed {seed}")
         row = grid.Row("mnist", title, ablation, tuple(argv), f"{title}-{penalty}-{seed}", epochs, seed)
         numbers = {"connectivity": connectivity, "test_accuracy": accuracy}
-        return entries.Entry(row, read(grid.RECIPES["mnist"], argv), numbers, {}, [])
+        return entries.Entry(row, read(EXPERIMENTS["mnist"], argv), numbers, {}, [])
 
     some = [
         *(entry("Grad R", 1, 0.5, 0.98, 1), entry("Grad R", 1, 0.02, 0.90, 2)),

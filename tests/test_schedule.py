@@ -11,8 +11,9 @@ from test_models import narrow_cifar10
 from test_step import batches, optimizers_of
 from torch.optim import Adam
 
+import measuring
 from gradrewire import GradRewiring
-from training import measure, step
+from training import step
 from training.schedule import Constant, Fast
 
 without_steps = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -251,6 +252,6 @@ def test_a_renewed_graph_takes_the_new_settings():
             losses.append(float(take(images, labels)[0]))
         assert losses[0] == pytest.approx(losses[1], rel=0.05), i
     for network in (eager, graphed):
-        weights = measure.prunable(network).values()
+        weights = measuring.prunable(network).values()
         left = sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)
         assert left == pytest.approx(0.3, rel=0.1)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional
 
+import measuring
 import spiking_kernels
 from analysis.sparse import BLOCK, EventDrivenMnist, event_driven
 from benchmarks import sparse as bench
 from c10.model import Cifar10Net
-from mnist.mnist import RECIPE
+from mnist.mnist import EXPERIMENT
 from mnist.model import MnistNet
-from training import measure
 from training.data import Normalisation, load
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def network_of(first, second, T=8, gain=3.0, dtype=torch.float32) -> MnistNet:
     """A MnistNet with each layer pruned at random to a sparsity, whose neurons spike about as often at any."""
     torch.manual_seed(0)
     network, generator = MnistNet(T), torch.Generator().manual_seed(0)
-    for weight, sparsity in zip(measure.prunable(network).values(), (first, second), strict=True):
+    for weight, sparsity in zip(measuring.prunable(network).values(), (first, second), strict=True):
         weight.copy_(gain * bench.prune(weight, sparsity, generator) if sparsity < 1 else 0 * weight)
     return network.to(dtype).eval()
 
@@ -54,7 +54,7 @@ def test_the_same_spikes_as_the_dense_network(first, second, T, fused):
 def test_spikes_where_arithmetic_is_exact():
     """Whole multiples of 1/64, whose sums do not round: not one spike may differ."""
     network, generator = MnistNet(8), torch.Generator().manual_seed(0)
-    for weight, scale in zip(measure.prunable(network).values(), (64, 8), strict=True):
+    for weight, scale in zip(measuring.prunable(network).values(), (64, 8), strict=True):
         kept = torch.rand(weight.shape, generator=generator) < 0.2
         weight.copy_(kept * torch.randint(-8, 9, weight.shape, generator=generator) / scale)
     images = torch.randint(0, 3, (500, 1, 28, 28), generator=generator).float()
@@ -213,7 +213,7 @@ def test_how_a_network_is_run_changes_no_spike():
 
 @torch.no_grad()
 def test_real_images(real_data):
-    images = Normalisation(RECIPE.mean, RECIPE.std, CPU)(load("mnist", real_data).test.images[:2000])
+    images = Normalisation(EXPERIMENT.mean, EXPERIMENT.std, CPU)(load("mnist", real_data).test.images[:2000])
     for sparsity in bench.SPARSITIES:
         network = bench.random_network(sparsity)
         dense = network(images)

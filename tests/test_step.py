@@ -8,10 +8,10 @@ from spikingjelly.activation_based import functional, neuron
 from test_models import narrow_cifar10, spiking_mnist
 from torch.optim import Adam
 
+import measuring
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from spiking import lif
-from training import measure
 from training.step import TrainingStep, autocast, set_precision
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def batches(n, shape, device="cpu"):
 
 
 def optimizers_of(network, cls=GradRewiring, **settings):
-    weights = list(measure.prunable(network).values())
+    weights = list(measuring.prunable(network).values())
     others = [p for p in network.parameters() if p.dim() == 1]
     defaults = dict(alpha=1e-3, s=0.95) if cls is GradRewiring else dict(l1=1e-3, max_s=0.5, T=0.01, soft=True)
     capturable = settings.get("capturable", False)
@@ -41,7 +41,7 @@ def test_a_step_is_forward_loss_backward_and_optimizers():
     for images, labels in batches(3, (5, 1, 28, 28)):
         loss, right = step(images, labels)
         counts = by_hand(images)
-        expected = measure.loss_function(counts, labels, 4)
+        expected = measuring.loss_function(counts, labels, 4)
         optimizer.zero_grad()
         expected.backward()
         optimizer.step()

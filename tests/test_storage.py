@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import files, storage
+from training.files import storage, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +66,7 @@ class FaultyOS:
         self.at, self.when, self.error, self.log = at, when, error, []
 
     def take_the_place_of_os(self, monkeypatch):
-        for module in (storage, files):
+        for module in (storage, writing):
             monkeypatch.setattr(module, "os", self)
 
     def __getattr__(self, name):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_energy import TinyNet, grid_images, prune
 
+import measuring
 from c10.model import Cifar10Net
+from measuring.paths import structural
 from mnist.model import MnistNet
-from training import measure
-from training.structure import structural
 
 
 def masks_of(*layers):
@@ -43,7 +43,7 @@ def test_effects_go_on_through_all_layers():
 def test_a_broken_chain_has_no_structure():
     """Input and output halves that meet nowhere: all is connected, nothing structural."""
     masks = masks_of([[1, 1], [0, 0]], [[0, 1], [0, 1]])
-    assert measure.total(measure.count(structural(masks))) == measure.Connections(0, 8)
+    assert measuring.total(measuring.count(structural(masks))) == measuring.Connections(0, 8)
 
 
 def test_an_empty_layer_leaves_nothing():
@@ -114,8 +114,8 @@ def test_structural_connections_are_those_on_paths(seed, connectivity):
 
 
 def test_the_paths_are_no_trivial_case():
-    kept = [measure.total(measure.count(structural(random_masks(seed, 0.2)))).connected for seed in range(8)]
-    there = [measure.total(measure.count(random_masks(seed, 0.2))).connected for seed in range(8)]
+    kept = [measuring.total(measuring.count(structural(random_masks(seed, 0.2)))).connected for seed in range(8)]
+    there = [measuring.total(measuring.count(random_masks(seed, 0.2))).connected for seed in range(8)]
     assert any(0 < n < m for n, m in zip(kept, there, strict=True))
 
 
@@ -130,11 +130,11 @@ def test_what_is_not_structural_changes_nothing(seed):
     """The network's output is the same without it."""
     network = prune(TinyNet(), 0.5, 2, seed)
     images = grid_images(20, 1, 6, 6)
-    weights = measure.prunable(network)
+    weights = measuring.prunable(network)
     with torch.no_grad():
         network.static_conv.weight[1] = 0  # nothing reaches this channel
         network.body[8].weight[:, 12:] = 0  # nothing reads the last channel before
-    masks = {name: measure.connected(weight) for name, weight in weights.items()}
+    masks = {name: measuring.connected(weight) for name, weight in weights.items()}
     kept = structural(masks)
     with torch.no_grad():
         before = network(images)
@@ -167,7 +167,7 @@ def test_the_networks_are_chains():
     with torch.device("meta"):
         networks = [MnistNet(), Cifar10Net()]
     for network in networks:
-        masks = {name: measure.connected(weight) for name, weight in measure.prunable(network).items()}
+        masks = {name: measuring.connected(weight) for name, weight in measuring.prunable(network).items()}
         assert {name: mask.shape for name, mask in structural(masks).items()} == {n: m.shape for n, m in masks.items()}
 
 

@@ -79,7 +79,7 @@ def test_a_console_of_plain_ascii_shows_what_it_can(tmp_path, mnist_folder):
 import sys
 from analysis import report
 from mnist import mnist
-from training import energy
+from measuring import energy
 options = ["-b", "8", "-N", "1", "--dataset-dir", sys.argv[1], "--dump-dir", sys.argv[2]]
 energy.PICOJOULES_PER_MAC = 1e6  # µJ
 assert mnist.main(options) == 0

@@ -13,13 +13,14 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from torch import nn
 from torch.optim import Adam
 
+import measuring
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
+from measuring.report import percent
 from mnist import mnist
 from mnist.model import MnistNet
-from training import loop, measure
+from training import loop
 from training.optimizers import build
-from training.record import percent
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]
 
@@ -122,7 +123,7 @@ def test_recorded_values_are_those_of_the_network(run, tmp_path, mnist_folder):
     state = load(tmp_path)
     network = MnistNet()
     network.load_state_dict(state["network"])
-    layers = measure.count({k: measure.connected(w) for k, w in measure.prunable(network).items()})
+    layers = measuring.count({k: measuring.connected(w) for k, w in measuring.prunable(network).items()})
     for name, layer in layers.items():
         assert events[f"layer sparsity/{name}"][-1][1] == pytest.approx(layer.sparsity, rel=1e-6)
         pruned, regrown, net = (
@@ -132,21 +133,21 @@ def test_recorded_values_are_those_of_the_network(run, tmp_path, mnist_folder):
         assert sum(regrown) > 0
         assert np.array_equal(np.array(pruned) - np.array(regrown), net)
         assert sum(net) == layer.pruned  # from the dense start to the end
-    assert events["sparsity"][-1][1] == pytest.approx(measure.total(layers).sparsity, rel=1e-6)
+    assert events["sparsity"][-1][1] == pytest.approx(measuring.total(layers).sparsity, rel=1e-6)
     assert max(accuracy for _, accuracy in events["test_acc"]) == pytest.approx(state["best_accuracy"])
     # the first loss is that of the initial network on the first batch
     torch.manual_seed(2020)
     network = MnistNet()
     dataset = mnist.load("mnist", mnist_folder)
-    run_ = loop.Run(mnist.RECIPE, make_options(tmp_path), network, [], dataset, SimpleNamespace(saved=None))
+    run_ = loop.Trainer(mnist.EXPERIMENT, make_options(tmp_path), network, [], dataset, SimpleNamespace(saved=None))
     images, labels = next(iter(run_.training))
     counts = network(images)
-    assert events["train/loss"][0] == (0, pytest.approx(measure.loss_function(counts, labels, 8).item()))
-    assert events["train/acc"][0] == (0, float(measure.correct(counts, labels)) / 8)
+    assert events["train/loss"][0] == (0, pytest.approx(measuring.loss_function(counts, labels, 8).item()))
+    assert events["train/acc"][0] == (0, float(measuring.correct(counts, labels)) / 8)
 
 
 def make_options(folder):
-    return mnist.parse(mnist.RECIPE, [*GRAD, "--dump-dir", str(folder)])
+    return mnist.parse(mnist.EXPERIMENT, [*GRAD, "--dump-dir", str(folder)])
 
 
 def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
@@ -154,7 +155,7 @@ def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
     from training.recorder import Recorder
 
     recorder = Recorder(tmp_path / "logs" / "x", {})
-    recorder.connections(1, {"a": measure.Connections(4, 6)}, {"a": (3, 1)}, others=4)
+    recorder.connections(1, {"a": measuring.Connections(4, 6)}, {"a": (3, 1)}, others=4)
     recorder.close()
     events, _ = scalars(tmp_path)
     values = {tag: value for tag, [(_, value)] in events.items()}

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from training import checks, dump_dir, fit, record, recorder, storage
-from training.command_line import Refusal
-from training.locks import Lock
+from training import dump_dir, fit, record, recorder
+from training.errors import Refusal
+from training.files import checks, storage
+from training.files.locks import Lock
 from training.options import OPTION_NAMES, RECORDING_OPTIONS, arguments
 
 FORMAT = 2

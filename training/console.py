@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from measuring import Connections
+from measuring.report import percent
 from training import device
 from training.command_line import either
-from training.measure import Connections
-from training.options import format_number
-from training.record import percent
+from training.naming import format_number
 
 METHODS = {"no_prune": "Dense training", "grad": "Grad R", "deep": "Deep R"}
 UNITS = (  # of durations: the name, its seconds, and the number from which the next unit is used

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 import spiking_kernels
 from spiking_kernels.tensors import flaw
-from training.command_line import Refusal
 from training.datasets import CIFAR10_CLASSES, Dataset, Split, load
+from training.errors import Refusal
 
 __all__ = [
     "CIFAR10_CLASSES",

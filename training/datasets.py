@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training.command_line import Refusal
+from training.errors import Refusal
 from training.images import read_rgb
 
 CIFAR10_CLASSES = (

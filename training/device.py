@@ -6,7 +6,7 @@ from argparse import Namespace
 import torch
 
 import spiking_kernels
-from training.command_line import Refusal
+from training.errors import Refusal
 
 
 def choose(options: Namespace) -> None:

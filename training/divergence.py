@@ -8,10 +8,6 @@ from torch import Tensor, nn
 NEVER = 2**62
 
 
-class DivergedError(Exception):
-    """A run has met numbers that are not finite; its text is the one line to print."""
-
-
 @dataclass(frozen=True)
 class NonFinite:
     """What was not finite first (the loss, a gradient or a parameter), and in which of the steps watched, from 0."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from training import json_files
+from training.files import json_files
 
 
 def default(runs: Path, experiment: str, name: str) -> Path:

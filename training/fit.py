@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from measuring import connected, pack, prunable
 from rewiring import RewiringOptimizer
-from training import checks, randomness, recorder
-from training.command_line import LARGEST
-from training.measure import connected, pack, prunable
+from training import randomness, recorder
+from training.command_line.types import LARGEST
+from training.files import checks
 
 # What a checkpoint holds, with the type of each.
 CONTENT = {

@@ -11,14 +11,6 @@ def known(names: Iterable[str]) -> list[signal.Signals]:
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
-class Interrupted(Exception):
-    """A signal has ended the run, with everything saved; its text is what to print."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.number = number
-
-
 class StopRequested(Exception):
     """Unwinds to where the run is saved; raised by :meth:`Signals.check`."""
 

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import measuring
+from measuring import report
 from spiking import SpikingNetwork
-from training import checkpoint, console, evaluation, fit, measure, randomness, record, recorder, schedule
-from training.command_line import Refusal
+from training import checkpoint, console, fit, randomness, record, recorder, schedule
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
-from training.divergence import DivergedError
-from training.interrupt import Interrupted, Signals, StopRequested
-from training.options import Recipe, arguments
+from training.errors import DivergedError, Interrupted, Refusal
+from training.experiment import Experiment
+from training.interrupt import Signals, StopRequested
+from training.options import arguments
 from training.step import TrainingStep, autocast, set_precision
 
 
@@ -26,11 +28,11 @@ def _bar(batches: Iterable[tuple[Tensor, Tensor]], what: str, **settings: Any) -
     return tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty(), **settings)
 
 
-class Run:
+class Trainer:
     """One run: a network with its optimizers on a data set, trained from where its checkpoint is.
 
     Args:
-        recipe: what the experiment fixes.
+        experiment: what it fixes.
         options: the command line, parsed.
         network: with ``T`` time steps, on ``options.device``; maps images to spike counts [N, 10].
         optimizers: all of them take a step after every backward pass.
@@ -44,33 +46,33 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
+        experiment: Experiment,
         options: Namespace,
         network: SpikingNetwork,
         optimizers: list[Optimizer],
         dataset: Dataset,
         store: checkpoint.Store,
     ):
-        self.recipe, self.options, self.network, self.optimizers = recipe, options, network, optimizers
+        self.experiment, self.options, self.network, self.optimizers = experiment, options, network, optimizers
         self.store, self.folder = store, record.folder_of(options)
         self.fingerprint = dataset.fingerprint()
         device = options.device
-        normalisation = Normalisation(recipe.mean, recipe.std, device)
+        normalisation = Normalisation(experiment.mean, experiment.std, device)
         self.generator = torch.Generator("cpu").manual_seed(options.seed)
         self.training = TrainingBatches(
             dataset.train.to(device),
             options.batch_size,
-            recipe.augmentation,
+            experiment.augmentation,
             normalisation,
             self.generator,
             fused=options.compile,
         )
-        self.test_set = TestBatches(dataset.test.to(device), recipe.test_batch_size, normalisation)
+        self.test_set = TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
         set_precision(options.precision_used, device)
         network.fused = options.compile
         self.training_step = TrainingStep(network, optimizers, options.precision_used, device, graph=options.compile)
         self.schedule = schedule.build(options, optimizers, options.epoch * len(self.training))
-        self.weights = measure.prunable(network)
+        self.weights = measuring.prunable(network)
         self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
         self.masks = self._masks()
@@ -94,7 +96,7 @@ class Run:
         self.seconds = {"train": 0.0, "test": 0.0, "checkpoint": 0.0}
 
     def _masks(self) -> dict[str, Tensor]:
-        return {name: measure.connected(weight) for name, weight in self.weights.items()}
+        return {name: measuring.connected(weight) for name, weight in self.weights.items()}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -109,7 +111,7 @@ class Run:
             "epoch_loss": float(self.loss),
             "epoch_right": int(self.right),
             "seconds": self.seconds,
-            "masks": {name: measure.pack(mask) for name, mask in self.masks.items()},
+            "masks": {name: measuring.pack(mask) for name, mask in self.masks.items()},
             "network": self.network.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": randomness.states(self.options.device, self.order_state),
@@ -132,7 +134,7 @@ class Run:
             return
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             checkpoint.load_optimizer(optimizer, state)
-        self.masks = {name: measure.unpack(saved["masks"][name], weight) for name, weight in self.weights.items()}
+        self.masks = {name: measuring.unpack(saved["masks"][name], weight) for name, weight in self.weights.items()}
         self.lengths = saved["files"]
         self._begin_epoch()
         self.position, self.first_step = saved["position"], self.step
@@ -209,7 +211,7 @@ class Run:
                 self.store.wait()
                 raise Interrupted(self.signals.stop, self._place()) from None
         print(f"Logs are in {self.folder}, the model in {self.store.folder}.")
-        if complaint := self.schedule.complaint(measure.total(measure.count(self.masks)).connectivity):
+        if complaint := self.schedule.complaint(measuring.total(measuring.count(self.masks)).connectivity):
             print(complaint)
 
     def _place(self) -> str:
@@ -275,21 +277,21 @@ class Run:
         epoch = self.epoch + 1
         full, extra = epoch == 1 or epoch % self.options.interval_test == 0, {}
         if full:
-            with measure.SpikeCounter(self.network) as spikes:
+            with measuring.SpikeCounter(self.network) as spikes:
                 accuracy = self._accuracy()
             rates = spikes.rates()
-            names = self.recipe.histograms
+            names = self.experiment.histograms
             self.recorder.neurons(epoch, rates)
             self.recorder.weights(epoch, self.network, self.optimizers, names)
             extra = {
-                "neurons": record.neuron_results(rates),
+                "neurons": measuring.neuron_results(rates),
                 "distributions": record.distributions(self.network, self.optimizers, names),
             }
         else:
             accuracy = self._accuracy()
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, self._masks()
-        layers, rewired = measure.count(self.masks), measure.rewired(before, self.masks)
+        layers, rewired = measuring.count(self.masks), measuring.rewired(before, self.masks)
         self.recorder.accuracy(epoch, accuracy)
         self.recorder.connections(epoch, layers, rewired, self.others)
         self.seconds["test"] += time.perf_counter() - start
@@ -316,7 +318,7 @@ class Run:
         self.time_left.tested(full)
         left = self.time_left.left(epoch)
         line = console.epoch_line(
-            epoch, self.options.epoch, accuracy, self.best_accuracy, measure.total(layers), seconds, left
+            epoch, self.options.epoch, accuracy, self.best_accuracy, measuring.total(layers), seconds, left
         )
         print(line, flush=True)
 
@@ -330,10 +332,10 @@ class Run:
 
     def _accuracy(self) -> float:
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
-            return measure.accuracy(self.network, self._stoppable(bar))
+            return measuring.accuracy(self.network, self._stoppable(bar))
 
     def test(self) -> None:
         """Evaluates the network as it is; prints the results and stores them in the log folder."""
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
-            report = evaluation.report(self.network, bar, self.epoch)
-        record.store_test(self.folder, self.epoch, report.lines(), report.numbers(), report.rates)
+            found = report.report_on(self.network, bar, self.epoch)
+        record.store_test(self.folder, self.epoch, found.lines(), found.numbers(), found.rates)

@@ -7,7 +7,7 @@ from torch.optim import Adam, Optimizer
 
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
-from training.measure import prunable
+from measuring import prunable
 
 
 def build(network: nn.Module, options: Namespace) -> list[Optimizer]:

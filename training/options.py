@@ -2,13 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training import checks, device, dump_dir
-from training.command_line import Parser, Refusal, check_writable, folder_path, number, whole_number
+from training import device, dump_dir
+from training.command_line import Parser, check_writable, folder_path, number, whole_number
+from training.errors import Refusal
+from training.experiment import Experiment
+from training.files import checks
+from training.naming import format_number, run_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -50,41 +52,9 @@ PLACE_OPTIONS = {
 RECORDING_OPTIONS = {"interval_test", "interval_train"}
 
 
-@dataclass(frozen=True)
-class Pace:
-    """The defaults of an experiment's options that --recipe decides on."""
-
-    batch_size: int
-    learning_rate: float
-    epochs: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What an experiment fixes, and its defaults for the options.
-
-    ``paper`` and ``fast`` are the defaults with either --recipe.
-    ``datasets`` are the names that --dataset accepts, the first being the default. ``mean`` and ``std`` are
-    those of the normalisation, per channel, of pixels in [0, 1]. ``augmentation`` is one of training.data's.
-    ``test_batch_size`` bounds the memory of an evaluation and has no influence on its result.
-    ``histograms`` are the weights whose distribution is recorded, None for all that are pruned.
-    """
-
-    name: str
-    datasets: tuple[str, ...]
-    paper: Pace
-    fast: Pace
-    interval_test: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmentation: Any
-    test_batch_size: int
-    histograms: tuple[str, ...] | None = None
-
-
-def _parser(recipe: Recipe) -> argparse.ArgumentParser:
+def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser = Parser(
-        description=f"Trains, prunes and tests the {recipe.name} network of spiking neurons.",
+        description=f"Trains, prunes and tests the {experiment.name} network of spiking neurons.",
         epilog="The same command continues an interrupted run from its last checkpoint.",
     )
 
@@ -92,7 +62,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         parser.add_argument(*SPELLINGS[option], dest=option, **settings)
 
     least_one, at_least_zero = whole_number(1), number(">= 0", lambda x: x >= 0)
-    paper, fast = recipe.paper, recipe.fast
+    paper, fast = experiment.paper, experiment.fast
     add(
         "mode",
         choices=("deep", "grad", "no_prune"),
@@ -172,11 +142,11 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         metavar="ID",
         help="id of the GPU to use (default: the first GPU; the CPU where there is none)",
     )
-    digits = "; digits: scikit-learn's 1797 small digits, which need no download" * ("digits" in recipe.datasets)
+    digits = "; digits: scikit-learn's 1797 small digits, which need no download" * ("digits" in experiment.datasets)
     add(
         "dataset",
-        choices=recipe.datasets,
-        default=recipe.datasets[0],
+        choices=experiment.datasets,
+        default=experiment.datasets[0],
         help=f"data set{digits} (default: %(default)s)",
     )
     add(
@@ -190,7 +160,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
         "dump_dir",
         type=folder_path,
         metavar="DIR",
-        help=f"folder for logs and models (default: runs/{recipe.name}, in the repository)",
+        help=f"folder for logs and models (default: runs/{experiment.name}, in the repository)",
     )
     add(
         "compile",
@@ -220,7 +190,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     add(
         "interval_test",
         type=least_one,
-        default=recipe.interval_test,
+        default=experiment.interval_test,
         metavar="EPOCHS",
         help="epochs between full recordings on the test set (default: %(default)s)",
     )
@@ -240,7 +210,7 @@ def _gpu(text: str) -> int:
     return whole_number(0)(text)
 
 
-def read(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def read(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line, and checks as much of it as needs no device and no folder.
 
     Returns:
@@ -249,9 +219,9 @@ def read(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespac
     Raises:
         Refusal: an option is not accepted, or contradicts another.
     """
-    options = _parser(recipe).parse_args(argv)
-    options.experiment = recipe.name
-    pace = recipe.fast if options.recipe == "fast" else recipe.paper
+    options = _parser(experiment).parse_args(argv)
+    options.experiment = experiment.name
+    pace = experiment.fast if options.recipe == "fast" else experiment.paper
     given = (options.batch_size, options.learning_rate, options.epoch)
     defaults = (pace.batch_size, pace.learning_rate, pace.epochs)
     options.batch_size, options.learning_rate, options.epoch = (
@@ -262,7 +232,7 @@ def read(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line, and chooses the device.
 
     Returns:
@@ -271,11 +241,11 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> argparse.Namespa
     Raises:
         Refusal: an option is not accepted, contradicts another, or cannot work on this machine.
     """
-    options = read(recipe, argv)
+    options = read(experiment, argv)
     device.choose(options)
-    options.name = run_name(options, recipe)
+    options.name = run_name(options, experiment)
     if options.dump_dir is None:
-        options.dump_dir = dump_dir.default(REPOSITORY / "runs", recipe.name, options.name)
+        options.dump_dir = dump_dir.default(REPOSITORY / "runs", experiment.name, options.name)
     check_writable("--dump-dir", options.dump_dir)
     return options
 
@@ -319,41 +289,6 @@ def _check_mode(options: argparse.Namespace) -> None:
             options.penalty = 1e-3
     if mode == "deep" and options.temperature is None:
         options.temperature = 0.0
-
-
-def format_number(value: float) -> str:
-    """Writes a number as run names do, shortest digits in powers of ten: 0.001 is 1e-3, 0.00025 is 2.5e-4."""
-    if value == 0:
-        return "0"
-    exponent = Decimal(repr(value)).adjusted()
-    mantissa = Decimal(repr(value)).scaleb(-exponent).normalize()
-    return f"{mantissa:f}e{exponent}"
-
-
-def run_name(options: argparse.Namespace, recipe: Recipe) -> str:
-    """Names a run after every option that changes its outcome, but the number of epochs of the paper's recipe."""
-    parts = ["soft"] if options.soft else []
-    parts += ["lr", format_number(options.learning_rate), "b", str(options.batch_size), "T", str(options.T)]
-    if options.connectivity is not None:
-        parts += ["connectivity", format_number(options.connectivity)]
-    if options.penalty is not None:
-        parts += ["penalty", format_number(options.penalty)]
-    if options.sparsity is not None:
-        parts += ["s", repr(options.sparsity)]
-    parts += [options.mode]
-    if options.recipe != "paper":
-        parts += [options.recipe, "N", str(options.epoch)]  # the schedule is that of the number of epochs
-    if options.plain_gradient:
-        parts += ["plain-gradient"]
-    if options.seed != 2020:
-        parts += ["seed", str(options.seed)]
-    if options.temperature:
-        parts += ["temperature", format_number(options.temperature)]
-    if options.precision:
-        parts += [options.precision]
-    if options.dataset != recipe.datasets[0]:
-        parts += [options.dataset]
-    return "-".join(parts)
 
 
 def arguments(options: argparse.Namespace) -> dict[str, Any]:

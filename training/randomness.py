@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import checks
+from training.files import checks
 
 
 def seed(number: int) -> None:

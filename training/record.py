@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from measuring import Connections, prunable, total
 from training import device, files
-from training.measure import Connections, prunable, total
 from training.options import REPOSITORY, arguments
 
 BINS = 64  # of the distributions in the results
@@ -87,14 +87,6 @@ def epoch_results(
         "learning_rate": learning_rate,
         "penalty": penalty,
         **{f"{what}_seconds": seconds[what] for what in ("train", "test", "checkpoint")},
-    }
-
-
-def neuron_results(rates: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Mean firing rate and share of silent neurons of each LIF layer, from the rates of its neurons."""
-    return {
-        name: {"firing_rate": float(rate.mean()), "silent": float((rate == 0).float().mean())}
-        for name, rate in rates.items()
     }
 
 
@@ -178,10 +170,6 @@ def _git_commit() -> str | None:
 
 def write_json(path: Path, content: Any) -> None:
     files.write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
 
 
 def store_test(folder: Path, epoch: int, lines: list[str], numbers: dict[str, Any], rates: dict[str, Tensor]) -> None:

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from measuring import Connections, neuron_results, total
 from training import files
-from training.measure import Connections, total
-from training.record import neuron_results, weights_and_theta
+from training.record import weights_and_theta
 
 RESULTS = "results.jsonl"
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import measuring
 from spiking import SpikingNetwork
-from training import measure
 from training.divergence import FiniteCheck
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -64,12 +64,12 @@ class TrainingStep:
             parameter.grad = None
         with autocast(self.precision, self.device):
             counts = self.network(images)
-        loss = measure.loss_function(counts, labels, self.network.T)
+        loss = measuring.loss_function(counts, labels, self.network.T)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self.finite.update(loss)
-        return loss.detach(), measure.correct(counts.detach(), labels)
+        return loss.detach(), measuring.correct(counts.detach(), labels)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if not self.use_graph:

@@ -14,7 +14,7 @@ The digest is the SHA-256, in hexadecimal digits, of the description in UTF-8, a
 of their names, of "\\n", its name, its NumPy dtype and its shape as Python prints a list, "\\n" (as in
 ``"\\nfc.1.weight float32 [10, 800]\\n"``) and its elements, little-endian, in C order. In csr the names are those of
 the arrays (``<name>/data``), in nir those of the network's weights. Exports of version 1, which had none, are still
-read, with a warning; whatever else is wrong in a file is refused in either version (:mod:`training.checks`).
+read, with a warning; whatever else is wrong in a file is refused in either version (:mod:`training.files.checks`).
 
 **safetensors**, for a copy that is small and exact. ``network`` is in the metadata. Its ``layers`` has for every weight
 that can be pruned its shape and layout; the values that are not 0 are in ``<name>.values``, float32, in C order:
@@ -50,7 +50,7 @@ from analysis.formats.csr import read_csr, write_csr
 from analysis.formats.nir import read_nir, write_nir
 from analysis.formats.safetensors import read_safetensors, write_safetensors
 from analysis.snapshot import Snapshot, Unreadable, from_checkpoint, reason
-from training.command_line import Refusal
+from training.errors import Refusal
 
 WRITERS: dict[str, Callable[[Snapshot], bytes]] = {
     "safetensors": write_safetensors,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+import measuring
 from analysis.formats.description import (
     LENGTH,
     arrays_of,
@@ -24,8 +25,8 @@ from analysis.formats.description import (
     digest,
 )
 from analysis.snapshot import Snapshot, batch_norms
-from training import archives, checks, measure
-from training.command_line import Refusal
+from training.errors import Refusal
+from training.files import archives, checks
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 KEYS = ("data", "indices", "indptr", "shape")
@@ -58,7 +59,7 @@ def write_csr(snapshot: Snapshot) -> bytes:
     arrays: dict[str, NDArray] = {}
     for name, weight in weights.items():
         matrix = weight.reshape(len(weight), -1)
-        connected = measure.connected(torch.from_numpy(matrix)).numpy()
+        connected = measuring.connected(torch.from_numpy(matrix)).numpy()
         rows, columns = np.nonzero(connected)
         arrays[f"{name}/data"] = matrix[rows, columns]
         arrays[f"{name}/indices"] = columns.astype(np.int32)

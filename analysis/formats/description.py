@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import measuring
 from analysis.snapshot import Snapshot
-from training import checks, measure
-from training.command_line import Refusal
+from training.errors import Refusal
+from training.files import checks
 
 FORMAT, VERSION = "gradrewire network", 2
 LENGTH = 1 << 16  # characters of a description; it has a few hundred
@@ -39,7 +40,7 @@ def describe(snapshot: Snapshot, layers: dict[str, Any]) -> str:
 
 
 def _normalisation(snapshot: Snapshot) -> dict[str, Any]:
-    return {"mean": list(snapshot.recipe.mean), "std": list(snapshot.recipe.std)}
+    return {"mean": list(snapshot.about.mean), "std": list(snapshot.about.std)}
 
 
 def digest(text: str, arrays: Mapping[str, NDArray]) -> str:
@@ -114,7 +115,7 @@ def check_layers(layers: Any, expected: dict[str, dict[str, Any]]) -> None:
 
 def arrays_of(snapshot: Snapshot) -> tuple[dict[str, NDArray], dict[str, NDArray]]:
     """The weights that can be pruned, and the other tensors, by name."""
-    prunable = measure.prunable(snapshot.network())
+    prunable = measuring.prunable(snapshot.network())
     arrays = {name: tensor.contiguous().numpy() for name, tensor in snapshot.state.items()}
     return {k: v for k, v in arrays.items() if k in prunable}, {k: v for k, v in arrays.items() if k not in prunable}
 

@@ -15,8 +15,8 @@ from torch import nn
 from analysis.formats import hdf5
 from analysis.formats.description import check_digest, check_layers, complete, describe, described, digest, imported
 from analysis.snapshot import Snapshot
-from training import checks
-from training.command_line import Refusal
+from training.errors import Refusal
+from training.files import checks
 
 DT = 1e-4  # what NIR's frameworks take for a step; tau * DT and back is exact
 NODES = ("flatten", "static_fc_1", "fc_0", "fc_1", "fc_2")  # after the layers of MnistNet

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import measuring
 from analysis.formats.description import (
     arrays_of,
     check_digest,
@@ -22,7 +23,7 @@ from analysis.formats.description import (
     parse,
 )
 from analysis.snapshot import Snapshot
-from training import checks, measure
+from training.files import checks
 
 HEADER_LIMIT = 1 << 20  # bytes; the CIFAR-10 network's has 8000
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # of a network's tensors
@@ -46,7 +47,7 @@ def _positions(gaps: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 def _pack(weight: NDArray[np.float32]) -> tuple[str, dict[str, NDArray]]:
     """The smallest layout of a weight: its name, and its arrays by the suffix of their names."""
-    connected = measure.connected(torch.from_numpy(weight)).numpy().ravel()
+    connected = measuring.connected(torch.from_numpy(weight)).numpy().ravel()
     values = weight.ravel()[connected]
     layouts = {
         "dense": {"": weight},

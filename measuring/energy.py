@@ -21,8 +21,8 @@ from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from measuring import SpikeCounter, connected
 from spiking import SpikingNetwork
-from training.measure import SpikeCounter, connected
 
 PICOJOULES_PER_AC = 0.9
 PICOJOULES_PER_MAC = 0.9 + 3.7

@@ -43,7 +43,7 @@ def structural(masks: dict[str, Tensor]) -> dict[str, Tensor]:
             [out, in, kernel height, kernel width] of convolutions.
 
     Returns:
-        Masks of the same names, shapes and devices; to be counted with :func:`training.measure.count`.
+        Masks of the same names, shapes and devices; to be counted with :func:`measuring.count`.
 
     Raises:
         ValueError: a layer's inputs do not fit the units of the layer before.

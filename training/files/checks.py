@@ -5,7 +5,7 @@ declares, not the types, and not the values. Every function raises ValueError wi
 wrong and says what is accepted; the caller names the file. On the way from a file to a network there are three
 steps:
 
-1. :mod:`training.archives`, before a checkpoint or an .npz is opened: what it declares to hold.
+1. :mod:`training.files.archives`, before a checkpoint or an .npz is opened: what it declares to hold.
 2. :func:`keys`, :func:`whole_number`, :func:`number`, :func:`text`: the fields, each of its type and in its range.
 3. :func:`tensors`, :func:`tensor`: what will be a network's state, an optimizer's, or a mask.
 """

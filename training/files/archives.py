@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from training import checks
+from training.files import checks
 
 MEMBERS = 4096  # of an archive; the CIFAR-10 checkpoint has 130
 PICKLE_LIMIT = 1 << 19  # bytes of a checkpoint without its tensors; the CIFAR-10 one has 21 000

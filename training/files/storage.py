@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import archives, checks, files
+from training import files
+from training.files import archives, checks
 
 FOOTER = re.compile(rb"\ngradrewire 2 bytes (\d{20}) sha256 ([0-9a-f]{64})\n")
 FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
@@ -99,7 +100,7 @@ def read(path: Path, verify: bool = True) -> Any:
     """Reads what :func:`write` stored, on the CPU, once its digest is verified.
 
     Only plain tensors, numbers, texts and containers of them are read, and only once the sizes that they declare
-    are found to be those of the file (see :mod:`training.archives`): no code in it can run.
+    are found to be those of the file (see :mod:`training.files.archives`): no code in it can run.
     Without ``verify`` only the file's length is checked, and tensors are read from the disk as they are
     used: for a quick look at some of them.
 

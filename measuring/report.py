@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import measuring
+from measuring import Connections, energy, neuron_results, paths
 from spiking import SpikingNetwork
-from training import energy, measure, structure
-from training.measure import Connections
-from training.record import neuron_results, percent
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,13 @@ class Report:
         epoch: how many epochs the network was trained.
         evaluation: predictions and labels of all images.
         connected: connections of every layer, by its weight's name.
-        structural: those on a path from an input to an output, see :mod:`training.structure`.
+        structural: those on a path from an input to an output, see :mod:`measuring.paths`.
         rates: firing rate of every neuron, by the LIF layer's name: spikes per image and time step.
-        operations: operations of every layer, by its weight's name, see :mod:`training.energy`.
+        operations: operations of every layer, by its weight's name, see :mod:`measuring.energy`.
     """
 
     epoch: int
-    evaluation: measure.Evaluation
+    evaluation: measuring.Evaluation
     connected: dict[str, Connections]
     structural: dict[str, Connections]
     rates: dict[str, Tensor]
@@ -44,7 +43,7 @@ class Report:
 
     def _accuracy_lines(self) -> list[str]:
         seen = self.evaluation
-        low, high = measure.wilson_interval(seen.right, seen.images)
+        low, high = measuring.wilson_interval(seen.right, seen.images)
         lines = [
             f"test accuracy {percent(seen.accuracy)} after {self.epoch} epochs "
             f"(95 % interval {percent(low)} to {percent(high)}, {seen.right} of {seen.images} images)"
@@ -97,13 +96,13 @@ class Report:
 
     def numbers(self) -> dict[str, Any]:
         """The report as JSON takes it: shares as fractions, operations and picojoules per image."""
-        seen, everything = self.evaluation, measure.total(self.connected)
-        structural = measure.total(self.structural)
+        seen, everything = self.evaluation, measuring.total(self.connected)
+        structural = measuring.total(self.structural)
         total = energy.energy_per_image(self.operations.values())
         return {
             "epoch": self.epoch,
             "accuracy": seen.accuracy,
-            "accuracy_interval": list(measure.wilson_interval(seen.right, seen.images)),
+            "accuracy_interval": list(measuring.wilson_interval(seen.right, seen.images)),
             "right": seen.right,
             "images": seen.images,
             "confusion": seen.confusion.tolist(),
@@ -135,32 +134,36 @@ class Report:
         }
 
 
-def report(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Report:
+def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Report:
     """Tests a network, in eval mode, in one pass over all batches.
 
     Raises:
-        ValueError: the network's operations cannot be counted, see :class:`training.energy.OperationCounter`,
-            or its layers are no chain, see :func:`training.structure.structural`.
+        ValueError: the network's operations cannot be counted, see :class:`measuring.energy.OperationCounter`,
+            or its layers are no chain, see :func:`training.paths.structural`.
     """
     with energy.OperationCounter(network) as counter:
-        evaluation = measure.evaluate(network, batches)
+        evaluation = measuring.evaluate(network, batches)
     masks = _masks(network)
     return Report(
         epoch,
         evaluation,
-        measure.count(masks),
-        measure.count(structure.structural(masks)),
+        measuring.count(masks),
+        measuring.count(paths.structural(masks)),
         counter.rates(),
         counter.operations(),
     )
 
 
 def _masks(network: nn.Module) -> dict[str, Tensor]:
-    return {name: measure.connected(weight) for name, weight in measure.prunable(network).items()}
+    return {name: measuring.connected(weight) for name, weight in measuring.prunable(network).items()}
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
 
 
 def _with_total(layers: dict[str, Connections]) -> list[tuple[str, Connections]]:
-    return [*layers.items(), ("total", measure.total(layers))]
+    return [*layers.items(), ("total", measuring.total(layers))]
 
 
 def _share(part: float, whole: float) -> float | None:

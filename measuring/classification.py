@@ -1,0 +1,85 @@
+"""Classification: the loss, and how many predictions are right."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def loss_function(counts: Tensor, labels: Tensor, T: int) -> Tensor:
+    """Mean squared error between firing rates, counts / T with counts [N, 10], and the one-hot labels."""
+    one_hot = torch.zeros_like(counts).scatter_(1, labels.unsqueeze(1), 1.0)
+    return F.mse_loss(counts / T, one_hot)
+
+
+def correct(counts: Tensor, labels: Tensor) -> Tensor:
+    """How many predictions, the class with the most spikes, are right: 0-dimensional."""
+    return (counts.argmax(1) == labels).sum()
+
+
+def confusion(counts: Tensor, labels: Tensor) -> Tensor:
+    """How often images of each class (rows) were taken for each class (columns): int64 [classes, classes].
+
+    Counts are [N, classes], labels [N]; the prediction is that of :func:`correct`. Nothing leaves the device.
+    """
+    classes = counts.shape[1]
+    cells = labels * classes + counts.argmax(1)
+    matrix = torch.zeros(classes * classes, dtype=torch.int64, device=counts.device)
+    return matrix.index_add_(0, cells, torch.ones_like(cells)).view(classes, classes)
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share of which ``right`` of ``n`` were seen; 95 % with z = 1.96.
+
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the
+    American Statistical Association 22 (1927).
+
+    Raises:
+        ValueError: not 0 <= right <= n with n >= 1.
+    """
+    if not 0 <= right <= n or n < 1:
+        raise ValueError(f"right={right}, n={n} is not accepted: must be 0 <= right <= n, and n >= 1")
+    share, z2 = right / n, z * z
+    center = (right + z2 / 2) / (n + z2)
+    half = z * math.sqrt(n * share * (1 - share) + z2 / 4) / (n + z2)
+    # the ends are exact, where rounding would leave them a little off
+    return 0.0 if right == 0 else center - half, 1.0 if right == n else center + half
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over labelled images gave: their confusion matrix, int64 [classes, classes] on the CPU."""
+
+    confusion: Tensor
+
+    @property
+    def images(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def right(self) -> int:
+        """How many images were classified correctly."""
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images classified correctly."""
+        return self.right / self.images
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """Runs the network, in eval mode, once over all batches; the host waits for the device at the end only."""
+    network.eval()
+    matrix = torch.zeros((), dtype=torch.int64, device="cpu")
+    for inputs, labels in batches:
+        matrix = matrix.to(labels.device) + confusion(network(inputs), labels)
+    return Evaluation(matrix.cpu())
+
+
+def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The share of images that the network, in eval mode, classifies correctly."""
+    return evaluate(network, batches).accuracy

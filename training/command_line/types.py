@@ -1,0 +1,120 @@
+"""The types of options: numbers, folders, files; and the checks of what an option names."""
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from training import files
+from training.errors import Refusal
+
+LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
+
+
+def whole_number(least: int, most: int = LARGEST) -> Callable[[str], int]:
+    """The type of an option that takes a whole number in [least, most]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # not a number, or one of thousands of digits
+            value = None
+        if value is None or not least <= value <= most:
+            from_least = f">= {least}" if value is None or value < least else "below 2^63"
+            accepted = from_least if most == LARGEST else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {accepted}, not {shown(text)}")
+        return value
+
+    return parse
+
+
+def number(accepted: str, condition: Callable[[float], bool], share: bool = False) -> Callable[[str], float]:
+    """The type of an option that takes a finite number that a condition accepts; ``accepted`` says which, in words.
+
+    A number that was meant in percent is explained where the option takes a ``share``, and a decimal comma everywhere.
+    """
+
+    def parse(text: str) -> float:
+        value = _float(text)
+        if not math.isfinite(value) or not condition(value):
+            percent = _float(text.strip().removesuffix("%"))
+            hint = ""
+            if share and 0 <= percent <= 100 and (percent > 1 or "%" in text):
+                hint = f"; {percent:g} % is {percent / 100:.12g}"
+            elif math.isfinite(value := _float(text.replace(",", "."))) and condition(value):
+                hint = f"; did you mean {text.replace(',', '.')}?"
+            raise argparse.ArgumentTypeError(f"must be a finite number {accepted}, not {shown(text)}{hint}")
+        return value
+
+    return parse
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def shown(text: str) -> str:
+    """What was typed, in quotes, cut short where it is long."""
+    return repr(text if len(text) <= 40 else text[:40] + "…")
+
+
+def _path_to(what: str) -> Callable[[str], Path]:
+    def parse(text: str) -> Path:
+        # bytes that are no UTF-8 are surrogates here; TensorBoard, for one, cannot write to such a path
+        if not text.strip() or "\0" in text or re.search("[\ud800-\udfff]", text):
+            raise argparse.ArgumentTypeError(f"must be the path of a {what}, in UTF-8, not {shown(text)}")
+        try:
+            return files.expanded(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+folder_path = _path_to("folder")  # the type of an option that takes a folder, which need not exist
+file_path = _path_to("file")  # the type of an option that takes a file, which need not exist
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Makes the folder that an option names.
+
+    Raises:
+        Refusal: the folder cannot be made, or no file can be made in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise Refusal(f"argument {option}: cannot write to {folder}: {reason}") from None
+
+
+def check_output(option: str, path: Path, parents: bool = False) -> None:
+    """Raises Refusal unless the file that an option names can be written; for use before a long computation."""
+    try:
+        files.check_replacing(path, parents)
+    except OSError as error:
+        raise Refusal(f"argument {option}: cannot write {path}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path]:
+    """:func:`training.files.replacing` for the file that an option names.
+
+    Raises:
+        Refusal: it cannot be written; nothing was computed for it yet.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(files.replacing(path, parents=parents))
+        except OSError as error:
+            raise Refusal(f"argument {option}: cannot write {path}: {error.strerror}") from None
+        yield temporary
