@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
 import torch
 
-from analysis import pictures
-from analysis.pictures import Picture
+from analysis.packages import imported
 from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, short_names, weights_of
 from measuring.report import percent
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
 from training.files.json_files import nested, number, printable, shown
+
+if TYPE_CHECKING:
+    from analysis.pictures import Picture
 
 COLUMNS = (
     "run",
@@ -129,8 +131,10 @@ def facts(run: Run) -> dict[str, str]:
     return {key: printable(text) for key, text in texts.items() if text}
 
 
-def _section(run: Run) -> tuple[list[Picture], list[str]]:
+def _section(run: Run) -> tuple[list["Picture"], list[str]]:
     """The pictures of one run, and all its problems; in a process of its own."""
+    from analysis import pictures
+
     weights_epoch, weights = weights_of(run)
     return pictures.of_run(run, weights_epoch, weights), run.problems
 
@@ -148,7 +152,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _sections(runs: Sequence[Run]) -> list[tuple[list[Picture], list[str]]]:
+def _sections(runs: Sequence[Run]) -> list[tuple[list["Picture"], list[str]]]:
     if not runs:
         return []
     workers = min(os.cpu_count() or 1, len(runs), 8)
@@ -170,6 +174,7 @@ def page(runs: Sequence[Run], details: int) -> str:
 
     The ``details`` runs that changed last have pictures of their own: to draw them takes nearly all of the time.
     """
+    jinja2, pictures = (imported(name, "the report's page") for name in ("jinja2", "analysis.pictures"))
     newest = sorted(range(len(runs)), key=lambda i: _changed(runs[i]), reverse=True)[:details]
     detailed = dict(zip(newest, _sections([runs[i] for i in newest]), strict=True))
     sections = []

@@ -7,11 +7,11 @@ nothing to the next layer. benchmarks/RESULTS.md says from which sparsity on thi
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix  # on a par with torch.sparse's CSR (benchmarks.sparse), which is in beta state
 from torch import Tensor
 
 import measuring
 import spiking_kernels
+from analysis.packages import imported
 from mnist.model import MnistNet
 from spiking import LIFNode, SpikingNetwork
 from spiking_kernels import proof
@@ -76,6 +76,7 @@ class EventDrivenMnist:
     Raises:
         ValueError: the network is not MnistNet as it is made, but for its sizes and its neurons' tau and threshold,
             or a weight is not float32, or not finite.
+        training.errors.Refusal: SciPy is not installed.
     """
 
     def __init__(self, network: MnistNet):
@@ -88,7 +89,9 @@ class EventDrivenMnist:
         self.firing = (self.hidden.v_threshold / charge).float()
         first, second = network.static_fc[1].weight.detach(), linear.weight.detach()
         leads_on = measuring.connected(second).any(0)  # the others change nothing
-        self.first = csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
+        # SciPy's is on a par with torch.sparse's CSR (benchmarks.sparse), which is in beta state
+        self.csr_matrix = imported("scipy.sparse", "the event-driven evaluation").csr_matrix
+        self.first = self.csr_matrix(first[leads_on].cpu().float().numpy())  # [H, 784]
         self.second = second[:, leads_on].cpu().float().contiguous()  # [10, H]
         # the step mode and the neurons' state are none of the kernel's concern here
         free = proof.STATE | {"_step_mode"}
@@ -114,7 +117,7 @@ class EventDrivenMnist:
         neuron, image = (current >= self.firing[0]).nonzero(as_tuple=True)
         step = self.T - torch.bucketize(current[neuron, image], self.firing, right=True)  # of the first spike, from 0
         events = (np.ones(len(step), np.float32), ((step * n + image).numpy(), neuron.numpy()))
-        arriving = csr_matrix(events, (self.T * n, self.first.shape[0])) @ self.second.t().numpy()
+        arriving = self.csr_matrix(events, (self.T * n, self.first.shape[0])) @ self.second.t().numpy()
         return self._count(torch.from_numpy(arriving).view(self.T, n, len(self.second)))
 
     def _count(self, inputs: Tensor) -> Tensor:

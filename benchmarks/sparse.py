@@ -14,7 +14,6 @@ from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 
-import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 import measuring
 import spiking_kernels
 from analysis.export import load_pruned
+from analysis.packages import imported
 from analysis.sparse import BLOCK, event_driven
 from benchmarks.bench import in_turns, median, mnist_images, table
 from mnist.mnist import EXPERIMENT
@@ -116,6 +116,8 @@ def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -
 
 def bench_products(images: Tensor, rounds: int) -> list[dict]:
     """The libraries: the product of the first layer, [H, 784] with as many images as the sparse evaluation takes."""
+    from scipy.sparse import csr_matrix
+
     x = images[:BLOCK].flatten(1).contiguous()
     rows = []
     for sparsity in SPARSITIES:
@@ -123,7 +125,7 @@ def bench_products(images: Tensor, rounds: int) -> list[dict]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             torch_csr = weight.to_sparse_csr()
-        scipy_csr = scipy.sparse.csr_matrix(weight.numpy())
+        scipy_csr = csr_matrix(weight.numpy())
         functions = {
             "dense": lambda w=weight: x @ w.t(),
             "torch.sparse CSR": lambda w=torch_csr: w @ x.t().contiguous(),
@@ -137,6 +139,8 @@ def bench_products(images: Tensor, rounds: int) -> list[dict]:
 
 def bench_convolution(rounds: int) -> list[dict]:
     """Why Cifar10Net has no sparse evaluation: one of its convolutions, dense and as gathering and CSR product."""
+    from scipy.sparse import csr_matrix
+
     torch.manual_seed(0)
     spikes = (torch.rand(8, 256, 16, 16) < 0.1).float()
     convolution, generator = nn.Conv2d(256, 256, 3, padding=1, bias=False), torch.Generator().manual_seed(0)
@@ -147,7 +151,7 @@ def bench_convolution(rounds: int) -> list[dict]:
 
     for sparsity in SPARSITIES:
         weight = prune(convolution.weight.detach(), sparsity, generator)
-        csr = scipy.sparse.csr_matrix(weight.flatten(1).numpy())
+        csr = csr_matrix(weight.flatten(1).numpy())
         functions = {
             "dense": lambda w=weight: F.conv2d(spikes, w, padding=1),
             "sparse": lambda w=csr: [w @ inputs.numpy() for inputs in gather()],
@@ -173,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=file_path, help="also write the tables to this file")
     arguments = parser.parse_args(argv)
+    imported("scipy.sparse", "this benchmark")
     if arguments.json:
         check_output("--json", arguments.json, parents=True)  # before the minutes that it takes
     names = ("torch", "scipy", "spikingjelly")

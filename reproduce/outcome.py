@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.packages import imported
 from reproduce.entries import EPOCHS, MADE, ROWS, Entry, collect, epochs_csv, rows_csv
-from reproduce.figures import curves, plane
 from reproduce.grid import Row
 from reproduce.tables import equal_connectivity, summarise, table
 from training.files import write_whole
@@ -29,6 +29,7 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         Refusal: what the folder has is not an outcome of this grid; nothing is written.
     """
+    figures = imported("reproduce.figures", "--outcome")
     entries = collect(dump, rows, folder)
     summaries = summarise(entries)
     done = {entry.row for entry in entries}
@@ -43,20 +44,20 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     name = rows[0].experiment
     main = [summary for summary in summaries if not summary.ablation]
     if main:
-        files["plane.png"] = plane(main, f"{name}: accuracy against connectivity")
+        files["plane.png"] = figures.plane(main, f"{name}: accuracy against connectivity")
         short = [summary for summary in main if summary.epochs == rows[0].epochs]
         keys = {"test_accuracy": ("test accuracy (%)", 100.0), "connectivity": ("connectivity (%)", 100.0)}
-        files["epochs.png"] = curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
+        files["epochs.png"] = figures.curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
         keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
         pruning = [summary for summary in short if summary.title != "dense"]
         if pruning:
             heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
-            files["rewiring.png"] = curves(pruning, heading, keys, log=True)
+            files["rewiring.png"] = figures.curves(pruning, heading, keys, log=True)
         ablated = {summary.epochs for summary in summaries if summary.ablation}
         if ablated:
             beside = [s for s in main if s.epochs in ablated and s.title in ("dense", "Grad R", "Deep R")]
             some = [*beside, *(summary for summary in summaries if summary.ablation)]
-            files["ablations.png"] = plane(some, f"{name}: ablations of Grad R and Deep R")
+            files["ablations.png"] = figures.plane(some, f"{name}: ablations of Grad R and Deep R")
     for file, content in files.items():
         write_whole(folder / file, content)
     return [folder / file for file in files]

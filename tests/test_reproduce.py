@@ -323,7 +323,7 @@ RECORD = {"result": {"test_accuracy": 0.5, "connectivity": 0.25}, "test": None, 
 def test_a_damaged_record_is_named_and_its_row_is_not_done(tmp_path, monkeypatch, capsys, rows, stub, content, reason):
     monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
     for figure in ("plane", "curves"):
-        monkeypatch.setattr(outcome, figure, lambda *settings, **more: b"")
+        monkeypatch.setattr(f"reproduce.figures.{figure}", lambda *settings, **more: b"")
     path, other = (runner.record_of(stub, row) for row in rows[:2])
     path.parent.mkdir()
     whole, second = ({"row": row.key, "epochs": row.epochs, **RECORD} for row in rows[:2])
@@ -597,7 +597,7 @@ def test_the_ablations_are_shown_beside_the_methods_of_as_many_epochs(tmp_path, 
     rows = grid.load("mnist", tmp_path)
     runner.Runner(stub, [], 4).run(rows)
     shown = []
-    monkeypatch.setattr(outcome, "plane", lambda summaries, heading: shown.append(summaries) or b"")
+    monkeypatch.setattr("reproduce.figures.plane", lambda summaries, heading: shown.append(summaries) or b"")
     outcome.write(stub, rows, tmp_path)
     methods, ablations = ({(s.title, s.epochs) for s in some} for some in shown)
     assert methods == {("dense", 1), ("Grad R", 1), ("dense", 2)}

@@ -1,7 +1,6 @@
 """The description that every export carries, and the digest of what is in it: see :mod:`analysis.formats`."""
 
 import hashlib
-import importlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 
 import measuring
 from analysis.snapshot import Snapshot
-from training.errors import Refusal
 from training.files import checks
 
 FORMAT, VERSION = "gradrewire network", 2
@@ -125,12 +123,3 @@ def complete(snapshot: Snapshot, arrays: dict[str, NDArray]) -> Snapshot:
     snapshot = replace(snapshot, state={name: torch.from_numpy(array) for name, array in arrays.items()})
     snapshot.network()
     return snapshot
-
-
-def imported(module: str, packages: str) -> Any:
-    """A package that only one format needs; a Refusal says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        missing = module.partition(".")[0]
-        raise Refusal(f"this format needs {missing}, which is not installed (pip install {packages})") from None

@@ -13,7 +13,8 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 from analysis.formats import hdf5
-from analysis.formats.description import check_digest, check_layers, complete, describe, described, digest, imported
+from analysis.formats.description import check_digest, check_layers, complete, describe, described, digest
+from analysis.packages import imported
 from analysis.snapshot import Snapshot
 from training.errors import Refusal
 from training.files import checks
@@ -42,8 +43,8 @@ def write_nir(snapshot: Snapshot) -> bytes:
             "argument --format: nir cannot hold the c10 network, which has max pooling, for which NIR has no node; "
             "safetensors and csr can"
         )
-    nir = imported("nir", "nir nirtorch")
-    imported("nirtorch", "nir nirtorch")
+    nir = imported("nir", "this format")
+    imported("nirtorch", "this format")
     from spikingjelly.activation_based.nir_exchange import export_to_nir
 
     for name in snapshot.state.keys() - set(WEIGHTS.values()):
@@ -59,7 +60,7 @@ def write_nir(snapshot: Snapshot) -> bytes:
 
 def read_nir(path: Path) -> Snapshot:
     """Reads the graph that :func:`write_nir` makes, and no other, as data: a general importer makes code of it."""
-    imported("h5py", "nir nirtorch")
+    imported("h5py", "this format")
     found = hdf5.read(path)
     texts = [found.pop(f"node/metadata/{key}", None) for key in ("network", "sha256")]
     if any(text is not None and (text.shape != () or text.dtype.kind != "U") for text in texts) or texts[0] is None:

@@ -19,9 +19,9 @@ from analysis.formats.description import (
     describe,
     described,
     digest,
-    imported,
     parse,
 )
+from analysis.packages import imported
 from analysis.snapshot import Snapshot
 from training.files import checks
 
@@ -79,7 +79,7 @@ def _unpack(layout: str, get: Callable[[str], NDArray], shape: tuple[int, ...]) 
 
 
 def write_safetensors(snapshot: Snapshot) -> bytes:
-    save = imported("safetensors.numpy", "safetensors").save
+    save = imported("safetensors.numpy", "this format").save
     weights, arrays = arrays_of(snapshot)
     layers = {}
     for name, weight in weights.items():
@@ -91,7 +91,7 @@ def write_safetensors(snapshot: Snapshot) -> bytes:
 
 
 def read_safetensors(path: Path) -> Snapshot:
-    safe_open = imported("safetensors", "safetensors").safe_open
+    safe_open = imported("safetensors", "this format").safe_open
     header = _header(path)
     metadata = header.pop("__metadata__", None)
     if type(metadata) is not dict or "network" not in metadata or metadata.keys() - {"network", "sha256"}:
