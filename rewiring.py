@@ -489,7 +489,7 @@ def _has_kernel(param: Tensor) -> bool:
     """Whether spiking_kernels takes the update of such a weight: a first look, see Unfit there."""
     if spiking_kernels is None or not param.is_cpu or param.dtype != torch.float32:
         return False
-    return spiking_kernels.available() is None
+    return spiking_kernels.unavailable() is None
 
 
 def _scalar(lr: float | Tensor) -> float | Tensor:

@@ -10,6 +10,8 @@ import torch
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import Tensor, nn
 
+from spiking_kernels import Unfit
+
 __all__ = ["LIFNode", "SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
 
 
@@ -135,7 +137,11 @@ class SpikingNetwork(nn.Module):
         return self.readout(spikes.sum(0, dtype=torch.promote_types(spikes.dtype, torch.float32)))
 
     def fused_counts(self, current: Tensor) -> Tensor | None:
-        """What :meth:`forward` makes of :meth:`static`'s output on the CPU, by a kernel; None where none applies."""
+        """What :meth:`forward` makes of :meth:`static`'s output on the CPU, by a kernel; None if there is none for it.
+
+        Raises:
+            Unfit: the kernel does not compute what the layers do, or does not take the current; nothing has changed.
+        """
         return None
 
     def counts_for(self, hook: Any) -> bool:
@@ -147,7 +153,7 @@ class SpikingNetwork(nn.Module):
             for name, number in spikes.items():
                 counts[name] = counts.get(name, 0) + number
 
-    def say_plain(self, reason: str) -> None:
+    def _say_plain(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"{type(self).__name__} runs its plain layers, not the fused kernel: {reason}", stacklevel=2)
@@ -160,7 +166,10 @@ class SpikingNetwork(nn.Module):
         functional.reset_net(self)
         current, counts = self.static(images), None
         if self.fused and isinstance(current, Tensor) and current.is_cpu and not torch.compiler.is_compiling():
-            counts = self.fused_counts(current)
+            try:
+                counts = self.fused_counts(current)
+            except Unfit as reason:
+                self._say_plain(str(reason))
         if counts is None:
             counts = self._counts(current)
             functional.reset_net(self)  # their graph would hold the activations until the next batch

@@ -74,7 +74,7 @@ def executions(network: MnistNet) -> dict[str, Callable[[Tensor], Tensor]]:
     plain, sparse = event_driven(network), event_driven(network)
     plain.fused = False
     made = {"dense, layers": network, "sparse, SciPy alone": plain}
-    if not spiking_kernels.available():
+    if not spiking_kernels.unavailable():
         made |= {"dense, fused": fused(network), "dense, fused, compacted": compact(network)}
     return made | {"sparse": sparse}
 

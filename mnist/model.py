@@ -24,29 +24,17 @@ class MnistNet(SpikingNetwork):
     def spiking(self, current: Tensor) -> Tensor:
         return self.fc(current)
 
-    def obstacle(self, current: Tensor) -> str | None:
-        """Why the fused kernel does not compute what these layers make of a current, in words; None if it does."""
-        if type(self) is not MnistNet:
-            return f"{type(self).__name__} is not MnistNet itself"
-        if own := proof.overridden(self):
-            return f"it has a {own} of its own"
+    def fused_counts(self, current: Tensor) -> Tensor:
+        proof.check_network(self, MnistNet)
         if self.step_mode != "m":
-            return "it runs step by step"
-        return (
-            proof.context_obstacle()
-            or proof.layers_obstacle(self.fc, "fc", LIFNode, self.T, harmless=self.counts_for)
-            or proof.current_obstacle(current)
-        )
-
-    def fused_counts(self, current: Tensor) -> Tensor | None:
-        if reason := self.obstacle(current):
-            self.say_plain(reason)
-            return None
-        weight, hidden = self.fc[1].weight, None
+            raise spiking_kernels.Unfit("it runs step by step")
+        weight = proof.check_layers(self.fc, "fc", LIFNode, harmless=self.counts_for).weight
+        rounding, hidden = proof.autocast_dtype(), None
+        if current.dtype is rounding:
+            current = current.float()
         if self.spike_counts:
             hidden = torch.zeros(weight.shape[1], dtype=torch.int64, device="cpu")
-        rounding = proof.autocast_dtype()
-        counts = spiking_kernels.lif_linear_lif(current.float(), weight, self.T, hidden, rounding)  # [N, 10]
+        counts = spiking_kernels.lif_linear_lif(current, weight, self.T, hidden, rounding)  # [N, 10]
         if hidden is not None:
             first, _, last = self.fc._modules
             self.add_spikes({f"fc.{first}": hidden, f"fc.{last}": counts.detach().sum(0).long()})

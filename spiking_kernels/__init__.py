@@ -1,13 +1,15 @@
 """Fused CPU kernels for the MNIST network and the rewiring optimizers: compiled at first use, called through ctypes.
 
-They compute what the modules of SpikingJelly and torch compute, within rounding, in a fraction of the
-time (benchmarks/RESULTS.md); where there is no C compiler, :func:`available` says so and the modules run.
-``cpu.c`` explains how they work. They work on bare memory: what they cannot take is refused with
-:class:`Unfit`, a ValueError, before anything is changed.
+They compute what the modules of SpikingJelly and torch compute, within rounding, in a fraction of the time
+(benchmarks/RESULTS.md). Where there is no C compiler, :func:`unavailable` says so and the modules run. They work on
+bare memory: they refuse what they cannot take with :class:`Unfit`, a ValueError, before anything is changed.
+
+A file for each thing computed holds its interface, and beside it lies its C code: ``neurons``, ``images``, ``updates``.
+To add a kernel, add such a pair; :data:`build.ARGUMENTS` names the C functions.
 """
 
 from spiking_kernels.build import Unavailable as Unavailable
-from spiking_kernels.build import available as available
+from spiking_kernels.build import unavailable as unavailable
 from spiking_kernels.images import affine_lookup as affine_lookup
 from spiking_kernels.neurons import MAX_T as MAX_T
 from spiking_kernels.neurons import lif_linear_lif as lif_linear_lif

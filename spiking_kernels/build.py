@@ -1,4 +1,4 @@
-"""Compiles ``cpu.c`` at first use and keeps the library for later processes."""
+"""Compiles the C files beside this one at first use, into one library, and keeps it for later processes."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from spiking_kernels import kept
 
-SOURCE = Path(__file__).with_name("cpu.c")
+FOLDER = Path(__file__).parent  # every .c file in it is compiled, and may include every .h file
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Of each row the first that the compiler takes, or none. Without -fopenmp the kernels have one thread.
 ALTERNATIVES = (("-march=native", "-mcpu=native"), ("-fopenmp", "-fopenmp-simd"))
@@ -26,11 +26,11 @@ PROBE = """int probe(int n) {
     return sum;
 }
 """
-SECONDS = 120  # for one call of the compiler; cpu.c takes one or two
+SECONDS = 120  # for one call of the compiler; the kernels take one or two
 
 _pointer, _int, _int64, _uint64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint64
 _float, _double = ctypes.c_float, ctypes.c_double
-ARGUMENTS = {  # of each function of cpu.c
+ARGUMENTS = {  # of each function in C that Python calls
     "constant_lif_linear_forward": [_pointer] * 7 + [_int] * 5,
     "constant_lif_linear_backward": [_pointer] * 8 + [_int] * 5,
     "lif_count_forward": [_pointer] * 2 + [_int64, _int],
@@ -40,6 +40,7 @@ ARGUMENTS = {  # of each function of cpu.c
     "deep_rewiring_draws": [_pointer] * 2 + [_int64, _uint64, _double],
     "deep_rewiring_step": [_pointer] * 7 + [_int64, _uint64, _double] + [_float] * 12,
 }
+REFUSING = {"constant_lif_linear_forward", "affine_lookup"}  # return 1, having written nothing, for what they refuse
 
 
 class Unavailable(RuntimeError):
@@ -51,8 +52,8 @@ class _OptionFails(Unavailable):
 
 
 @functools.cache
-def available() -> str | None:
-    """None when the kernels can be used, building them if need be; else why not, in one line."""
+def unavailable() -> str | None:
+    """Why the kernels cannot be used on this machine, in one line; None if they can. Compiles them if need be."""
     try:
         library()
     except Unavailable as error:
@@ -62,7 +63,7 @@ def available() -> str | None:
 
 @functools.cache
 def library(*options: str) -> ctypes.CDLL:
-    """The functions of ``cpu.c``, compiled with options by the command in CC, or by cc where CC is not set.
+    """The kernels, compiled with these options too by the command in CC, or by cc where CC is not set.
 
     Raises:
         Unavailable: there is no compiler, or what it makes cannot be used.
@@ -74,6 +75,10 @@ def library(*options: str) -> ctypes.CDLL:
     return loaded
 
 
+def sources(pattern: str = "*.c", folder: Path = FOLDER) -> list[Path]:
+    return sorted(folder.glob(pattern))
+
+
 def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
     try:
         with kept.workspace() as folder:
@@ -81,7 +86,7 @@ def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
             path = _path(command, chosen, options)
             if (loaded := _load_kept(path)) is not None:
                 return loaded
-            content = compile_file(command, SOURCE, [*FLAGS, *filter(None, chosen), *options], folder)
+            content = compile_files(command, sources(), [*FLAGS, *filter(None, chosen), *options], folder)
     except OSError as error:
         raise Unavailable(f"they cannot be compiled ({error})") from None
     loaded = _load(content)
@@ -102,7 +107,8 @@ def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
 
 def _path(command: list[str], chosen: list[str | None], options: tuple[str, ...]) -> Path | None:
     """Where a library is kept; the name holds all that its content depends on."""
-    parts = (SOURCE.read_text(), command, FLAGS, chosen, options, platform.libc_ver(), _processor())
+    texts = [path.read_text() for path in sources("*.[ch]")]
+    parts = (texts, command, FLAGS, chosen, options, platform.libc_ver(), _processor())
     folder = kept.folder()
     return folder and folder / f"cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.kernels"
 
@@ -138,13 +144,13 @@ def first_accepted(command: list[str], options: tuple[str, ...], folder: Path) -
     source.write_text(PROBE)
     for option in options:
         with contextlib.suppress(_OptionFails, OSError):
-            kept.load(compile_file(command, source, ["-shared", "-fPIC", option], folder))
+            kept.load(compile_files(command, [source], ["-shared", "-fPIC", option], folder))
             return option
     return None
 
 
-def compile_file(command: list[str], source: Path, flags: list[str], folder: Path) -> bytes:
-    """What a compiler makes of a file; ``folder`` is for files of its own.
+def compile_files(command: list[str], files: list[Path], flags: list[str], folder: Path) -> bytes:
+    """The library that a compiler makes of C files, in one call; ``folder`` is for files of its own.
 
     Raises:
         Unavailable: it fails, is missing, or takes more than SECONDS.
@@ -152,7 +158,7 @@ def compile_file(command: list[str], source: Path, flags: list[str], folder: Pat
     built, name = Path(tempfile.mkdtemp(dir=folder)) / "built.so", shlex.join(command)
     try:
         process = subprocess.Popen(
-            [*command, *flags, "-o", str(built), str(source), "-lm"],
+            [*command, *flags, "-o", str(built), *map(str, files), "-lm"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -208,8 +214,8 @@ def _load(content: bytes) -> ctypes.CDLL:
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """A library of cpu.c, with the types of its functions' arguments."""
+    """The library, with the types of its functions' arguments."""
     for name, arguments in ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, _int if name == "affine_lookup" else None
+        function.argtypes, function.restype = arguments, _int if name in REFUSING else None
     return loaded

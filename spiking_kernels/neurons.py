@@ -1,7 +1,7 @@
 """LIF neurons with constant currents, a linear layer, and LIF neurons of which only the number of spikes matters.
 
 The neurons are the paper's: tau 2, threshold 1, hard reset to 0, ATan surrogate with alpha 2, no gradient through
-the reset. Whether a network is of this kind is checked before (spiking.SpikingNetwork.fused).
+the reset. :func:`spiking_kernels.proof.check_layers` proves that a network's layers are of this kind.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spiking_kernels import build
 from spiking_kernels.tensors import LARGEST, Unfit, apart, check, empty, flaw, laid_out, pointer, whole
 
-MAX_T = 65534  # periods, and T + 1 where there is none, are kept in 16 bits
+MAX_T = 65534  # a period, or T + 1 where there is none, takes 16 bits
 LANES = 16
 
 
@@ -20,7 +20,7 @@ def _padded(outputs: int) -> int:
     return -(-outputs // LANES) * LANES
 
 
-# -- the same in torch's operations: for gradients of gradients, and from those that are no plain tensors ---------
+# -- the same in torch's operations: for gradients of gradients, and for gradients that are no plain tensors -----
 
 
 class _Spike(torch.autograd.Function):
@@ -63,15 +63,15 @@ def _lif_linear_lif(current: Tensor, weight: Tensor, T: int, rounding: torch.dty
 class _LifLinearLif(torch.autograd.Function):
     @staticmethod
     def forward(ctx, current: Tensor, weight: Tensor, T: int, spikes: Tensor | None, rounding: torch.dtype | None):
-        (n, h), o = current.shape, len(weight)
+        (n, h), (o, _) = current.shape, weight.shape
         p = _padded(o)
         period = empty(n, h, dtype=torch.uint16)
         scratch, sums, inputs, counts = empty(h, p), empty(n, T + 2, p), empty(T, n, o), empty(n, o)
-        tensors = [current, _rounded(weight, rounding), scratch, sums, period, inputs, spikes]
-        library = build.library()
-        library.constant_lif_linear_forward(*map(pointer, tensors), n, h, o, p, T)
+        tensors, library = (current, _rounded(weight, rounding), scratch, sums, period, inputs), build.library()
+        if library.constant_lif_linear_forward(*map(Tensor.data_ptr, tensors), pointer(spikes), n, h, o, p, T):
+            raise Unfit("weight is not finite")
         inputs = _rounded(inputs, rounding)
-        library.lif_count_forward(pointer(inputs), pointer(counts), n * o, T)
+        library.lif_count_forward(inputs.data_ptr(), counts.data_ptr(), n * o, T)
         ctx.T, ctx.rounding = T, rounding
         ctx.save_for_backward(current, weight, period, inputs)
         return counts
@@ -79,12 +79,17 @@ class _LifLinearLif(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         T, rounding, (current, weight, period, inputs) = ctx.T, ctx.rounding, ctx.saved_tensors
-        (n, h), o = current.shape, len(weight)
+        (n, h), (o, _) = current.shape, weight.shape
         grad = laid_out(grad)
         # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
-        floats = ((grad, (n, o)), (current, (n, h)), (weight, (o, h)), (inputs, (T, n, o)))
-        flawed = any(flaw(tensor, torch.float32, shape) for tensor, shape in floats)
-        if torch.is_grad_enabled() or flawed or flaw(period, torch.uint16, (n, h)):
+        if (
+            torch.is_grad_enabled()
+            or flaw(grad, torch.float32, (n, o))
+            or flaw(current, torch.float32, (n, h))
+            or flaw(weight, torch.float32, (o, h))
+            or flaw(period, torch.uint16, (n, h))
+            or flaw(inputs, torch.float32, (T, n, o))
+        ):
             with torch.enable_grad():
                 counts = _lif_linear_lif(current, weight, T, rounding)
             needs = ctx.needs_input_grad
@@ -95,10 +100,10 @@ class _LifLinearLif(torch.autograd.Function):
         sums, scratch, grad_inputs = empty(n, T + 2, p), empty(h, p), empty(T, n, o)
         grad_current, grad_weight = empty(n, h), empty(o, h)
         library = build.library()
-        library.lif_count_backward(pointer(grad), pointer(inputs), pointer(grad_inputs), n * o, T)
+        library.lif_count_backward(grad.data_ptr(), inputs.data_ptr(), grad_inputs.data_ptr(), n * o, T)
         grad_inputs, weight = _rounded(grad_inputs, rounding), _rounded(weight, rounding)
-        tensors = [grad_inputs, current, period, weight, sums, scratch, grad_current, grad_weight]
-        library.constant_lif_linear_backward(*map(pointer, tensors), n, h, o, p, T)
+        tensors = (grad_inputs, current, period, weight, sums, scratch, grad_current, grad_weight)
+        library.constant_lif_linear_backward(*map(Tensor.data_ptr, tensors), n, h, o, p, T)
         return grad_current, _rounded(grad_weight, rounding), None, None, None
 
 
@@ -110,27 +115,27 @@ def lif_linear_lif(
     Args:
         current: the first neurons' input at every step, float32 [N, H].
         weight: of the linear layer, float32 [O, H].
-        T: number of time steps, from 1 to 65534.
+        T: number of time steps, from 1 to MAX_T.
         spikes: int64 [H], increased by the number of spikes of each of the first neurons in all N x T steps.
-        rounding: a lower precision, which the linear layer's weights and outputs take, as under torch.autocast.
+        rounding: a lower precision, to which the linear layer's weights and outputs are rounded, as torch.autocast
+            does.
 
     Returns:
         The last neurons' spike counts, float32 [N, O].
 
     Raises:
-        Unfit: a tensor or T is not accepted; a ValueError, whose text names it.
+        Unfit: a tensor or T is not accepted, or a weight is not finite; a ValueError, whose text names it.
     """
     whole("T", T, 1, MAX_T)
-    for name, tensor in (("current", current), ("weight", weight)):
-        if reason := flaw(tensor, torch.float32, contiguous=False):
-            raise Unfit(f"{name} {reason}")
+    check("current", current, torch.float32, contiguous=False)
+    check("weight", weight, torch.float32, contiguous=False)
     if current.dim() != 2 or weight.dim() != 2 or current.shape[1] != weight.shape[1]:
         raise Unfit(f"current {list(current.shape)} and weight {list(weight.shape)} must be [N, H] and [O, H]")
-    (n, h), o = current.shape, len(weight)
+    (n, h), (o, _) = current.shape, weight.shape
     for name, size, least in (("N", n, 0), ("H", h, 1), ("O", o, 1)):
         whole(name, size, least, LARGEST)
     current, weight = laid_out(current), laid_out(weight)
     if spikes is not None:
-        check({"spikes": (spikes, (h,))}, torch.int64)
-        apart({"spikes": spikes}, {"current": current, "weight": weight})
+        check("spikes", spikes, torch.int64, (h,))
+        apart({"spikes": spikes, "current": current, "weight": weight}, {"spikes"})
     return _LifLinearLif.apply(current, weight, T, spikes, rounding)

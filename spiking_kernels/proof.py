@@ -1,19 +1,22 @@
-"""The proof that a fused kernel computes what a network's layers do: compared setting by setting, not assumed."""
+"""The proof that a kernel computes what a network's layers do: compared setting by setting, not assumed."""
 
 import functools
-import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from numbers import Number
-from typing import Any, NamedTuple
+from operator import is_
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import functional, layer, surrogate
-from torch import Tensor, nn
+from torch import nn
+from torch.jit import is_tracing
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 import spiking_kernels
-from spiking_kernels.tensors import flaw
+from spiking_kernels.tensors import Unfit
 
 STATE = frozenset({"_memories", "_memories_rv"})  # of a neuron, and where it starts; may hold tensors
 # Tensors and layers are compared as such; the rest changes nothing that is computed.
@@ -35,14 +38,65 @@ def difference(
     """How a module differs from another one in what it computes, in words; None if it does not.
 
     Compared are the exact types, all attributes, hooks, and layers within, and which parameters and buffers
-    there are, but not what is in them.
+    there are, but not what is in them. Asked again about a module that has not changed since, it is quick.
 
     Args:
         name: what the module is called.
         free: attributes that may differ.
         harmless: whether a hook is known to change nothing, and not to matter if it is not called.
     """
-    return None if _alike(module, _plan(like, free)) else _difference(module, like, name, free, harmless)
+    global _last
+    if _last is not None and _last.holds(module, like, free):
+        return None
+    if _difference(module, like, name, free, _no_hook) is None:
+        _last = _Alike(module, like, free)
+        return None
+    return _difference(module, like, name, free, harmless)
+
+
+class _Alike:
+    """A module that was found to be like another one, and all that decided it, to see whether that still holds.
+
+    Attributes decide, and what is in those that are dictionaries or sets. A change there gives a key another object,
+    changes the keys, or fills what was empty, as the dictionaries of hooks were.
+    """
+
+    def __init__(self, module: nn.Module, like: nn.Module, free: frozenset[str]):
+        self.like, self.free, self.modules = like, free, [*_tree(module)]
+        self.types, self.attributes = [*map(type, self.modules)], [*map(vars, self.modules)]
+        held = [
+            own[key]
+            for own, other in zip(self.attributes, map(vars, _tree(like)), strict=True)
+            for key, value in other.items()
+            if isinstance(value, (dict, set))
+        ]
+        self.empty = [x for x in held if not x]
+        self.filled = self.attributes + [x for x in held if x]
+        self.views = [x.values() for x in self.filled if isinstance(x, dict)]
+        self.keys = [*chain.from_iterable(self.filled)]
+        self.values = [*chain.from_iterable(self.views)]
+
+    def holds(self, module: nn.Module, like: nn.Module, free: frozenset[str]) -> bool:
+        return (
+            module is self.modules[0]
+            and like is self.like
+            and free == self.free
+            and not any(self.empty)
+            and [*map(type, self.modules)] == self.types
+            and all(map(is_, map(vars, self.modules), self.attributes))
+            and [*chain.from_iterable(self.filled)] == self.keys
+            and all(map(is_, chain.from_iterable(self.views), self.values))
+        )
+
+
+_last: _Alike | None = None  # of the last module; networks that take turns are compared in full each time
+
+
+def _tree(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those within it; one that is in two places comes twice."""
+    yield module
+    for child in vars(module)["_modules"].values():
+        yield from _tree(child)
 
 
 def _difference(
@@ -51,7 +105,9 @@ def _difference(
     if type(module) is not type(like):
         return f"{name} is a {_type_name(module)}, not a {_type_name(like)}"
     own, other = vars(module), vars(like)
-    for key in _settings(like, free):
+    for key in other:
+        if key in APART or key in free or "state_dict" in key:
+            continue
         value, expected = own.get(key), other[key]
         if _same(value, expected):
             continue
@@ -76,61 +132,6 @@ def _difference(
         if reason := _difference(child, expected, f"{name}.{key}", free, harmless):
             return reason
     return None
-
-
-def _settings(module: nn.Module, free: frozenset[str]) -> list[str]:
-    """The names of those attributes of a module that change what it computes."""
-    return [key for key in vars(module) if key not in APART and key not in free and "state_dict" not in key]
-
-
-class _Plan(NamedTuple):
-    """What :func:`_alike` compares, of one module."""
-
-    kind: type
-    attributes: int
-    get: Callable[[dict[str, Any]], tuple[Any, ...]]
-    types: tuple[type, ...]
-    values: tuple[Any, ...]
-    memories: list[tuple[str, dict[str, Any]]]
-    parameters: list[tuple[str, bool]]
-    layers: list["_Plan"]
-
-
-@functools.lru_cache(maxsize=16)
-def _plan(like: nn.Module, free: frozenset[str]) -> _Plan:
-    keys, own = _settings(like, free), vars(like)
-    get = operator.itemgetter(*[key for key in keys if key not in STATE])
-    return _Plan(
-        kind=type(like),
-        attributes=len(own),
-        get=get,
-        types=tuple(map(type, get(own))),
-        values=get(own),
-        memories=[(key, own[key]) for key in keys if key in STATE],
-        parameters=[(key, tensor is None) for key, tensor in own["_parameters"].items()],
-        layers=[_plan(child, free) for child in like.children()],
-    )
-
-
-def _alike(module: nn.Module, plan: _Plan) -> bool:
-    """Whether there is no difference at first sight: this is asked before every batch, so it has to be quick."""
-    kind, attributes, get, types, values, memories, parameters, layers = plan
-    own = vars(module)
-    if type(module) is not kind or len(own) != attributes:
-        return False
-    try:
-        found = get(own)
-    except KeyError:
-        return False
-    if tuple(map(type, found)) != types or found != values or own["_buffers"]:
-        return False
-    for key, memory in memories:
-        if not _same(own.get(key), memory):
-            return False
-    if [(key, tensor is None) for key, tensor in own["_parameters"].items()] != parameters:
-        return False
-    children = own["_modules"]
-    return len(children) == len(layers) and all(map(_alike, children.values(), layers))
 
 
 @functools.cache
@@ -184,15 +185,14 @@ def paper_layers(node: type[nn.Module]) -> nn.Sequential:
     return layers
 
 
-def layers_obstacle(
+def check_layers(
     layers: nn.Module,
     name: str,
     node: type[nn.Module],
-    T: int,
     free: frozenset[str] = frozenset(),
     harmless: Callable[[Any], bool] = _no_hook,
-) -> str | None:
-    """Why :func:`spiking_kernels.lif_linear_lif` is not what layers compute in T steps from rest; None where it is.
+) -> nn.Linear:
+    """Proves that :func:`spiking_kernels.lif_linear_lif` computes what layers do from rest.
 
     Args:
         layers: they must be LIF, linear without bias, LIF, with the paper's neurons, in 'm' mode.
@@ -200,46 +200,47 @@ def layers_obstacle(
         node: the exact type of the neurons.
         free: attributes that may differ.
         harmless: whether a hook need not be called.
+
+    Returns:
+        The linear layer.
+
+    Raises:
+        Unfit: it does not, or cannot run here; the text says why.
     """
     if reason := difference(layers, paper_layers(node), name, SIZES | free, harmless):
-        return reason
-    first, linear, last = layers
-    if first is last:
-        return f"{name} has one layer of neurons in two places"  # it would keep its potentials from one to the other
-    if reason := flaw(linear.weight, torch.float32, contiguous=False):
-        return f"the weight in {name} {reason}"
-    if not linear.weight.numel() or not math.isfinite(float(linear.weight.detach().sum())):
-        return f"{name} has no weights, or weights whose sum is not finite"  # layers multiply them by 0, too
-    if type(T) is not int or not 1 <= T <= spiking_kernels.MAX_T:
-        return f"T is {T!r}, not from 1 to {spiking_kernels.MAX_T}"
-    return spiking_kernels.available()
+        raise Unfit(reason)
+    first, linear, last = vars(layers)["_modules"].values()
+    if first is last:  # it would keep its potentials from one place to the other
+        raise Unfit(f"{name} has one layer of neurons in two places")
+    if reason := spiking_kernels.unavailable():
+        raise Unfit(reason)
+    return linear
 
 
-def context_obstacle() -> str | None:
-    """What looks at single operations now, which a kernel would hide from it; None where nothing does."""
-    if torch.nn.modules.module._has_any_global_hook():
-        return "there are hooks on all modules"
-    if torch.jit.is_tracing():
-        return "torch.jit traces the network"
+def check_network(network: nn.Module, kind: type[nn.Module]) -> None:
+    """Proves that a network computes what its class does, and that nothing watches or changes its operations.
+
+    Raises:
+        Unfit: it may compute something else, or a kernel would hide operations from what watches them.
+    """
+    if type(network) is not kind:
+        raise Unfit(f"{type(network).__name__} is not {kind.__name__} itself")
+    if own := overridden(network):
+        raise Unfit(f"it has a {own} of its own")
+    if _has_any_global_hook():
+        raise Unfit("there are hooks on all modules")
+    if is_tracing():
+        raise Unfit("torch.jit traces the network")
     if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
+        raise Unfit("a transform of torch.func is active")
     if torch._C._len_torch_dispatch_stack():
-        return "a mode of torch's dispatcher is active"
+        raise Unfit("a mode of torch's dispatcher is active")
     if torch._C._len_torch_function_stack() and any(  # a default device is such a mode, too
-        type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
-        return "a mode of torch's functions is active"
-    return None
+        raise Unfit("a mode of torch's functions is active")
 
 
 def autocast_dtype() -> torch.dtype | None:
-    """What products on the CPU take now, other than their inputs' dtype."""
+    """The dtype that torch.autocast rounds products on the CPU to now, or None."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-
-
-def current_obstacle(current: Tensor) -> str | None:
-    """Why a current is not one that :func:`spiking_kernels.lif_linear_lif` takes, as it is or in a lower precision."""
-    dtype = autocast_dtype() if getattr(current, "dtype", None) != torch.float32 else torch.float32
-    if reason := flaw(current, dtype or torch.float32, contiguous=False):
-        return f"the first neurons' input {reason}"
-    return None if current.dim() == 2 else f"the first neurons' input has {current.dim()} axes, not 2"

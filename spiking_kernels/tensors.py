@@ -1,14 +1,21 @@
-"""What a tensor must be before C works on its memory, checked here for every tensor that C gets."""
+"""What a tensor must be before C works on its memory. Every tensor that C gets is checked here."""
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 CPU = torch.device("cpu")
+PLAIN = (Tensor, nn.Parameter)
 LARGEST = 1 << 30  # of a size that is an int in C, with room for sums of a few
 
 
 class Unfit(ValueError):
-    """An argument that a kernel cannot take. The text names it; nothing has been changed."""
+    """A kernel cannot take an argument, or does not compute what a network does. The text says why.
+
+    Nothing has been changed.
+    """
 
 
 def flaw(
@@ -16,13 +23,13 @@ def flaw(
 ) -> str | None:
     """Why a kernel cannot work on a tensor's memory, in words that can follow its name; None if it can.
 
-    It can where the memory holds what the tensor means, element by element: a plain tensor on the CPU,
-    strided and contiguous, of the dtype, and of the shape unless that is None. With ``contiguous`` False,
-    it will be after :func:`laid_out`.
+    The memory must hold the elements that the tensor shows, one after the other: a plain tensor on the CPU,
+    strided and contiguous, of the dtype, and of the shape unless that is None. With ``contiguous`` False it
+    need only be so after :func:`laid_out`.
     """
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in PLAIN:
         return f"is a {type(tensor).__name__}, not a plain tensor"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped_tensor(tensor):
         return "belongs to a transform of torch.func, and has no memory of its own"
     if not tensor.is_cpu or tensor.layout is not torch.strided:
         return f"is {tensor.layout} on {tensor.device}, not torch.strided on the CPU"
@@ -30,22 +37,27 @@ def flaw(
         return f"is {tensor.dtype}, not {dtype}"
     if shape is not None and tensor.shape != shape:
         return f"has the shape {list(tensor.shape)}, not {list(shape)}"
-    if contiguous and not tensor.is_contiguous():
-        return "is not contiguous"
+    reach = tensor.numel()
+    if not tensor.is_contiguous():
+        if contiguous:
+            return "is not contiguous"
+        reach = reach and 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     if contiguous and tensor.is_neg():
         return "is the negative of what its memory holds"
-    if tensor.numel() and (tensor._is_zerotensor() or not _has_memory(tensor)):
+    if reach and (
+        tensor._is_zerotensor()
+        or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize  # it was resized
+    ):
         return "has no memory"
     return None
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether the storage is as large as the tensor says: it may have been resized."""
-    if tensor.is_contiguous():
-        reach = tensor.numel()
-    else:
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + reach) * tensor.itemsize
+def check(
+    name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...] | None = None, contiguous: bool = True
+) -> None:
+    """Raises Unfit, with the tensor's name, for a :func:`flaw`."""
+    if reason := flaw(tensor, dtype, shape, contiguous):
+        raise Unfit(f"{name} {reason}")
 
 
 def laid_out(tensor: Tensor) -> Tensor:
@@ -53,33 +65,21 @@ def laid_out(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def check(tensors: dict[str, tuple[object, tuple[int, ...] | None]], dtype: torch.dtype = torch.float32) -> None:
-    """Raises Unfit unless a kernel can work on the memory of all tensors, given with the shapes that they must have."""
-    for name, (tensor, shape) in tensors.items():
-        if reason := flaw(tensor, dtype, shape):
-            raise Unfit(f"{name} {reason}")
-
-
-def apart(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """Raises Unfit if a tensor that is written shares memory with another one; all are contiguous."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, name)
-        for name, tensor in (written | read).items()
-        if tensor.nbytes
-    )
+def apart(tensors: dict[str, Tensor], written: Collection[str]) -> None:
+    """Raises Unfit if one of the tensors that are written shares memory with another one; all are contiguous."""
+    spans = sorted([(tensor.data_ptr(), tensor.nbytes, name) for name, tensor in tensors.items()])
     reached, owner = 0, ""
-    for start, end, name in spans:
-        if start < reached and (name in written or owner in written):
+    for start, size, name in spans:
+        if size and start < reached and (name in written or owner in written):
             raise Unfit(f"{name} shares memory with {owner}")
-        if end > reached:
-            reached, owner = end, name
+        if start + size > reached:
+            reached, owner = start + size, name
 
 
-def whole(name: str, value: object, least: int, most: int) -> int:
-    """The value; raises Unfit unless it is a whole number from ``least`` to ``most``."""
+def whole(name: str, value: object, least: int, most: int) -> None:
+    """Raises Unfit unless a value is a whole number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise Unfit(f"{name}={value!r} is not accepted: must be a whole number from {least} to {most}")
-    return value
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,26 +6,26 @@ import torch
 from torch import Tensor
 
 from spiking_kernels import build
-from spiking_kernels.tensors import Unfit, apart, check, empty, pointer, whole
+from spiking_kernels.tensors import Unfit, apart, empty, flaw, pointer, whole
 
 NOISE_GROUP = 512  # weights that share a sequence of normal numbers
 MOST_WEIGHTS, MOST_SEEDS = 1 << 48, 1 << 64
 
 
-def _pointers(sign: Tensor, grad: Tensor, **written: Tensor | None) -> list[int | None]:
-    """Those of the tensors that a step takes, in its order, once they have been checked.
+def _pointers(tensors: dict[str, Tensor | None], optional: set[str]) -> list[int | None]:
+    """Checks the tensors of a step; returns their addresses, in their order, None for an optional one that is None.
 
     Raises:
         Unfit: a tensor is not accepted, or two share memory.
     """
-    shape = getattr(written["param"], "shape", None)
-    check({name: (tensor, shape) for name, tensor in written.items()} | {"grad": (grad, shape)})
-    check({"sign": (sign, shape)}, torch.int8)
-    apart(written, {"grad": grad, "sign": sign})
-    torch.autograd.graph.increment_version(written["param"])  # or a graph that needs it would not know
-    tensors = written | {"grad": grad, "sign": sign}
-    order = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sign", "theta")
-    return [pointer(tensors.get(name)) for name in order]
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None or name not in optional}
+    shape = getattr(tensors["param"], "shape", None)
+    for name, tensor in given.items():
+        if reason := flaw(tensor, torch.int8 if name == "sign" else torch.float32, shape):
+            raise Unfit(f"{name} {reason}")
+    apart(given, given.keys() - {"grad", "sign"})
+    torch.autograd.graph.increment_version(tensors["param"])  # or a graph that needs it would not know
+    return [pointer(tensor) for tensor in tensors.values()]
 
 
 def grad_rewiring_step(
@@ -59,9 +59,10 @@ def grad_rewiring_step(
     Raises:
         Unfit: a tensor is not accepted, or two share memory; nothing has been changed.
     """
-    maximum = {} if max_exp_avg_sq is None else {"max_exp_avg_sq": max_exp_avg_sq}
+    tensors = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    tensors |= dict(max_exp_avg_sq=max_exp_avg_sq, sign=sign, theta=theta)
     build.library().grad_rewiring_step(
-        *_pointers(sign, grad, param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, theta=theta, **maximum),
+        *_pointers(tensors, {"max_exp_avg_sq"}),
         param.numel(),
         *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
         *(-1.0 if maximize else 1.0, prior, mu),
@@ -84,7 +85,7 @@ def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, 
     if not 0 < probability <= 1:
         raise Unfit(f"probability={probability!r} is not accepted: must be in (0, 1]")
     normal, chosen = empty(n), empty(n, dtype=torch.bool)
-    build.library().deep_rewiring_draws(pointer(normal), pointer(chosen), n, seed, probability)
+    build.library().deep_rewiring_draws(normal.data_ptr(), chosen.data_ptr(), n, seed, probability)
     return normal, chosen
 
 
@@ -128,10 +129,10 @@ def deep_rewiring_step(
         Unfit: a tensor or the seed is not accepted, or two tensors share memory; nothing has been changed.
     """
     whole("seed", seed, 0, MOST_SEEDS - 1)
-    optional = {"max_exp_avg_sq": max_exp_avg_sq, "theta": theta}
-    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    tensors = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    tensors |= dict(max_exp_avg_sq=max_exp_avg_sq, sign=sign, theta=theta)
     build.library().deep_rewiring_step(
-        *_pointers(sign, grad, param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, **given),
+        *_pointers(tensors, {"max_exp_avg_sq", "theta"}),
         *(param.numel(), seed, max_s),
         *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
         *(-1.0 if maximize else 1.0, penalty, temperature, -math.inf if theta_min is None else theta_min),

@@ -28,7 +28,7 @@ PATHS = [
     pytest.param(
         dict(fused=True),
         id="fused",
-        marks=pytest.mark.skipif(spiking_kernels.available() is not None, reason="no fused kernels"),
+        marks=pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="no fused kernels"),
     ),
 ]
 SHAPES = [(30, 20), (6, 3, 3, 3), (1,), (7,)]

@@ -47,10 +47,14 @@ class Sanitizer:
                 return path
         raise build.Unavailable(f"the C compiler has no {names[0]}")
 
-    def run(self, source: Path, variant: str, *arguments: str, output: int | None = None) -> tuple[int, str]:
-        """Makes the random calls of tests/random_calls.py; returns their exit status, and what the sanitizers say."""
-        library, last = self.folder / "cpu.so", self.folder / "last"
-        library.write_bytes(build.compile_file(self.command, source, [*self.flags, *VARIANTS[variant]], self.folder))
+    def run(self, sources: Path, variant: str, *arguments: str, output: int | None = None) -> tuple[int, str]:
+        """Makes the random calls of tests/random_calls.py to the kernels in a folder.
+
+        Returns:
+            Their exit status, and what the sanitizers say.
+        """
+        library, last, flags = self.folder / "cpu.so", self.folder / "last", [*self.flags, *VARIANTS[variant]]
+        library.write_bytes(build.compile_files(self.command, build.sources(folder=sources), flags, self.folder))
         found = subprocess.run(
             [sys.executable, "-m", "tests.random_calls", library, "--last", last, *arguments],
             cwd=ROOT,
@@ -69,7 +73,7 @@ def main() -> int:
             sanitizer = Sanitizer(Path(folder))
             for variant in VARIANTS:
                 print(f"{' '.join(sanitizer.command)}, {variant}:", flush=True)
-                status, told = sanitizer.run(build.SOURCE, variant)
+                status, told = sanitizer.run(build.FOLDER, variant)
                 if status:
                     print(told, file=sys.stderr)
                     return 1

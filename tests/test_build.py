@@ -1,4 +1,4 @@
-"""Compiling cpu.c, keeping the library, and what becomes of a compiler or a kept file that is not what it should be."""
+"""Compiling the kernels and keeping the library; compilers and kept files that are not what they should be."""
 
 import ctypes
 import os
@@ -22,10 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* has no OpenMP")
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> bytes:
-    """A library of cpu.c, compiled quickly."""
+    """The kernels, compiled quickly."""
     try:
-        return build.compile_file(
-            build.compiler(), build.SOURCE, ["-O0", "-shared", "-fPIC"], tmp_path_factory.mktemp("compiled")
+        return build.compile_files(
+            build.compiler(), build.sources(), ["-O0", "-shared", "-fPIC"], tmp_path_factory.mktemp("compiled")
         )
     except build.Unavailable as error:
         pytest.skip(str(error))
@@ -45,7 +45,7 @@ def places(tmp_path, monkeypatch):
 def forget():
     """As in a new process."""
     build.library.cache_clear()
-    build.available.cache_clear()
+    build.unavailable.cache_clear()
 
 
 def files(folder):
@@ -88,7 +88,7 @@ def works(library):
 def test_a_library_is_compiled_once_and_leaves_one_file(compiler, places):
     calls = compiler()
     assert works(build.library())
-    assert len([call for call in calls() if call.endswith("cpu.c -lm")]) == 1
+    assert len([call for call in calls() if call.endswith("updates.c -lm")]) == 1
     (kept_file,) = files(places.cache)
     assert kept_file.stat().st_mode & 0o777 == 0o600
     assert files(places.temporary) == []
@@ -140,7 +140,7 @@ def test_a_kept_library_that_is_not_what_was_kept_is_compiled_anew(compiler, pla
         forget()
         calls()
         assert works(build.library())
-        assert len([call for call in calls() if call.endswith("cpu.c -lm")]) == 1
+        assert len([call for call in calls() if call.endswith("updates.c -lm")]) == 1
         assert files(places.cache) == [path]
         assert path.read_bytes() == content
         assert path.stat().st_mode & 0o777 == 0o600
@@ -234,7 +234,7 @@ def test_without_a_home_folder(compiler, places, monkeypatch):
 
 def test_without_any_folder(places, monkeypatch):
     monkeypatch.setattr(kept, "_places", lambda: [Path("/dev/null/x")])
-    assert build.available() == "they cannot be compiled (no folder for temporary files: TMPDIR names one)"
+    assert build.unavailable() == "they cannot be compiled (no folder for temporary files: TMPDIR names one)"
 
 
 IN_USE = """
@@ -307,7 +307,7 @@ def test_where_the_cache_forbids_execution_the_temporary_folder_serves(compiler,
     assert works(build.library())
     monkeypatch.setattr(kept, "_places", lambda: [places.cache])
     forget()
-    assert build.available() == "the compiled kernels do not load (failed to map segment from shared object)"
+    assert build.unavailable() == "the compiled kernels do not load (failed to map segment from shared object)"
 
 
 def test_libraries_in_turn_are_different_ones(compiled, places):
@@ -349,7 +349,7 @@ def test_libraries_in_turn_are_different_ones(compiled, places):
 )
 def test_a_compiler_that_is_none_is_a_line(places, monkeypatch, text, line):
     monkeypatch.setenv("CC", text)
-    reason = build.available()
+    reason = build.unavailable()
     if line is None:  # in the words of the system's loader
         assert reason.startswith("the compiled kernels do not load (")
         assert "\n" not in reason
@@ -367,7 +367,7 @@ def test_a_compiler_that_does_not_end_is_ended_with_its_children(places, monkeyp
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setattr(build, "SECONDS", 0.5)
     with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as child:
-        assert build.available() == f"the C compiler does not finish ({script}, in 0.5 seconds)"
+        assert build.unavailable() == f"the C compiler does not finish ({script}, in 0.5 seconds)"
         os.set_blocking(child.fileno(), True)
         assert child.read() == b"started\n"  # to the end: nobody has it open
     assert files(places.cache) == []
@@ -409,7 +409,7 @@ def test_options_that_a_compiler_does_not_know_are_left_out(compiler, places, un
     assert [word for word in words if "native" in word or "openmp" in word] == used
     forget()
     assert works(build.library())
-    assert not any(call.endswith("cpu.c -lm") for call in calls())
+    assert not any(call.endswith("updates.c -lm") for call in calls())
 
 
 def test_without_openmp_one_line_says_so_until_there_is_some(compiler, places, compiled):

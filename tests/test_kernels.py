@@ -20,7 +20,7 @@ from spiking_kernels import build
 from training import data
 
 needs_kernels = pytest.mark.skipif(
-    spiking_kernels.available() is not None, reason=f"no fused kernels: {spiking_kernels.available()}"
+    spiking_kernels.unavailable() is not None, reason=f"no fused kernels: {spiking_kernels.unavailable()}"
 )
 
 
@@ -132,8 +132,8 @@ def test_batches_that_the_kernel_would_make_otherwise_are_left_to_torch(monkeypa
         assert not fused.fused
         for (x, _), (y, _) in zip(fused, batches(*given, fused=False), strict=True):
             assert torch.equal(x, y)
-    assert batches(images, plain, normalise, fused=True).fused == (spiking_kernels.available() is None)
-    monkeypatch.setattr(spiking_kernels, "available", lambda: "there is none")
+    assert batches(images, plain, normalise, fused=True).fused == (spiking_kernels.unavailable() is None)
+    monkeypatch.setattr(spiking_kernels, "unavailable", lambda: "there is none")
     assert not batches(images, plain, normalise, fused=True).fused
 
 
@@ -828,7 +828,7 @@ def test_what_is_not_finite_is_as_in_the_layers():
 def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (build.library, build.available):
+    for cached in (build.library, build.unavailable):
         cached.cache_clear()
     try:
         options = mnist.parse(mnist.EXPERIMENT, ["--dump-dir", str(tmp_path / "runs")])
@@ -841,7 +841,7 @@ def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
         network.fused = True
         assert network(torch.randn(3, 1, 28, 28)).shape == (3, 10)
     finally:
-        for cached in (build.library, build.available):
+        for cached in (build.library, build.unavailable):
             cached.cache_clear()
 
 

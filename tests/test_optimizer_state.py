@@ -91,7 +91,7 @@ def test_all_paths_follow_a_setting_that_changes(variant, setting):
         assert not torch.equal(unchanged[0], results[0][0][0]) or setting in ("capturable", "s")
 
 
-@pytest.mark.skipif(spiking_kernels.available() is not None, reason="no fused kernels")
+@pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="no fused kernels")
 @pytest.mark.parametrize(("variant", "setting"), CASES)
 def test_the_kernels_follow_a_setting_that_changes(variant, setting):
     if setting in ("T", "max_s"):

@@ -33,7 +33,7 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     common |= dict(plain_gradient=False, recipe="paper", connectivity=None)
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
     common |= dict(precision=None, precision_used="fp32", deterministic=False, checkpoint_minutes=10.0)
-    common |= dict(compile=spiking_kernels.available() is None)
+    common |= dict(compile=spiking_kernels.unavailable() is None)
     common |= dict(dataset_dir=tmp_path / "data", device=torch.device("cpu"))
     for recipe, own in (
         (MNIST, dict(batch_size=128, epoch=512, interval_test=32, dataset="mnist", name="lr-1e-4-b-128-T-8-no_prune")),

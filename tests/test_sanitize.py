@@ -41,17 +41,17 @@ def sanitizer(tmp_path_factory):
     ],
 )
 def test_a_fault_is_found(sanitizer, tmp_path, function, right, wrong, told):
-    source = build.SOURCE.read_text()
-    assert right in source
-    faulty = tmp_path / "cpu.c"
-    faulty.write_text(source.replace(right, wrong))
-    status, report = sanitizer.run(faulty, "portable", "--only", function)
+    texts = {path.name: path.read_text() for path in build.sources("*.[ch]")}
+    assert sum(right in text for text in texts.values()) == 1
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text.replace(right, wrong))
+    status, report = sanitizer.run(tmp_path, "portable", "--only", function)
     assert status != 0
     assert re.search(told, report)
     assert "\nin call " in report
 
 
 def test_the_code_as_it_is_passes(sanitizer, capfd):
-    status, report = sanitizer.run(build.SOURCE, "native", "--calls", "20")
+    status, report = sanitizer.run(build.FOLDER, "native", "--calls", "20")
     assert (status, report) == (0, "")
     assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == list(build.ARGUMENTS)

@@ -155,7 +155,7 @@ def test_imports_run_one_way():
         "rewiring.py": {"spiking_kernels"},
         "gradrewire.py": {"rewiring", "spiking_kernels"},
         "deeprewire.py": {"rewiring", "spiking_kernels"},
-        "spiking.py": set(),
+        "spiking.py": {"spiking_kernels"},
         "mnist/model.py": {"spiking", "spiking_kernels"},
         "c10/model.py": {"spiking"},
         "mnist/mnist.py": {"mnist", "training"},

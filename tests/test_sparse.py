@@ -41,7 +41,7 @@ def test_the_same_spikes_as_the_dense_network(first, second, T, fused):
     dense = network(images_of(300))
     assert dense.sum() > 100
     evaluation = event_driven(network)
-    assert evaluation.fused == (spiking_kernels.available() is None)
+    assert evaluation.fused == (spiking_kernels.unavailable() is None)
     evaluation.fused &= fused
     found = evaluation(images_of(300))
     assert (found.shape, found.dtype) == (dense.shape, dense.dtype)
@@ -196,7 +196,7 @@ def test_the_kernel_runs_the_papers_neurons_only(place, key):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(spiking_kernels.available() is not None, reason="no fused kernels")
+@pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="no fused kernels")
 def test_how_a_network_is_run_changes_no_spike():
     """Step by step, with another surrogate derivative, and with potentials left behind."""
     network = network_of(0.9, 0.5)

@@ -177,7 +177,7 @@ class TrainingBatches:
         known = [type(part) for part in parts] == [RandomAffine, Normalisation]
         as_made = not any(hasattr(type(part), key) for part in parts for key in vars(part))
         takes = flaw(images, torch.uint8) is None and images.dim() == 4 and images.shape[1] == 1
-        return known and as_made and takes and spiking_kernels.available() is None
+        return known and as_made and takes and spiking_kernels.unavailable() is None
 
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
         """The images of one batch, as the network takes them."""

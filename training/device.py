@@ -56,7 +56,7 @@ def _be_deterministic() -> None:
 
 
 def _can_compile(device: torch.device) -> bool:
-    missing = spiking_kernels.available() if device.type == "cpu" else None
+    missing = spiking_kernels.unavailable() if device.type == "cpu" else None
     if missing:
         print(f"No fused kernels, {missing}: running the plain layers.", flush=True)
     return not missing

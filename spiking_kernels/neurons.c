@@ -1,0 +1,255 @@
+/* LIF neurons with constant currents, a linear layer, and LIF neurons of which only the number of spikes matters.
+ *
+ * The neuron is the paper's: h = v + (x - v) / 2, a spike where h >= 1, then v = 0, else v = h. The surrogate derivative
+ * of a spike is 1 / (1 + (pi (h - 1))^2). No gradient flows through the reset.
+ *
+ * The first layer's current is constant over time, and a reset is to exactly 0. So a neuron fires with a period: first
+ * at step k, then at 2k, 3k, ... (the same arithmetic, step by step, finds k). The next layer's input at step t is then
+ * the sum of the weights from all neurons whose k divides t: each neuron's weights are added once, not at each spike.
+ *
+ * The layers reset by v = (1 - spike) h: where h is infinite, v becomes NaN and the neuron never spikes again. The
+ * kernels do the same: h - h is 0, or NaN.
+ */
+
+#include "common.h"
+
+#define BLOCK 64  /* neurons at a time: their state stays in the first-level cache */
+#define STEPS 8   /* time steps at a time */
+#define SHORT 254 /* up to so many steps, sums by period fit the stack, and the cache */
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+static int all_finite(const float *x, size_t n) {
+    int others = 0;
+    _Pragma("omp simd reduction(+ : others)")
+    for (size_t i = 0; i < n; i++) others += !(fabsf(x[i]) <= FLT_MAX);
+    return !others;
+}
+
+/* w [O][H] to wt [H][P], padded with 0 */
+static void transpose(const float *w, float *wt, int H, int O, int P) {
+    THREADED
+    for (int h = 0; h < H; h++)
+        for (int o = 0; o < P; o++) wt[(size_t)h * P + o] = o < O ? w[(size_t)o * H + h] : 0.0f;
+}
+
+/* Periods of H neurons with constant currents: the step of the first spike; T + 1 where there is none; 0 where the
+ * current is infinite, for a spike at step 1 alone. */
+static void find_periods(const float *current, uint16_t *period, int H, int T) {
+    for (int start = 0; start < H; start += BLOCK) {
+        int n = smaller(BLOCK, H - start);
+        const float *x = current + start;
+        float v[BLOCK];
+        int32_t k[BLOCK];
+        for (int i = 0; i < n; i++) v[i] = 0.0f, k[i] = T + 1;
+        for (int t = 1; t <= T; t++) {
+            SIMD
+            for (int i = 0; i < n; i++) {
+                float h = v[i] + (x[i] - v[i]) * 0.5f;
+                k[i] = h >= 1.0f && k[i] > t ? t : k[i];
+                v[i] = h; /* what follows the first spike does not matter */
+            }
+        }
+        for (int i = 0; i < n; i++) period[start + i] = x[i] > FLT_MAX ? 0 : (uint16_t)k[i];
+    }
+}
+
+/* Spikes of N x H neurons with constant currents, through weights [O][H], for T steps (at most 65534).
+ * wt [H][P] and sums [N][T + 2][P] are scratch; period [N][H] (uint16) is kept for the backward pass;
+ * out [T][N][O]; spikes [H] (int64), unless null, is increased by each neuron's spikes.
+ * Returns 1, having written nothing, if a weight is not finite: the layers multiply it by every 0, too. Else 0. */
+int constant_lif_linear_forward(const float *current, const float *w, float *wt, float *sums, uint16_t *period,
+                                 float *out, int64_t *spikes, int N, int H, int O, int P, int T) {
+    if (!all_finite(w, (size_t)O * H)) return 1;
+    transpose(w, wt, H, O, P);
+    THREADED
+    for (int n = 0; n < N; n++) {
+        uint16_t *k = period + (size_t)n * H;
+        float *sum = sums + (size_t)n * (T + 2) * P;
+        find_periods(current + (size_t)n * H, k, H, T);
+        memset(sum, 0, sizeof(float) * (T + 2) * P);
+        if (P == LANES && T <= SHORT) {
+            float lanes[4][T + 2][LANES]; /* so that additions need not wait for each other */
+            memset(lanes, 0, sizeof(lanes));
+            for (int h = 0; h < H; h++) {
+                float *to = lanes[h & 3][k[h]];
+                const float *from = wt + (size_t)h * LANES;
+                SIMD
+                for (int o = 0; o < LANES; o++) to[o] += from[o];
+            }
+            for (int j = 0; j <= T; j++)
+                for (int o = 0; o < LANES; o++)
+                    sum[j * LANES + o] = (lanes[0][j][o] + lanes[1][j][o]) + (lanes[2][j][o] + lanes[3][j][o]);
+        } else {
+            for (int h = 0; h < H; h++) {
+                float *to = sum + (size_t)k[h] * P;
+                SIMD
+                for (int o = 0; o < P; o++) to[o] += wt[(size_t)h * P + o];
+            }
+        }
+        memcpy(out + (size_t)n * O, sum, sizeof(float) * O); /* period 0 */
+        for (int t = 2; t <= T; t++) memset(out + ((size_t)(t - 1) * N + n) * O, 0, sizeof(float) * O);
+        for (int j = 1; j <= T; j++)
+            for (int t = j; t <= T; t += j) {
+                float *to = out + ((size_t)(t - 1) * N + n) * O;
+                for (int o = 0; o < O; o++) to[o] += sum[(size_t)j * P + o];
+            }
+    }
+    if (spikes) {
+        THREADED
+        for (int h = 0; h < H; h++) {
+            int64_t count = 0;
+            for (int n = 0; n < N; n++) {
+                int k = period[(size_t)n * H + h];
+                count += k ? T / k : 1;
+            }
+            spikes[h] += count;
+        }
+    }
+    return 0;
+}
+
+/* Adds to total what some steps contribute to the gradients of m currents x; v and trace, dh/dx, go on with the
+ * steps. grad has the outputs' gradients, a row per step. With constant m and steps all of it stays in registers. */
+static inline __attribute__((always_inline)) void constant_lif_gradient(const float *grad, const float *w,
+                                                                        const float *x, float *v, float *trace,
+                                                                        float *total, int m, int steps, size_t row,
+                                                                        int H, int O) {
+    const float pi = 3.14159265358979f;
+    float g[STEPS][LANES] = {{0}}; /* the gradients of the spikes */
+    for (int o = 0; o < O; o++) {
+        const float *weights = w + (size_t)o * H;
+        _Pragma("GCC unroll 8")
+        for (int t = 0; t < steps; t++) {
+            float factor = grad[t * row + o];
+            SIMD
+            for (int i = 0; i < m; i++) g[t][i] += factor * weights[i];
+        }
+    }
+    _Pragma("GCC unroll 8")
+    for (int t = 0; t < steps; t++) {
+        SIMD
+        for (int i = 0; i < m; i++) {
+            float h = v[i] + (x[i] - v[i]) * 0.5f;
+            float slope = 0.5f + 0.5f * trace[i];
+            float u = pi * (h - 1.0f);
+            total[i] += g[t][i] * slope / (1.0f + u * u);
+            v[i] = h >= 1.0f ? 0.0f : h; /* for an infinite h see after_infinity */
+            trace[i] = h >= 1.0f ? 0.0f : slope;
+        }
+    }
+}
+
+/* After the spike of an infinite current x, v is NaN, and so is all that depends on it: the gradients of H currents. */
+static void after_infinity(const float *x, float *grad, int H) {
+    int found = 0;
+    _Pragma("omp simd reduction(+ : found)")
+    for (int h = 0; h < H; h++) found += x[h] > FLT_MAX;
+    for (int h = 0; found && h < H; h++)
+        if (x[h] > FLT_MAX) grad[h] = NAN;
+}
+
+/* The gradients of current [N][H] and w [O][H] from that of out, grad [T][N][O].
+ * sums [N][T + 2][P] and gwt [H][P] are scratch. */
+void constant_lif_linear_backward(const float *grad, const float *current, const uint16_t *period, const float *w,
+                                  float *sums, float *gwt, float *grad_current, float *grad_w, int N, int H, int O,
+                                  int P, int T) {
+    THREADED
+    for (int n = 0; n < N; n++) {
+        /* what each neuron of period j passes to its weights: the gradients at its spikes' steps */
+        float *sum = sums + (size_t)n * (T + 2) * P;
+        memset(sum, 0, sizeof(float) * (T + 2) * P);
+        memcpy(sum, grad + (size_t)n * O, sizeof(float) * O); /* period 0 */
+        for (int j = 1; j <= T; j++)
+            for (int t = j; t <= T; t += j)
+                for (int o = 0; o < O; o++) sum[(size_t)j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
+        for (int start = 0; start < H; start += LANES) {
+            int m = smaller(LANES, H - start);
+            float x[LANES] = {0}, v[LANES] = {0}, trace[LANES] = {0}, total[LANES] = {0};
+            memcpy(x, current + (size_t)n * H + start, sizeof(float) * m);
+            for (int first = 0; first < T; first += STEPS) {
+                const float *rows = grad + ((size_t)first * N + n) * O;
+                if (m == LANES && T - first >= STEPS)
+                    constant_lif_gradient(rows, w + start, x, v, trace, total, LANES, STEPS, (size_t)N * O, H, O);
+                else
+                    constant_lif_gradient(rows, w + start, x, v, trace, total, m, smaller(STEPS, T - first),
+                                          (size_t)N * O, H, O);
+            }
+            memcpy(grad_current + (size_t)n * H + start, total, sizeof(float) * m);
+        }
+        if (T > 1) after_infinity(current + (size_t)n * H, grad_current + (size_t)n * H, H);
+    }
+    THREADED
+    for (int start = 0; start < H; start += BLOCK) {
+        int m = smaller(BLOCK, H - start);
+        memset(gwt + (size_t)start * P, 0, sizeof(float) * m * P);
+        for (int n = 0; n < N; n++) {
+            const float *sum = sums + (size_t)n * (T + 2) * P;
+            const uint16_t *k = period + (size_t)n * H + start;
+            if (P == LANES) {
+                for (int i = 0; i < m; i++) {
+                    float *to = gwt + (size_t)(start + i) * LANES;
+                    const float *from = sum + k[i] * LANES;
+                    SIMD
+                    for (int o = 0; o < LANES; o++) to[o] += from[o];
+                }
+            } else {
+                for (int i = 0; i < m; i++) {
+                    SIMD
+                    for (int o = 0; o < P; o++) gwt[(size_t)(start + i) * P + o] += sum[(size_t)k[i] * P + o];
+                }
+            }
+        }
+        for (int o = 0; o < O; o++)
+            for (int i = 0; i < m; i++) grad_w[(size_t)o * H + start + i] = gwt[(size_t)(start + i) * P + o];
+    }
+}
+
+/* Spike counts [M] of M neurons with input x [T][M]. */
+void lif_count_forward(const float *x, float *counts, int64_t M, int T) {
+    THREADED
+    for (int64_t start = 0; start < M; start += BLOCK) {
+        int m = (int)(M - start < BLOCK ? M - start : BLOCK);
+        float v[BLOCK], count[BLOCK];
+        for (int i = 0; i < BLOCK; i++) v[i] = count[i] = 0.0f;
+        for (int t = 0; t < T; t++) {
+            const float *row = x + t * M + start;
+            SIMD
+            for (int i = 0; i < m; i++) {
+                float h = v[i] + (row[i] - v[i]) * 0.5f;
+                count[i] += h >= 1.0f ? 1.0f : 0.0f;
+                v[i] = h >= 1.0f ? h - h : h;
+            }
+        }
+        memcpy(counts + start, count, sizeof(float) * m);
+    }
+}
+
+/* The gradient of x [T][M] from that of the counts, grad [M]. */
+void lif_count_backward(const float *grad, const float *x, float *grad_x, int64_t M, int T) {
+    const float pi = 3.14159265358979f;
+    THREADED
+    for (int64_t start = 0; start < M; start += BLOCK) {
+        int m = (int)(M - start < BLOCK ? M - start : BLOCK);
+        float v[BLOCK], g[BLOCK];
+        for (int i = 0; i < BLOCK; i++) v[i] = g[i] = 0.0f;
+        for (int t = 0; t < T; t++) {
+            const float *row = x + t * M + start;
+            float *h = grad_x + t * M + start; /* kept where the gradient comes to stand */
+            SIMD
+            for (int i = 0; i < m; i++) {
+                h[i] = v[i] + (row[i] - v[i]) * 0.5f;
+                v[i] = h[i] >= 1.0f ? h[i] - h[i] : h[i];
+            }
+        }
+        for (int t = T - 1; t >= 0; t--) {
+            float *row = grad_x + t * M + start;
+            SIMD
+            for (int i = 0; i < m; i++) {
+                float h = row[i], u = pi * (h - 1.0f);
+                float gh = grad[start + i] / (1.0f + u * u) + (h >= 1.0f ? 0.0f : g[i]);
+                row[i] = g[i] = 0.5f * gh; /* half to the input, half to the potential before */
+            }
+        }
+    }
+}

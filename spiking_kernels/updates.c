@@ -1,0 +1,265 @@
+/* One step of Grad Rewiring or of Deep R on a tensor of weights. */
+
+#include "random.h"
+
+/* What one step of Grad Rewiring needs beside its tensors; scale is 1 / sqrt(1 - beta2^t), prior is alpha * eta or 0. */
+typedef struct {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, scale, eps, eta, weight_decay, direction, prior, mu;
+} Step;
+
+/* One weight: see gradrewire.GradRewiring, whose symbols these are. x is v, or its running maximum. */
+static inline void grad_rewiring_one(float *w, float g, float *m, float *v, float *x, float s, float *theta, Step p) {
+    g = p.direction * g + (p.weight_decay != 0.0f ? p.weight_decay * *w : 0.0f);
+    *m = *m * p.beta1 + g * p.one_minus_beta1;
+    *v = *v * p.beta2 + g * g * p.one_minus_beta2;
+    *x = *x > *v ? *x : *v;
+    float above = *theta - p.mu;
+    float push = above > 0.0f ? p.prior : above < 0.0f ? -p.prior : 0.0f;
+    float t = (*theta * s - *m * p.eta / (sqrtf(*x) * p.scale + p.eps) - push * s) * s;
+    *theta = t;
+    *w = (t < 0.0f ? 0.0f : t) * s; /* NaN stays NaN */
+}
+
+#ifdef __AVX512F__
+/* The same for sixteen weights, without weight decay and running maximum. w is written, not read: past the cache
+ * (stream), that costs half the memory traffic. */
+static inline void grad_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
+                                         Step p, int stream) {
+    const __m512 zero = _mm512_setzero_ps(), prior = _mm512_set1_ps(p.prior);
+    __m512 G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
+    __m512 M = _mm512_mul_ps(G, _mm512_set1_ps(p.one_minus_beta1));
+    __m512 V = _mm512_mul_ps(_mm512_mul_ps(G, G), _mm512_set1_ps(p.one_minus_beta2));
+    M = _mm512_fmadd_ps(_mm512_loadu_ps(m), _mm512_set1_ps(p.beta1), M);
+    V = _mm512_fmadd_ps(_mm512_loadu_ps(v), _mm512_set1_ps(p.beta2), V);
+    _mm512_storeu_ps(m, M);
+    _mm512_storeu_ps(v, V);
+    __m512 denominator = _mm512_fmadd_ps(_mm512_sqrt_ps(V), _mm512_set1_ps(p.scale), _mm512_set1_ps(p.eps));
+    __m512 change = _mm512_div_ps(_mm512_mul_ps(M, _mm512_set1_ps(p.eta)), denominator);
+    __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
+    __m512 T = _mm512_loadu_ps(theta);
+    __m512 above = _mm512_sub_ps(T, _mm512_set1_ps(p.mu));
+    __m512 push = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(above, zero, _CMP_GT_OQ), prior);
+    push = _mm512_mask_sub_ps(push, _mm512_cmp_ps_mask(above, zero, _CMP_LT_OQ), zero, prior);
+    __m512 h = _mm512_sub_ps(_mm512_sub_ps(_mm512_mul_ps(T, S), change), _mm512_mul_ps(push, S));
+    T = _mm512_mul_ps(h, S);
+    _mm512_storeu_ps(theta, T);
+    __m512 W = _mm512_mul_ps(_mm512_max_ps(zero, T), S); /* max returns its second operand if one is NaN */
+    if (stream)
+        _mm512_stream_ps(w, W);
+    else
+        _mm512_storeu_ps(w, W);
+}
+#endif
+
+/* One step of Grad Rewiring on n weights; max_v is null without amsgrad. */
+void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign, float *theta,
+                        int64_t n, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
+                        float correction, float eps, float eta, float weight_decay, float direction, float prior,
+                        float mu) {
+    const Step p = {beta1, one_minus_beta1, beta2,     one_minus_beta2, 1.0f / correction, eps,
+                    eta,   weight_decay,    direction, prior,           mu};
+    int64_t done = 0;
+#ifdef __AVX512F__
+    if (!max_v && weight_decay == 0.0f) {
+        const int stream = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
+        done = n / 16 * 16;
+        THREADED
+        for (int64_t i = 0; i < done; i += 16)
+            grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, stream);
+        _mm_sfence();
+    }
+#endif
+    float *x = max_v ? max_v : v;
+    _Pragma("omp parallel for simd schedule(static)")
+    for (int64_t i = done; i < n; i++)
+        grad_rewiring_one(w + i, grad[i], m + i, v + i, x + i, (float)sign[i], theta + i, p);
+}
+
+/* What the steps of Deep R below draw for n weights: the normal numbers of each group, in sequence, and which weights
+ * are chosen with a probability. */
+void deep_rewiring_draws(float *normal, uint8_t *chosen, int64_t n, uint64_t seed, double probability) {
+    for (int64_t start = 0; start < n; start += GROUP) {
+        float z[GROUP];
+        normals(seed, start / GROUP, GROUP, 1.0f, z);
+        memcpy(normal + start, z, sizeof(float) * (n - start < GROUP ? n - start : GROUP));
+    }
+    for (int64_t start = 0; start < n; start += CHUNK) {
+        uint16_t places[CHUNK];
+        const int size = (int)(n - start < CHUNK ? n - start : CHUNK);
+        const int count = choose(seed, start / CHUNK, size, probability, places);
+        memset(chosen + start, 0, size);
+        for (int i = 0; i < count; i++) chosen[start + places[i]] = 1;
+    }
+}
+
+/* What one step of Deep R needs beside its tensors: penalty is l1 * eta, temperature T * sqrt(eta) or 0, bound the least
+ * theta. */
+typedef struct {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, correction, eps, eta, weight_decay, direction, penalty,
+        temperature, bound;
+} DeepStep;
+
+#ifdef __AVX512F__
+/* Sixteen weights of Deep R, without weight decay and running maximum; for the rest see deep_rewiring_group. */
+static inline __attribute__((always_inline)) void deep_rewiring_sixteen(float *w, const float *g, float *m, float *v,
+                                                                        const int8_t *sign, float *theta,
+                                                                        const float *noise, DeepStep p,
+                                                                        int32_t counts[2]) {
+    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
+    const __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
+    const __m512 W = _mm512_loadu_ps(w), G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
+    __m512 M = _mm512_mul_ps(_mm512_loadu_ps(m), _mm512_set1_ps(p.beta1));
+    __m512 V = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(p.beta2));
+    M = _mm512_fmadd_ps(G, _mm512_set1_ps(p.one_minus_beta1), M);
+    V = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(p.one_minus_beta2), G), G, V);
+    _mm512_storeu_ps(m, M);
+    _mm512_storeu_ps(v, V);
+    __m512 change = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(V), _mm512_set1_ps(p.correction)), _mm512_set1_ps(p.eps));
+    change = _mm512_div_ps(_mm512_mul_ps(M, _mm512_set1_ps(p.eta)), change);
+    const __mmask16 active = _mm512_cmp_ps_mask(W, zero, _CMP_NEQ_UQ);
+    const __m512 ones = _mm512_maskz_mov_ps(active, one); /* products with it are exact, and hide no NaN */
+    __m512 h = theta ? _mm512_mul_ps(_mm512_loadu_ps(theta), S) : W;
+    h = _mm512_sub_ps(h, _mm512_mul_ps(change, ones));
+    h = _mm512_sub_ps(h, _mm512_mul_ps(_mm512_mul_ps(S, _mm512_set1_ps(p.penalty)), ones));
+    h = _mm512_add_ps(h, _mm512_loadu_ps(noise));
+    const __m512 T = _mm512_mul_ps(h, S);
+    if (theta) {
+        const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(p.bound), T); /* the second operand if one is NaN */
+        _mm512_storeu_ps(theta, bounded);
+        _mm512_storeu_ps(w, _mm512_mul_ps(_mm512_max_ps(zero, bounded), S));
+        return;
+    }
+    const __mmask16 kept = _mm512_mask_cmp_ps_mask(active, T, zero, _CMP_GT_OQ);
+    h = _mm512_mul_ps(h, _mm512_maskz_mov_ps(kept, one));
+    _mm512_storeu_ps(w, h);
+    const __mmask16 dormant = _mm512_cmp_ps_mask(h, zero, _CMP_EQ_OQ);
+    counts[0] += __builtin_popcount(dormant);
+    counts[1] += __builtin_popcount(_mm512_mask_cmp_ps_mask(dormant, S, zero, _CMP_NEQ_OQ));
+}
+#endif
+
+/* Up to GROUP weights of Deep R, soft where theta is not null; each operation rounds as that of
+ * deeprewire.DeepRewiring does, whose symbols these are, so that the weights are bitwise the same. max_v is null without
+ * amsgrad. Adds to counts the dormant connections and those of them that have a sign. */
+static inline __attribute__((always_inline)) void deep_rewiring_group(float *w, const float *grad, float *m, float *v,
+                                                                      float *max_v, const int8_t *sign, float *theta,
+                                                                      const float *noise, int n, DeepStep p,
+                                                                      int32_t counts[2]) {
+    int done = 0;
+#ifdef __AVX512F__
+    if (!max_v && p.weight_decay == 0.0f)
+        for (; done + 16 <= n; done += 16)
+            deep_rewiring_sixteen(w + done, grad + done, m + done, v + done, sign + done, theta ? theta + done : 0,
+                                  noise + done, p, counts);
+#endif
+    float signs[GROUP]; /* apart, so that the loops below take as many weights at a time as fit a vector of floats */
+    SIMD
+    for (int i = done; i < n; i++) signs[i] = (float)sign[i];
+    SIMD
+    for (int i = done; i < n; i++) {
+        const float s = signs[i], active = w[i] != 0.0f ? 1.0f : 0.0f;
+        float g = p.direction * grad[i];
+        g = p.weight_decay != 0.0f ? fmaf(w[i], p.weight_decay, g) : g;
+        m[i] = fmaf(g, p.one_minus_beta1, m[i] * p.beta1);
+        v[i] = fmaf(p.one_minus_beta2 * g, g, v[i] * p.beta2);
+        float x = v[i];
+        if (max_v) max_v[i] = x = max_v[i] > x ? max_v[i] : x;
+        const float change = active * (m[i] * p.eta / (sqrtf(x) / p.correction + p.eps));
+        if (theta) {
+            const float h = theta[i] * s - change - active * (s * p.penalty) + noise[i];
+            const float t = h * s < p.bound ? p.bound : h * s;
+            theta[i] = t;
+            w[i] = (t < 0.0f ? 0.0f : t) * s; /* NaN stays NaN, as in torch */
+        } else {
+            float h = w[i] - change - active * (s * p.penalty) + noise[i];
+            h *= (active != 0.0f && h * s > 0.0f) ? 1.0f : 0.0f; /* and here */
+            w[i] = h;
+        }
+    }
+    if (theta) return;
+    int32_t dormant = 0, candidates = 0;
+    _Pragma("omp simd reduction(+ : dormant, candidates)")
+    for (int i = done; i < n; i++) {
+        dormant += w[i] == 0.0f;
+        candidates += (w[i] == 0.0f) & (signs[i] != 0.0f);
+    }
+    counts[0] += dormant;
+    counts[1] += candidates;
+}
+
+/* Noise for the active ones of up to GROUP weights, the group's numbers in turn; 0 for the others. */
+static void noise_of_the_active(const float *w, int n, uint64_t seed, int64_t group, float scale, float *noise) {
+    float z[GROUP];
+    int active = 0;
+    _Pragma("omp simd reduction(+ : active)")
+    for (int i = 0; i < n; i++) active += w[i] != 0.0f;
+    normals(seed, group, active, scale, z);
+    int taken = 0, i = 0;
+#ifdef __AVX512F__
+    for (; i + 16 <= n; i += 16) {
+        const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(w + i), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        _mm512_storeu_ps(noise + i, _mm512_maskz_expandloadu_ps(mask, z + taken));
+        taken += __builtin_popcount(mask);
+    }
+#endif
+    for (; i < n; i++) {
+        noise[i] = w[i] != 0.0f ? z[taken] : 0.0f;
+        taken += w[i] != 0.0f;
+    }
+}
+
+/* Re-activates each dormant connection at s * eps with a probability. */
+static void reactivate(float *w, const int8_t *sign, int64_t n, uint64_t seed, double probability, float eps) {
+    THREADED
+    for (int64_t start = 0; start < n; start += CHUNK) {
+        uint16_t places[CHUNK];
+        const int size = (int)(n - start < CHUNK ? n - start : CHUNK);
+        const int count = choose(seed, start / CHUNK, size, probability, places);
+        for (int i = 0; i < count; i++) {
+            float *x = w + start + places[i];
+            if (*x == 0.0f) *x = (float)sign[start + places[i]] * eps;
+        }
+    }
+}
+
+/* One step of Deep R on n weights, soft where theta is not null; max_v is null without amsgrad. Afterwards at most max_s
+ * of the weights are dormant, in expectation; soft Deep R ignores max_s. */
+void deep_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign, float *theta,
+                        int64_t n, uint64_t seed, double max_s, float beta1, float one_minus_beta1, float beta2,
+                        float one_minus_beta2, float correction, float eps, float eta, float weight_decay,
+                        float direction, float penalty, float temperature, float bound) {
+    const DeepStep p = {beta1, one_minus_beta1, beta2,     one_minus_beta2, correction,  eps,
+                        eta,   weight_decay,    direction, penalty,         temperature, bound};
+    static const float zeros[GROUP];
+    int64_t dormant = 0, candidates = 0;
+    _Pragma("omp parallel for schedule(static) reduction(+ : dormant, candidates)")
+    for (int64_t start = 0; start < n; start += GROUP) {
+        const int size = (int)(n - start < GROUP ? n - start : GROUP);
+        float drawn[GROUP];
+        const float *noise = temperature != 0.0f ? drawn : zeros;
+        int32_t counts[2] = {0, 0};
+        if (temperature != 0.0f) {
+            if (theta)
+                normals(seed, start / GROUP, size, temperature, drawn);
+            else
+                noise_of_the_active(w + start, size, seed, start / GROUP, temperature, drawn);
+        }
+        /* with theta and max_v known to be null or not: a loop of its own for each case */
+        float *W = w + start, *M = m + start, *V = v + start;
+        const float *G = grad + start;
+        const int8_t *S = sign + start;
+        if (theta && max_v)
+            deep_rewiring_group(W, G, M, V, max_v + start, S, theta + start, noise, size, p, counts);
+        else if (theta)
+            deep_rewiring_group(W, G, M, V, 0, S, theta + start, noise, size, p, counts);
+        else if (max_v)
+            deep_rewiring_group(W, G, M, V, max_v + start, S, 0, noise, size, p, counts);
+        else
+            deep_rewiring_group(W, G, M, V, 0, S, 0, noise, size, p, counts);
+        dormant += counts[0];
+        candidates += counts[1];
+    }
+    if (theta || max_s >= 1.0 || !candidates) return;
+    const double probability = ((double)dormant - max_s * (double)n) / (double)candidates;
+    if (probability > 0.0) reactivate(w, sign, n, seed, probability < 1.0 ? probability : 1.0, eps);
+}
