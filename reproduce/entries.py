@@ -6,24 +6,21 @@
 import csv
 import io
 import math
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.experiments import EXPERIMENTS
 from analysis.runs import LARGEST_RESULTS
-from reproduce import runner
+from reproduce import records
 from reproduce.grid import Row
+from reproduce.records import MADE
 from training.errors import Refusal
 from training.files.json_files import nested, number, read_file, shown
 from training.naming import format_number
-from training.options import read
 
 ROWS, EPOCHS = "rows.csv", "epochs.csv"
-MADE = ("cpu", "device", "versions", "git_commit")  # what rows.csv says of how a row was made
 EPOCH = ("test_accuracy", "connectivity", "pruned", "regrown")  # the numbers of an epoch in epochs.csv
 
 
@@ -33,7 +30,6 @@ class Entry:
 
     Attributes:
         row: of the grid.
-        options: of the row's command line.
         numbers: what it gave, by the names in ``rows.csv``; NaN where it is not known.
         made: how, by the names in ``MADE``; empty texts where it is not known.
         epochs: the numbers after each epoch, by the names in ``EPOCH``, up to the row's last; none where they are
@@ -41,7 +37,6 @@ class Entry:
     """
 
     row: Row
-    options: Namespace
     numbers: dict[str, float]
     made: dict[str, str]
     epochs: list[dict[str, float]]
@@ -49,8 +44,8 @@ class Entry:
     @property
     def variant(self) -> str:
         """What tells the row from others of its title, but for the seed and the number of epochs."""
-        given, texts = self.options, []
-        if given.mode != "no_prune":
+        given, texts = self.row.options, []
+        if self.row.prunes:
             texts += ["--connectivity", format_number(given.connectivity)] if given.connectivity is not None else []
             texts += ["-s", f"{given.sparsity:g}"]
             texts += ["-penalty", format_number(given.penalty)] if given.penalty is not None else []
@@ -73,12 +68,11 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
         lines_of[line["row"]].append(line)
     entries = []
     for row in rows:
-        options = read(EXPERIMENTS[row.experiment], list(row.argv))
-        record, line = runner.finished(dump, row), earlier.get(row.command)
+        record, line = records.finished(dump, row), earlier.get(row.command)
         if record is not None:
-            results = [result for result in runner.state(dump, row).epochs if result["epoch"] <= row.epochs]
+            results = [result for result in records.state(dump, row).epochs if result["epoch"] <= row.epochs]
             epochs = _all_epochs({line["epoch"]: {key: number(line, key) for key in EPOCH} for line in results})
-            entries.append(Entry(row, options, _numbers(record, results), _made(record), epochs))
+            entries.append(Entry(row, _numbers(record, results), _made(record), epochs))
         elif line is not None:
             by_epoch = {}
             for text in lines_of[row.key]:
@@ -88,7 +82,7 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
                 by_epoch[int(epoch)] = {key: _value(folder / EPOCHS, text[key]) for key in EPOCH}
             epochs = _all_epochs(by_epoch)
             numbers = {key: _value(folder / ROWS, line[key]) for key in _numbers({}, [])}
-            entries.append(Entry(row, options, numbers, {key: line[key] for key in MADE}, epochs))
+            entries.append(Entry(row, numbers, {key: line[key] for key in MADE}, epochs))
     return entries
 
 

@@ -78,7 +78,7 @@ def line_looks(lines: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[s
 def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
     lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
     for summary in summaries:
-        lines[summary.title, summary.epochs].append(summary)
+        lines[summary.line].append(summary)
     looks = line_looks(list(lines))
     for (title, epochs), some in lines.items():
         some.sort(key=lambda summary: summary.mean("connectivity"))
@@ -92,8 +92,8 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
             capsize=2,
             **looks[title, epochs],
         )
-    entry = summaries[0].entries[0]
-    for published in PUBLISHED.get((entry.row.experiment, entry.options.dataset), ()):
+    row = summaries[0].row
+    for published in PUBLISHED.get((row.experiment, row.options.dataset), ()):
         x, y = 100 * np.array(published.points).T
         look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
         axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)
@@ -114,23 +114,25 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
         keys: the results' keys, a column each, with the axis's label and the factor to its unit.
         log: whether the y axes are logarithmic.
     """
-    dense = [summary for summary in summaries if summary.title == "dense"]
-    titles = list(dict.fromkeys(summary.title for summary in summaries if summary not in dense)) or ["dense"]
+    rows: dict[str, list[Summary]] = defaultdict(list)
+    for summary in summaries:
+        if summary.row.prunes:
+            rows[summary.row.title].append(summary)
+    dense = [summary for summary in summaries if not summary.row.prunes]
+    rows = rows or {"dense": []}
     seeds = dict.fromkeys(entry.row.seed for summary in summaries for entry in summary.entries if entry.epochs)
     with matplotlib.rc_context(STYLE):
-        figure, panels = _figure(len(titles), len(keys), sharex=True, sharey="col")
-        for title, panel_row in zip(titles, panels, strict=True):
-            some = [summary for summary in summaries if summary.title == title and summary not in dense]
+        figure, panels = _figure(len(rows), len(keys), sharex=True, sharey="col")
+        for (title, some), panel_row in zip(rows.items(), panels, strict=True):
             for axes, (key, (label, factor)) in zip(panel_row, keys.items(), strict=True):
                 for i, summary in enumerate([*some, *dense]):
-                    runs = [entry.epochs for entry in summary.entries if len(entry.epochs) == summary.epochs]
+                    runs = [entry.epochs for entry in summary.entries if len(entry.epochs) == entry.row.epochs]
                     if not runs:
                         continue
                     values = np.array([[line[key] for line in run] for run in runs]).mean(axis=0)
                     grey = {"color": "#808080", "label": "dense", "linestyle": ":"}
                     own = {"color": COLOURS[i % len(COLOURS)], "label": summary.variant}
-                    look = grey if summary in dense else own
-                    axes.plot(range(1, summary.epochs + 1), factor * values, **look)
+                    axes.plot(range(1, len(values) + 1), factor * values, **(own if i < len(some) else grey))
                 axes.set_ylabel(label)
                 if log:
                     axes.set_yscale("log")

@@ -2,10 +2,11 @@
 
 import shlex
 import tomllib
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from analysis.experiments import EXPERIMENTS
 from training.errors import Refusal
@@ -20,22 +21,37 @@ class Row:
     """One run of the grid, up to a number of epochs.
 
     Attributes:
-        experiment: whose script runs it, ``mnist`` or ``c10``.
-        title: of its group: the method.
+        experiment: whose script runs it.
+        title: of its group.
         ablation: whether the group is one, not a method to compare.
         argv: what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu).
-        name: of the run's folders; rows that differ in the number of epochs only share it.
-        epochs: after which the row is finished.
-        seed: of the run.
+        options: what ``argv`` says.
     """
 
     experiment: str
     title: str
     ablation: bool
     argv: tuple[str, ...]
-    name: str
-    epochs: int
-    seed: int
+    options: Namespace = field(compare=False, repr=False)
+
+    @cached_property
+    def name(self) -> str:
+        """Of the run's folders; rows that differ in the number of epochs only share it."""
+        return run_name(self.options, EXPERIMENTS[self.experiment])
+
+    @property
+    def epochs(self) -> int:
+        """After which the row is finished."""
+        return self.options.epoch
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed
+
+    @property
+    def prunes(self) -> bool:
+        """Whether its method does; it is dense otherwise."""
+        return self.options.mode != "no_prune"
 
     @property
     def key(self) -> str:
@@ -62,39 +78,30 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path}: {error}") from None
-    rows = []
+    rows: list[tuple[tuple[int, bool], Row]] = []
     for group in table.get("group", []):
         for key in ("title", "variants"):
             if key not in group:
                 raise Refusal(f"{path}: a group has no {key}")
-        settings = {**table, **group}
+        title, ablation, settings = group["title"], group.get("ablation", False), {**table, **group}
         for variant in group["variants"]:
             for place, seed in enumerate(settings["seeds"]):
                 texts = [settings.get("options", ""), settings.get("method", ""), variant]
-                argv = [word for text in texts for word in shlex.split(text)]
-                argv += ["-N", str(settings["epochs"]), "--seed", str(seed)]
-                row = _row(path, experiment, group, argv)
-                rows.append(((place, row.ablation), row))
-    rows.sort(key=lambda row: row[0])
-    found: list[Row] = []
-    for _, row in rows:
-        for other in found:
-            if other.key == row.key:
-                raise Refusal(f"{path}: {row.command} is there twice, in {other.title} and {row.title}")
-            if other.name == row.name and other.epochs > row.epochs:
-                raise Refusal(f"{path}: {row.command} has to come before that of {other.epochs} epochs")
-        found.append(row)
-    return found
-
-
-def _row(path: Path, experiment: str, group: dict[str, Any], argv: Sequence[str]) -> Row:
-    title = group["title"]
-    try:
-        options = read(EXPERIMENTS[experiment], argv)
-    except Refusal as refusal:
-        raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
-    ablation, name = group.get("ablation", False), run_name(options, EXPERIMENTS[experiment])
-    return Row(experiment, title, ablation, tuple(argv), name, options.epoch, options.seed)
+                argv = [*shlex.split(" ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
+                try:
+                    options = read(EXPERIMENTS[experiment], argv)
+                except Refusal as refusal:
+                    raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
+                rows.append(((place, ablation), Row(experiment, title, ablation, tuple(argv), options)))
+    found: dict[str, Row] = {}
+    longest: dict[str, int] = {}
+    for _, row in sorted(rows, key=lambda row: row[0]):
+        if row.key in found:
+            raise Refusal(f"{path}: {row.command} is there twice, in {found[row.key].title} and {row.title}")
+        if row.epochs < longest.get(row.name, 0):
+            raise Refusal(f"{path}: {row.command} has to come before that of {longest[row.name]} epochs")
+        found[row.key], longest[row.name] = row, row.epochs
+    return list(found.values())
 
 
 def shard(rows: Sequence[Row], part: int, parts: int) -> list[Row]:

@@ -42,22 +42,21 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
         "commands.md": _commands(entries, [row for row in rows if row not in done]),
     }
     name = rows[0].experiment
-    main = [summary for summary in summaries if not summary.ablation]
+    main, ablations = ([summary for summary in summaries if summary.row.ablation == which] for which in (False, True))
     if main:
         files["plane.png"] = figures.plane(main, f"{name}: accuracy against connectivity")
-        short = [summary for summary in main if summary.epochs == rows[0].epochs]
+        short = [summary for summary in main if summary.row.epochs == rows[0].epochs]
         keys = {"test_accuracy": ("test accuracy (%)", 100.0), "connectivity": ("connectivity (%)", 100.0)}
         files["epochs.png"] = figures.curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
-        keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
-        pruning = [summary for summary in short if summary.title != "dense"]
+        pruning = [summary for summary in short if summary.row.prunes]
         if pruning:
+            keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
             heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
             files["rewiring.png"] = figures.curves(pruning, heading, keys, log=True)
-        ablated = {summary.epochs for summary in summaries if summary.ablation}
-        if ablated:
-            beside = [s for s in main if s.epochs in ablated and s.title in ("dense", "Grad R", "Deep R")]
-            some = [*beside, *(summary for summary in summaries if summary.ablation)]
-            files["ablations.png"] = figures.plane(some, f"{name}: ablations of Grad R and Deep R")
+    if main and ablations:
+        epochs = {summary.row.epochs for summary in ablations}
+        beside = [s for s in main if s.row.epochs in epochs and s.row.title in ("dense", "Grad R", "Deep R")]
+        files["ablations.png"] = figures.plane([*beside, *ablations], f"{name}: ablations of Grad R and Deep R")
     for file, content in files.items():
         write_whole(folder / file, content)
     return [folder / file for file in files]

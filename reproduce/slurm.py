@@ -1,12 +1,19 @@
 """The grid as a job array of Slurm: one file to submit, whose tasks are shards of the grid."""
 
+import math
 import shlex
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
+
+from reproduce.grid import Row
+from training import files
+from training.command_line import check_writable, output_file
+from training.options import REPOSITORY
 
 SCRIPT = """\
 #!/bin/bash
-# Made by: {command}
+# Made by: python -m reproduce {experiment} --slurm {file}
 # Submit with: sbatch {file}    (options of sbatch before the file replace those below: --partition=gpu --time=8:00:00)
 #SBATCH --job-name=reproduce-{experiment}
 #SBATCH --array=1-{tasks}
@@ -36,32 +43,16 @@ wait "$runner"
 """
 
 
-def script(
-    file: Path,
-    experiment: str,
-    tasks: int,
-    jobs: int,
-    dataset_dir: Path,
-    dump_dir: Path,
-    repository: Path,
-    python: str,
-    more: Sequence[str] = (),
-) -> str:
-    """The text of the array script.
-
-    Args:
-        file: that it will be.
-        experiment: whose grid it runs.
-        tasks: of the array, each of them a shard.
-        jobs: rows that a task runs at a time.
-        dataset_dir, dump_dir: absolute, on a file system that all machines share.
-        repository: absolute, where the tasks run.
-        python: the interpreter.
-        more: words that every task's command has, too.
-    """
-    words = {"repository": repository, "python": python, "dataset_dir": dataset_dir, "dump_dir": dump_dir, "file": file}
-    quoted = {name: shlex.quote(str(word)) for name, word in words.items()}
-    log = shlex.quote(str(dump_dir / "rows" / "slurm-%a.log"))
-    command = f"python -m reproduce {experiment} --slurm {quoted['file']}"
-    last = f"{shlex.join(more)} " if more else ""
-    return SCRIPT.format(**quoted, experiment=experiment, tasks=tasks, jobs=jobs, log=log, command=command, more=last)
+def write(options: Namespace, rows: Sequence[Row]) -> int:
+    """Writes the array script that runs the rows by the options of ``python -m reproduce``; returns its tasks."""
+    tasks = math.ceil(len({row.name for row in rows}) / options.jobs)
+    dump = options.dump_dir.absolute()
+    paths = {"file": options.slurm, "repository": REPOSITORY, "python": sys.executable, "dump_dir": dump}
+    paths |= {"dataset_dir": options.dataset_dir.absolute(), "log": dump / "rows" / "slurm-%a.log"}
+    quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
+    more = f"--without {shlex.quote(str(options.without.absolute()))} " if options.without else ""
+    text = SCRIPT.format(**quoted, experiment=options.experiment, tasks=tasks, jobs=options.jobs, more=more)
+    check_writable("--dump-dir", dump / "rows")  # Slurm does not make the folder of its logs
+    with output_file("--slurm", options.slurm, parents=True) as temporary, files.naming(options.slurm):
+        temporary.write_text(text, encoding="utf-8")
+    return tasks

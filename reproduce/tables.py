@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reproduce.entries import Entry
+from reproduce.grid import Row
 
 EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # connectivities at which the methods are compared
 
@@ -18,18 +19,26 @@ class Summary:
     """The rows that differ in their seed only.
 
     Attributes:
-        title, variant, epochs: that they share.
-        ablation: whether their group is one.
         entries: the rows, in the grid's order.
         dense: mean test accuracy of the dense rows of the same learning rate and epochs; NaN without any.
     """
 
-    title: str
-    variant: str
-    epochs: int
-    ablation: bool
     entries: tuple[Entry, ...]
     dense: float
+
+    @property
+    def row(self) -> Row:
+        """The first of them, for what they share."""
+        return self.entries[0].row
+
+    @property
+    def variant(self) -> str:
+        return self.entries[0].variant
+
+    @property
+    def line(self) -> tuple[str, int]:
+        """Title and number of epochs: a line of the plane, a row of the tables at equal connectivity."""
+        return self.row.title, self.row.epochs
 
     def values(self, key: str) -> list[float]:
         """A number of each row: one of :attr:`Entry.numbers`, or ``loss``, the dense accuracy less the row's."""
@@ -50,16 +59,15 @@ def summarise(entries: Sequence[Entry]) -> list[Summary]:
     groups: dict[tuple, list[Entry]] = defaultdict(list)
     dense: dict[tuple, list[float]] = defaultdict(list)
     for entry in entries:
-        groups[entry.row.epochs, entry.row.ablation, entry.row.title, entry.variant].append(entry)
-        if entry.options.mode == "no_prune":
-            key = entry.row.epochs, entry.options.learning_rate
-            dense[key].append(entry.numbers["test_accuracy"])
+        row = entry.row
+        groups[row.epochs, row.ablation, row.title, entry.variant].append(entry)
+        if not row.prunes:
+            dense[row.epochs, row.options.learning_rate].append(entry.numbers["test_accuracy"])
     summaries = []
-    for (epochs, ablation, title, variant), some in groups.items():
-        baseline = dense.get((epochs, some[0].options.learning_rate))
-        mean = statistics.mean(baseline) if baseline else math.nan
-        summaries.append(Summary(title, variant, epochs, ablation, tuple(some), mean))
-    return sorted(summaries, key=lambda summary: summary.ablation)  # in the grid's order otherwise
+    for some in groups.values():
+        baseline = dense.get((some[0].row.epochs, some[0].row.options.learning_rate))
+        summaries.append(Summary(tuple(some), statistics.mean(baseline) if baseline else math.nan))
+    return sorted(summaries, key=lambda summary: summary.row.ablation)
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -92,17 +100,17 @@ TABLE = {  # the column's head, to the number and how it is written
 
 def table(summaries: Sequence[Summary]) -> str:
     """The Markdown table."""
-    head = ["method", "options", "epochs", "seeds", *TABLE]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for summary in summaries:
-        cells = [summary.title, f"`{summary.variant}`", str(summary.epochs), str(len(summary.entries))]
+        title, epochs = summary.line
+        cells = [title, f"`{summary.variant}`", str(epochs), str(len(summary.entries))]
         cells += [spread(summary.values(key), show) for key, show in TABLE.values()]
         lines.append(cells)
-    return _markdown(lines)
+    return _markdown(["method", "options", "epochs", "seeds", *TABLE], lines)
 
 
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -131,8 +139,8 @@ def equal_connectivity(summaries: Sequence[Summary]) -> str:
     """
     methods: dict[tuple[str, int], list[Summary]] = defaultdict(list)
     for summary in summaries:
-        if summary.entries[0].options.mode != "no_prune":
-            methods[summary.title, summary.epochs].append(summary)
+        if summary.row.prunes:
+            methods[summary.line].append(summary)
     accuracies = {method: _by_seed(some) for method, some in methods.items() if len(some) > 1}
     leads = {}
     for (title, epochs), by_seed in accuracies.items():
@@ -161,10 +169,9 @@ def _by_seed(summaries: Sequence[Summary]) -> dict[int, np.ndarray]:
 
 
 def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]]) -> str:
-    head = ["method", "epochs", "seeds", *(f"{100 * connectivity:g} %" for connectivity in EQUAL)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for (title, epochs), by_seed in methods.items():
         columns = np.array(list(by_seed.values())).reshape(-1, len(EQUAL)).T
         known = [[] if np.isnan(column).any() else column.tolist() for column in columns]
         lines.append([title, str(epochs), str(len(by_seed)), *(spread(column, _points) for column in known)])
-    return _markdown(lines)
+    return _markdown(["method", "epochs", "seeds", *(f"{100 * connectivity:g} %" for connectivity in EQUAL)], lines)

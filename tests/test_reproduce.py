@@ -15,7 +15,7 @@ import pytest
 
 from analysis.experiments import EXPERIMENTS
 from reproduce import __main__ as reproduce
-from reproduce import entries, figures, grid, outcome, runner, tables
+from reproduce import entries, figures, grid, outcome, records, runner, slurm, tables
 from training.errors import Refusal
 from training.options import REPOSITORY, read
 from training.record import processor
@@ -71,6 +71,9 @@ for trouble in ("fail", "taken", "wait"):
     path = dump / trouble
     if path.exists() and path.read_text() in " ".join(argv):
         if trouble == "wait":
+            import fcntl
+            held = open(dump / f"held-{os.getpid()}", "w")
+            fcntl.flock(held, fcntl.LOCK_EX)
             time.sleep(60)
         sys.exit("another process is training in it" if trouble == "taken" else "all is lost")
 if "-test" in argv:
@@ -212,7 +215,7 @@ def test_shards_share_the_rows_out_and_keep_a_run_together(rows):
 
 
 def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
-    assert runner.progress(stub, rows) == runner.Progress([], 8, 8, pytest.approx(float("nan"), nan_ok=True))
+    assert records.progress(stub, rows) == records.Progress([], 8, 8, pytest.approx(float("nan"), nan_ok=True))
     assert runner.Runner(stub, ["--dataset-dir", "data"], 1).run(rows) == ([], [])
     starts = [line for line in calls(stub) if line.startswith("start")]
     assert len(starts) == 2 * len(rows)
@@ -220,17 +223,17 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
         command = " ".join(["start", *row.argv, "--dataset-dir data --dump-dir", str(stub)])
         assert train.rpartition(" ")[0] == command
         assert test.rpartition(" ")[0] == command + " -test"
-    record = runner.finished(stub, rows[0])
+    record = records.finished(stub, rows[0])
     assert record["result"]["test_accuracy"] == 0.6
     assert record["test"] == {"epoch": 1, "accuracy": 0.5}
     assert (record["command"], record["seed"], record["epochs"]) == (rows[0].command, 2020, 1)
     assert record["run"] == {"versions": {"torch": "9"}, "device": "stub", "cpu": "6502", "git_commit": "c0ffee"}
-    assert runner.finished(stub, rows[3])["result"]["test_accuracy"] == 0.7
+    assert records.finished(stub, rows[3])["result"]["test_accuracy"] == 0.7
     out = capsys.readouterr().out
     assert f"{rows[0].key} finished: test accuracy 60.00 %, connectivity 25.00 %" in out
     assert "1 of 8 rows done, 7 epochs left, about 28 seconds" in out
-    assert runner.progress(stub, rows) == runner.Progress(rows, 8, 0, 4.0)
-    assert runner.Progress(rows[:2], 8, 1800, 4.0).line(2) == "2 of 8 rows done, 1,800 epochs left, about 60 minutes"
+    assert records.progress(stub, rows) == records.Progress(rows, 8, 0, 4.0)
+    assert records.Progress(rows[:2], 8, 1800, 4.0).line(2) == "2 of 8 rows done, 1,800 epochs left, about 60 minutes"
     assert runner.Runner(stub, [], 1).run(rows) == ([], [])
     assert len(calls(stub)) == 4 * len(rows)  # nothing was run again
 
@@ -252,11 +255,11 @@ def test_a_failed_row_is_named_and_the_others_go_on(rows, stub, capsys):
     (stub / "fail").write_text("-penalty 1e-2 -N 1 --seed 1")
     failed, taken = runner.Runner(stub, [], 2).run(rows)
     assert ([row.key for row in failed], taken) == ([rows[7].key], [])
-    assert sum(runner.finished(stub, row) is not None for row in rows) == len(rows) - 1
+    assert sum(records.finished(stub, row) is not None for row in rows) == len(rows) - 1
     assert f"{rows[7].key} failed with status 1: all is lost" in capsys.readouterr().out
     (stub / "fail").unlink()
     assert runner.Runner(stub, [], 2).run(rows) == ([], [])
-    assert runner.finished(stub, rows[7]) is not None
+    assert records.finished(stub, rows[7]) is not None
 
 
 def test_a_row_that_another_process_has_is_left_to_it(rows, stub):
@@ -267,15 +270,17 @@ def test_a_row_that_another_process_has_is_left_to_it(rows, stub):
 
 def test_a_row_whose_run_was_prolonged_is_recorded_from_its_results(rows, stub):
     runner.Runner(stub, [], 1).run(rows)
-    runner.record_of(stub, rows[0]).unlink()
+    records.path_of(stub, rows[0]).unlink()
     before = calls(stub)
     assert runner.Runner(stub, [], 1).run(rows) == ([], [])
     assert calls(stub) == before
-    record = runner.finished(stub, rows[0])
+    record = records.finished(stub, rows[0])
     assert (record["result"]["epoch"], record["test"]) == (1, None)  # the test is of epoch 2
 
 
-def test_a_signal_stops_the_rows_that_run_and_starts_no_other(rows, stub):
+@pytest.fixture
+def waiting(rows, stub):
+    """A runner in a process of its own, with two rows that wait in it for a minute."""
     (stub / "wait").write_text("-N")
     program = (
         "import sys, pathlib\n"
@@ -288,13 +293,41 @@ def test_a_signal_stops_the_rows_that_run_and_starts_no_other(rows, stub):
         [sys.executable, "-c", program, str(stub.parent)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while len(calls(stub)) < 2 and time.monotonic() < deadline:
+    while len(list(stub.glob("held-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)  # the stub would sleep for 60 s
+    return process
+
+
+def test_a_signal_stops_the_rows_that_run_and_starts_no_other(stub, waiting):
+    waiting.send_signal(signal.SIGTERM)
+    out, _ = waiting.communicate(timeout=30)  # the stub would sleep for 60 s
     assert out.splitlines()[-1] == f"([], []) {signal.SIGTERM:d}"
     assert len(calls(stub)) == 2
     assert not list((stub / "rows").glob("*.json"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not learn that its parent has ended")
+def test_rows_end_with_a_runner_that_is_killed(stub, waiting):
+    import fcntl
+
+    waiting.kill()
+    waiting.communicate(timeout=30)
+    start = time.monotonic()
+    for path in stub.glob("held-*"):
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the row that holds it has ended
+    assert time.monotonic() - start < 30
+
+
+def test_a_runner_whose_output_nobody_reads_starts_no_other_row(rows, stub, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        runner.Runner(stub, [], 2).run(rows)
+    assert calls(stub) == []
 
 
 RECORD = {"result": {"test_accuracy": 0.5, "connectivity": 0.25}, "test": None, "run": {}}
@@ -324,12 +357,12 @@ def test_a_damaged_record_is_named_and_its_row_is_not_done(tmp_path, monkeypatch
     monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
     for figure in ("plane", "curves"):
         monkeypatch.setattr(f"reproduce.figures.{figure}", lambda *settings, **more: b"")
-    path, other = (runner.record_of(stub, row) for row in rows[:2])
+    path, other = (records.path_of(stub, row) for row in rows[:2])
     path.parent.mkdir()
     whole, second = ({"row": row.key, "epochs": row.epochs, **RECORD} for row in rows[:2])
     other.write_text(json.dumps(second))
     path.write_text(json.dumps(whole))
-    assert runner.damaged(stub, rows) == []  # but for the change it is one
+    assert records.damaged(stub, rows) == []  # but for the change it is one
     if content is None:
         path.unlink()
         path.mkdir()
@@ -347,7 +380,7 @@ def test_a_damaged_record_is_named_and_its_row_is_not_done(tmp_path, monkeypatch
     assert [entry["command"] for entry in recorded] == [rows[1].command]
     if content == b"":
         assert runner.Runner(stub, [], 1).run(rows[:1]) == ([], [])
-        assert runner.damaged(stub, rows) == []
+        assert records.damaged(stub, rows) == []
         assert len(entries.collect(stub, rows, tmp_path / "none")) == 2
 
 
@@ -369,7 +402,7 @@ def test_a_row_whose_results_are_damaged_fails_and_the_others_go_on(rows, stub, 
     path.write_text(text.replace("value('-penalty')", "'-penalty' in argv and value('-penalty')"))
     failed, taken = runner.Runner(stub, [], 2).run(rows[:3])
     assert ([row.key for row in failed], taken) == ([rows[2].key], [])
-    assert not runner.record_of(stub, rows[2]).exists()
+    assert not records.path_of(stub, rows[2]).exists()
     out = capsys.readouterr().out
     assert f"{rows[2].key} failed: " in out
     assert reason in out
@@ -382,12 +415,12 @@ def test_a_row_that_cannot_be_started_fails_and_the_others_go_on(rows, stub, cap
     failed, taken = runner.Runner(stub, [], 2).run(rows[:3])
     assert ([row.key for row in failed], taken) == ([row.key for row in rows[:2]], [])
     assert f"{rows[0].key} failed: [Errno" in capsys.readouterr().out
-    assert runner.finished(stub, rows[2]) is not None
+    assert records.finished(stub, rows[2]) is not None
     assert "cannot be read" in runner._last_line(runner.log_of(stub, rows[0]))
 
 
 def test_texts_that_cannot_be_written_do_not_break_an_outcome(tmp_path, rows, stub):
-    path = runner.record_of(stub, rows[0])
+    path = records.path_of(stub, rows[0])
     path.parent.mkdir()
     made = {"cpu": "\ud800\n", "device": ["no text"], "versions": {"\ud800": "9"}}
     path.write_text(json.dumps({"row": rows[0].key, "epochs": 1, **RECORD, "run": made}))
@@ -398,10 +431,10 @@ def test_texts_that_cannot_be_written_do_not_break_an_outcome(tmp_path, rows, st
 
 def test_a_lost_line_does_not_shift_the_epochs_behind_it(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[3:4])
-    path = runner.state(stub, rows[3]).logs / "results.jsonl"
+    path = records.state(stub, rows[3]).logs / "results.jsonl"
     first, second = path.read_text().splitlines()
     path.write_text(f"{first[:20]}\n{second}\n")
-    assert runner.progress(stub, rows[3:4]).epochs_left == 0
+    assert records.progress(stub, rows[3:4]).epochs_left == 0
     for dump in (stub, tmp_path / "empty"):  # from the dump folder, and from the outcome
         text = entries.epochs_csv(entries.collect(dump, rows[3:4], tmp_path))
         lines = [(line["epoch"], line["test_accuracy"]) for line in csv.DictReader(text.splitlines())]
@@ -460,7 +493,8 @@ def task(tmp_path, monkeypatch):
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" > "{place}/scontrol"\n')
     scontrol.chmod(0o755)
-    monkeypatch.setattr(reproduce, "REPOSITORY", place.parent)
+    for module in (reproduce, slurm):
+        monkeypatch.setattr(module, "REPOSITORY", place.parent)
     argv = ["--slurm", str(tmp_path / "array.sh"), "--jobs", "4", "--dump-dir", str(tmp_path / "the dump")]
     assert reproduce.main(["mnist", *argv]) == 0
     ids = {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "2"}
@@ -526,13 +560,13 @@ def test_a_row_runs_by_the_real_script(tmp_path):
     (tmp_path / "mnist.toml").write_text(table)
     row = grid.load("mnist", tmp_path)[1]
     assert runner.Runner(tmp_path, [], 1).run([row]) == ([], []), runner.log_of(tmp_path, row).read_text()
-    record = json.loads(runner.record_of(tmp_path, row).read_text())
+    record = json.loads(records.path_of(tmp_path, row).read_text())
     assert record["test"]["epoch"] == 1
     assert record["test"]["accuracy"] == record["result"]["test_accuracy"]
     assert record["test"]["operations"]
     assert record["run"]["versions"]["torch"]
     assert record["run"]["cpu"] == processor()
-    info = json.loads((runner.state(tmp_path, row).logs / "run.json").read_text())
+    info = json.loads((records.state(tmp_path, row).logs / "run.json").read_text())
     assert record["run"] == {key: info[key] for key in ("versions", "device", "cpu", "git_commit")}
 
 
@@ -544,11 +578,11 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     done = [*rows[:3], *rows[4:7]]  # without the long row, and a seed of Grad R
     runner.Runner(stub, [], 4).run(done)
     for row, accuracy in zip(done, (0.97, 0.95, 0.9, 0.5, 0.95, 0.96), strict=True):
-        record = runner.finished(stub, row)
+        record = records.finished(stub, row)
         record["result"]["test_accuracy"] = accuracy
         record["result"]["layers"] = {"a": {"connected": 1500, "weights": 4000}, "b": {"connected": 5, "weights": 20}}
         record["test"]["operations"] = {"fc": {"kind": "SynOp", "pruned": 1234.4, "dense": 5000.0}}
-        runner.record_of(stub, row).write_text(json.dumps(record))
+        records.path_of(stub, row).write_text(json.dumps(record))
     folder = tmp_path / "results"
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(folder)]) == 0
     pictures = {"plane.png", "epochs.png", "rewiring.png", "ablations.png"}
@@ -599,7 +633,7 @@ def test_the_ablations_are_shown_beside_the_methods_of_as_many_epochs(tmp_path, 
     shown = []
     monkeypatch.setattr("reproduce.figures.plane", lambda summaries, heading: shown.append(summaries) or b"")
     outcome.write(stub, rows, tmp_path)
-    methods, ablations = ({(s.title, s.epochs) for s in some} for some in shown)
+    methods, ablations = ({summary.line for summary in some} for some in shown)
     assert methods == {("dense", 1), ("Grad R", 1), ("dense", 2)}
     assert ablations == {*beside, ("high rate", epochs)}
 
@@ -645,9 +679,9 @@ def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
     other = tmp_path / "other dump"
     other.mkdir()
     runner.Runner(other, [], 2).run([rows[0], rows[-1]])  # one anew, one that is not there yet
-    record = runner.finished(other, rows[0])
+    record = records.finished(other, rows[0])
     record["result"]["test_accuracy"] = 0.875
-    runner.record_of(other, rows[0]).write_text(json.dumps(record))
+    records.path_of(other, rows[0]).write_text(json.dumps(record))
     outcome.write(other, rows, results)
     lines = list(csv.DictReader((results / "rows.csv").open()))
     assert [line["command"] for line in lines] == [row.command for row in rows]
@@ -743,9 +777,8 @@ def test_the_front_has_what_is_most_accurate_with_so_few_connections():
 def test_methods_are_compared_at_equal_connectivity():
     def entry(title, seed, connectivity, accuracy, penalty, epochs=60, ablation=False):
         argv = shlex.split(f"-m grad -s 0.95 -penalty {penalty} -N {epochs} --seed {seed}")
-        row = grid.Row("mnist", title, ablation, tuple(argv), f"{title}-{penalty}-{seed}", epochs, seed)
-        numbers = {"connectivity": connectivity, "test_accuracy": accuracy}
-        return entries.Entry(row, read(EXPERIMENTS["mnist"], argv), numbers, {}, [])
+        row = grid.Row("mnist", title, ablation, tuple(argv), read(EXPERIMENTS["mnist"], argv))
+        return entries.Entry(row, {"connectivity": connectivity, "test_accuracy": accuracy}, {}, [])
 
     some = [
         *(entry("Grad R", 1, 0.5, 0.98, 1), entry("Grad R", 1, 0.02, 0.90, 2)),
