@@ -1,0 +1,296 @@
+"""What README and docs say: examples run, commands parse, options and results are those of the program."""
+
+import csv
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from export_helpers import mnist, write_run
+
+import analysis.export
+import analysis.report
+import reproduce.__main__
+from analysis.experiments import EXPERIMENTS
+from reproduce import grid
+from training.options import _parser, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))), "benchmarks/README.md"]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# The modules that a page says its examples need: copied beside them. Other pages have the whole repository.
+COPIED = {
+    "README.md": ["rewiring.py", "gradrewire.py"],
+    "docs/optimizers.md": ["rewiring.py", "gradrewire.py", "deeprewire.py"],
+}
+
+
+def blocks(page, language):
+    return [block for name, block in BLOCK.findall(TEXTS[page]) if name == language]
+
+
+def test_every_block_is_run_or_parsed():
+    assert {name for page in PAGES for name, _ in BLOCK.findall(TEXTS[page])} == {"", "python"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_examples_run(page, tmp_path):
+    """As a stranger would run them, one after the other."""
+    for module in COPIED.get(page, []):
+        shutil.copy(ROOT / module, tmp_path)
+    write_run(tmp_path / "runs" / "mnist", mnist(), "NAME")
+    program = "".join(blocks(page, "python"))
+    command = [sys.executable, *(["-c", program] if page in COPIED else ["-c", _in_repository(program)])]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    if page == "README.md":
+        connectivity = float(re.search(r"connectivity (0\.\d+)", result.stdout)[1])
+        assert connectivity < 0.5
+
+
+def _in_repository(program):
+    return f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}"
+
+
+def test_the_readme_is_one_page():
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
+# -- commands ----------------------------------------------------------------------------------------
+
+
+def commands(page):
+    """The command lines of a page: those of its blocks, and whole ones within its text."""
+    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    lines += re.findall(r"`((?:python|pip|make|tensorboard) [^`]+)`", BLOCK.sub("", TEXTS[page]))
+    return [line for line in lines if "…" not in line]
+
+
+def _dump(argv, tmp_path):
+    return argv if "--dump-dir" in argv else [*argv, "--dump-dir", str(tmp_path)]
+
+
+def check(line, tmp_path):
+    """Parses a command line as its program does; raises for one that is not accepted, and for an unknown program."""
+    words = shlex.split(line, comments=True)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # a variable of the environment
+        del words[0]
+    if words[0] == "cd":
+        assert (ROOT / words[1]).is_dir()
+    elif words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in words[1:] if "=" not in word and word not in targets] == []
+    elif words[:2] == ["pip", "install"]:
+        for word in words[2:]:
+            if word.endswith(".txt"):
+                assert (ROOT / word).is_file()
+            for extra in re.findall(r"^\.\[(.*)\]$", word):
+                assert set(extra.split(",")) <= set(PROJECT["optional-dependencies"])
+    elif words[0] == "tensorboard":
+        assert words[1] == "--logdir"
+    else:
+        assert words[0] == "python", line
+        script = "-m" not in words[:2]
+        name, argv = (words[1], words[2:]) if script else (words[2], words[3:])
+        experiment = re.fullmatch(r"(?:(\w+)/)?(\w+)\.py" if script else r"(\w+)\.(\w+)", name)
+        if experiment and experiment[2] in EXPERIMENTS:
+            parse(EXPERIMENTS[experiment[2]], _dump(argv, tmp_path))
+        elif name == "reproduce":
+            reproduce.__main__._options(argv)
+        elif name in ("analysis.report", "analysis.export"):
+            {"analysis.report": analysis.report.parse, "analysis.export": analysis.export._options}[name](argv)
+        else:
+            assert name in ("benchmarks.sparse", "benchmarks.bench"), line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_are_accepted(page, tmp_path):
+    for line in commands(page):
+        if line.strip() and not line.startswith("#"):
+            check(line, tmp_path)
+
+
+def test_commands_are_found_and_wrong_ones_refused(tmp_path):
+    found = commands("README.md")
+    for line in ("python mnist.py -m grad -s 0.95", "python c10.py -m grad -s 0.95"):  # the published ones
+        assert line in found
+    assert any("--recipe fast --connectivity 0.05" in line for line in found)
+    assert any(line.startswith("make demo") for line in found)
+    for line in (
+        "python mnist.py -m grad -s 2",
+        "python -m c10.c10 --no-such 3",
+        "python -m analysis.report",
+        "python -m analysis.export run --format no",
+        "python -m reproduce no",
+        "python other.py",
+        "make no-such",
+        "pip install .[no]",
+        "rm -rf runs",
+    ):
+        with pytest.raises(Exception):  # noqa: B017, PT011 - a Refusal, or an assertion
+            check(line, tmp_path)
+
+
+def test_the_make_targets_are_listed():
+    targets = re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert [name for name, _ in targets] == phony
+    listed = re.findall(r"^\| `make ([a-z-]+)` \| (.+) \|$", TEXTS["docs/running.md"], re.MULTILINE)
+    assert listed == [target for target in targets if target[0] != "help"]
+    files = re.search(r"^NUMERIC := .*?golden (.*)\)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert [name for name in files if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+
+
+# -- options -----------------------------------------------------------------------------------------
+
+
+def table(text):
+    """The options of a page's table: spellings to what the row says."""
+    rows = [[cell.strip() for cell in row.split(" | ")] for row in text.splitlines() if row.startswith("| `-")]
+    return {tuple(re.findall(r"`(-[^` ]*)[^`]*`", row[0])): [cell.strip(" |") for cell in row[1:]] for row in rows}
+
+
+def defaults(parser):
+    """The default of every option, as --help says it."""
+    options = {tuple(action.option_strings): action for action in parser._actions if action.dest != "help"}
+    return {
+        spellings: re.search(r"\(default: (.*)\)$", parser._get_formatter()._expand_help(action))[1]
+        for spellings, action in options.items()
+        if spellings
+    }
+
+
+def test_the_options_page_has_every_option_with_its_default_and_no_other():
+    mnist_defaults, c10_defaults = (defaults(_parser(EXPERIMENTS[name])) for name in ("mnist", "c10"))
+    assert mnist_defaults.keys() == c10_defaults.keys()
+    expected = {
+        spellings: one if one == other else f"MNIST: {one}. CIFAR-10: {other}"
+        for (spellings, one), other in zip(mnist_defaults.items(), c10_defaults.values(), strict=True)
+    }
+    shown = table(TEXTS["docs/options.md"])
+    assert {spellings: row[-1] for spellings, row in shown.items()} == expected
+    assert list(shown) == list(expected)  # in the order of --help
+    assert all(len(row) == 2 and row[0] for row in shown.values())
+
+
+def test_the_options_of_the_grid_are_listed(monkeypatch):
+    made = []
+    original = reproduce.__main__.Parser.parse_args
+    monkeypatch.setattr(
+        reproduce.__main__.Parser, "parse_args", lambda self, argv: made.append(self) or original(self, argv)
+    )
+    reproduce.__main__._options(["mnist"])
+    assert set(table(TEXTS["docs/running.md"])) == set(defaults(made[0]))
+
+
+# -- links, versions -----------------------------------------------------------------------------------
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?://", target):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / page).parent / file if file else ROOT / page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
+
+
+def test_the_readme_leads_to_every_page():
+    assert [page for page in PAGES if page != "README.md" and f"({page})" not in TEXTS["README.md"]] == []
+
+
+def test_citation_and_changelog_are_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([\w-]+): *(.*)$", citation, re.MULTILINE))
+    assert {"cff-version": "1.2.0", "type": "software", "version": PROJECT["version"]}.items() <= fields.items()
+    assert {"title", "message", "authors", "preferred-citation"} <= fields.keys()
+    assert "10.24963/ijcai.2021/236" in citation
+    assert "10.24963/ijcai.2021/236" in TEXTS["README.md"]
+    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[:2] == ["Unreleased", PROJECT["version"]]
+
+
+# -- results -----------------------------------------------------------------------------------------
+
+
+def cells(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def not_shown_right(block, text):
+    """What of a page's block does not stand in the text of the file that it is said to show.
+
+    A block is a part of the file as it is, or its table with fewer rows and columns.
+    """
+    if block.strip() in text:
+        return []
+    (head, _, *rows), (shown_head, _, *shown) = cells(text), cells(block)
+    columns = [head.index(name) for name in shown_head]
+    possible = [[row[column] for column in columns] for row in rows]
+    return [row for row in shown if row not in possible]
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/reproduction.md"])
+def test_its_results_are_those_of_the_grid(page):
+    text = TEXTS[page]
+    shown = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert len(shown) == text.count("<!-- end -->") == text.count("<!-- results/")
+    assert {"results/mnist/table.md", "results/mnist/equal_connectivity.md"} <= {file for file, _ in shown}
+    for file, block in shown:
+        assert not_shown_right(block, (ROOT / file).read_text()) == []
+    rows = [row for file, block in shown if file == "results/mnist/table.md" for row in cells(block)]
+    if page == "docs/results.md":
+        assert rows[0][:4] == ["method", "options", "epochs", "seeds"]
+        assert {"dense", "Grad R", "Deep R", "soft Deep R"} <= {row[0] for row in rows}
+
+
+def test_the_readme_gives_the_results_of_the_grid():
+    head, _, *rows = cells((ROOT / "results/mnist/table.md").read_text())
+    rows = [dict(zip(head, row, strict=True)) for row in rows]
+    claims = re.findall(
+        r"\*\*MNIST: Grad R with (\d+) % .* reaches ([\d.]+ ± [\d.]+) %, with (\d+) % of them ([^*]+) %",
+        TEXTS["README.md"],
+    )
+    ((one, one_accuracy, two, two_accuracy),) = claims
+    dense = re.search(r"the dense network reaches\s+([\d.]+ ± [\d.]+) %", TEXTS["README.md"])[1]
+    for method, connectivity, accuracy in (
+        ("Grad R", one, one_accuracy),
+        ("Grad R", two, two_accuracy),
+        ("dense, lr 1e-4", "100", dense),
+    ):
+        assert [
+            row
+            for row in rows
+            if (row["method"], row["epochs"], row["seeds"], row["test accuracy (%)"]) == (method, "512", "3", accuracy)
+            and round(float(row["connectivity (%)"].split()[0])) == int(connectivity)
+        ]
+
+
+def test_a_changed_result_is_not_that_of_the_grid():
+    text = "of 3 rows\n\n| a | b | c |\n| --- | --- | --- |\n| 1 | 2 | 3 |\n| 4 | 5 | 6 |\n"
+    assert not_shown_right("| 4 | 5 | 6 |\n", text) == []
+    assert not_shown_right("| a | c |\n| --- | --- |\n| 4 | 6 |\n", text) == []
+    assert not_shown_right("| a | c |\n| --- | --- |\n| 4 | 3 |\n", text) == [["4", "3"]]
+
+
+def test_the_results_are_of_the_grid_as_it_is():
+    listed = {row.command for row in grid.load("mnist")}
+    with open(ROOT / "results" / "mnist" / "rows.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert [row["command"] for row in rows if row["command"] not in listed] == []
