@@ -1,4 +1,4 @@
-"""Writes a run's network in a form to take away, and loads it: ``python -m analysis.export --help``."""
+"""Exports a run's network to a small file, and loads it: ``python -m analysis.export --help``."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
 from spiking import SpikingNetwork
 from training import data, files
-from training.command_line import Parser, command, file_path, folder_path, output_file
+from training.command_line import Parser, check_output, command, file_path, folder_path
 from training.defaults import torch_defaults
 from training.errors import Refusal
 from training.options import REPOSITORY
@@ -25,16 +25,16 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
     """Loads a network for evaluation: in eval mode, on the CPU, its parameters without gradients.
 
     The network maps images [N, C, H, W] to spike counts [N, 10]; a pixel in [0, 1] enters it as
-    (pixel - mean) / std (see :mod:`analysis.formats`). Pruned weights are zeros of dense tensors:
-    analysis.sparse runs a network by its connections alone. ``network.requires_grad_()`` and
-    ``network.train()`` make it one to train. No random number is drawn, and no code in a file is run.
+    (pixel - mean) / std (see :mod:`analysis.formats`). Pruned weights are zeros of dense tensors;
+    :mod:`analysis.sparse` computes with the connections alone. To train the network, call
+    ``network.requires_grad_()`` and ``network.train()``. No random number is drawn, and no code in a file is run.
 
     Args:
-        path: a run's folder (below models or below logs), its checkpoint, or an export of any format.
+        path: a run's folder (below models or logs), its checkpoint, or an export of any format.
 
     Raises:
-        ValueError: the file is damaged, or not of this program; its text is one line.
-        training.errors.Refusal: a package that reads the format is not installed.
+        ValueError: the file is damaged or not one of this program; the message is one line.
+        training.errors.Refusal: the format needs a package that is not installed.
         OSError: the file cannot be read.
     """
     path = files.expanded(path)
@@ -42,26 +42,23 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
 
 
 @torch_defaults()
-def export(snapshot: Snapshot, form: str, path: str | Path) -> None:
-    """Writes a network to ``path`` in one of the forms of :mod:`analysis.formats`.
+def export(snapshot: Snapshot, form: str, path: str | Path) -> int:
+    """Writes a network to ``path`` in one of the formats of :mod:`analysis.formats`; returns the number of bytes.
 
-    The file is read back and compared with the network before it takes its name; a kill at any moment
-    leaves what was there before, or the new file, whole (see :func:`training.files.replacing`).
+    The file is read back and compared with the network before it takes its name. If the process is killed, ``path``
+    has its old content or the new file, whole (see :func:`training.files.replacing`).
 
     Raises:
-        Refusal: the form cannot hold this network, or a package that it needs is not installed.
+        Refusal: the format cannot hold this network, or a package that it needs is not installed.
         OSError: the file cannot be written; it names ``path``.
     """
     path = files.expanded(path)
     with files.replacing(path, parents=True) as temporary:
-        _write(snapshot, form, temporary, path)
-
-
-def _write(snapshot: Snapshot, form: str, temporary: Path, path: Path) -> None:
-    content = WRITERS[form](snapshot)
-    with files.naming(path):
-        temporary.write_bytes(content)
-    _check_same(snapshot, read(temporary))
+        content = WRITERS[form](snapshot)
+        with files.naming(path):
+            temporary.write_bytes(content)
+        _check_same(snapshot, read(temporary))
+    return len(content)
 
 
 def _check_same(snapshot: Snapshot, other: Snapshot) -> None:
@@ -85,17 +82,23 @@ def differing_counts(one: SpikingNetwork, other: SpikingNetwork, test_set: data.
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m analysis.export",
-        description="Writes the network of a run, with its pruned weights left out, for other programs.",
+        description="Exports the network of a run to one small file, without its pruned weights.",
     )
     parser.add_argument(
         "run", type=folder_path, help="the run's folder: <dump-dir>/models/<name> or <dump-dir>/logs/<name>"
     )
-    parser.add_argument("--format", required=True, choices=list(WRITERS), help="see the docstring of analysis.formats")
+    parser.add_argument(
+        "--format",
+        choices=list(WRITERS),
+        default="npz",
+        help="npz: small, for NumPy; safetensors: for any language; csr: matrices for SciPy; nir: a graph for other "
+        "simulators and chips, mnist only (default: %(default)s)",
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=file_path,
-        help="the file to write (default: export.<suffix> beside the run's checkpoint)",
+        help="the file to write (default: beside the run's checkpoint, export.npz or with the format's suffix)",
     )
     parser.add_argument(
         "--check", action="store_true", help="compare all spike counts on the test set with the checkpoint's"
@@ -104,7 +107,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--dataset-dir",
         type=folder_path,
         default=REPOSITORY / "data",
-        help="where the data are, for --check (default: data, in the repository)",
+        help="folder that holds the data set, for --check (default: data, in the repository)",
     )
     return parser.parse_args(argv)
 
@@ -119,9 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.check and output.exists() and not output.is_file():
         raise Refusal(f"argument --check: {output} is not a file that can be read again")
     snapshot = from_checkpoint(checkpoint)
-    with output_file("-o/--output", output, parents=True) as temporary:
-        _write(snapshot, options.format, temporary, output)
-        size = temporary.stat().st_size
+    check_output("-o/--output", output, parents=True)
+    size = export(snapshot, options.format, output)
     weights = measuring.prunable(snapshot.network())
     total = measuring.total(measuring.count({name: measuring.connected(weight) for name, weight in weights.items()}))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())

@@ -1,7 +1,6 @@
 """A network as a run left it, without what training needs: its weights, and how to build it from them."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +91,11 @@ class Snapshot:
         """
         nodes = [module for module in self.plan().modules() if isinstance(module, neuron.BaseNode)]
         settings = [{key: getattr(node, key, None) for key in NEURON} for node in nodes]
-        if any(type(node) is not LIFNode or node.v_reset is None for node in nodes):
+        lif = all(type(node) is LIFNode and node.v_reset is not None for node in nodes)
+        if not lif or any(other != settings[0] for other in settings):
             raise Refusal(
-                f"{self.experiment} has neurons other than LIF neurons with a hard reset, which exports cannot describe"
-            )
-        if any(other != settings[0] for other in settings):
-            raise Refusal(
-                f"{self.experiment} has neurons with different settings, but exports can describe only one: {settings}"
+                f"{self.experiment} has neurons that exports cannot describe: "
+                f"they describe LIF neurons with a hard reset and equal settings, not {settings}"
             )
         return settings[0]
 
@@ -109,17 +106,6 @@ def check_state(network: nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         if name.endswith(("running_var", "num_batches_tracked")) and bool((tensor < 0).any()):
             raise ValueError(f"{name} has values below 0")
-
-
-def batch_norms(network: nn.Module) -> dict[str, str]:
-    """The convolutions that BatchNorm follows: the convolution's name to the BatchNorm's."""
-    return {
-        f"{name}.{first}": f"{name}.{second}"
-        for name, sequence in network.named_modules()
-        if isinstance(sequence, nn.Sequential)
-        for (first, convolution), (second, norm) in pairwise(sequence.named_children())
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-    }
 
 
 def models_folder(path: Path) -> Path:

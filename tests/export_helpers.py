@@ -13,8 +13,11 @@ from mnist.model import MnistNet
 from spiking import SpikingNetwork
 from training.files import storage
 
-forms = pytest.mark.parametrize("form", ["safetensors", "csr", "nir"], indirect=True)
-exact_forms = pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+forms = pytest.mark.parametrize("form", ["npz", "safetensors", "csr", "nir"], indirect=True)
+packed_forms = pytest.mark.parametrize("form", ["npz", "safetensors", "csr"], indirect=True)
+
+OLD = Path(__file__).parent / "exports"
+OLD_EXPORTS = {"safetensors": OLD / "version-2.safetensors", "csr": OLD / "version-2.npz"}  # of :func:`old_network`
 
 
 @torch.no_grad()
@@ -47,6 +50,17 @@ def cifar10(sparsities=(0.0, 0.3, 0.5, 0.7, 0.9, 0.8, 0.95, 0.5), T=4) -> Cifar1
     network.fc[2].weight.mul_(8)
     network.fc[4].weight.mul_(8)
     return network
+
+
+@torch.no_grad()
+def old_network() -> MnistNet:
+    """The network in :data:`OLD_EXPORTS`: its first layer has the layout gaps there, its second one a bitmap."""
+    network = MnistNet(T=8)
+    for weight, modulus, below in ((network.static_fc[1].weight, 1511, 3), (network.fc[1].weight, 7, 1)):
+        number = torch.arange(weight.numel())
+        kept = number * number % modulus < below
+        weight.copy_(((number % 97 - 48.5) / 8).where(kept, 0.0).view_as(weight))
+    return network.eval()
 
 
 def snapshot_of(network: SpikingNetwork) -> Snapshot:

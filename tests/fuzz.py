@@ -30,7 +30,7 @@ from spiking import SpikingNetwork
 from training.files import storage
 
 SECONDS, MEMORY, HANG = 2.0, 1 << 30, 300  # of the processor; bytes; seconds on the clock, then the fuzzer ends itself
-FORMS = ("safetensors", "csr", "nir", "checkpoint")
+FORMS = ("npz", "safetensors", "gaps", "csr", "nir", "checkpoint")  # gaps: safetensors as version 2 wrote it
 
 
 # -- what the readers make of them -------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from export_helpers import OLD_EXPORTS, old_network
 
 import c10.model
 import measuring
@@ -55,6 +56,8 @@ def narrow() -> Iterator[None]:
 @narrow()
 def contents(form: str) -> list[tuple[SpikingNetwork, bytes]]:
     """Networks, the second one :func:`narrow`, and whole files of them."""
+    if form == "gaps":
+        return [(old_network(), OLD_EXPORTS["safetensors"].read_bytes())]
     found = []
     for experiment in ("mnist",) if form == "nir" else ("mnist", "c10"):
         network = a_network(experiment)
@@ -217,7 +220,7 @@ def sign_safetensors(rng: random.Random, content: bytes) -> bytes:
     return save(arrays, metadata={"network": text, "sha256": sha256})
 
 
-def sign_csr(rng: random.Random, content: bytes) -> bytes:
+def sign_npz(rng: random.Random, content: bytes) -> bytes:
     with np.load(io.BytesIO(content)) as file:
         arrays = dict(file)
     text, _ = str(arrays.pop("network")), arrays.pop("sha256")
@@ -352,7 +355,14 @@ def sign_checkpoint(rng: random.Random, content: bytes) -> bytes:
     return body + footer.encode()
 
 
-SIGNED = {"safetensors": sign_safetensors, "csr": sign_csr, "nir": sign_nir, "checkpoint": sign_checkpoint}
+SIGNED = {
+    "npz": sign_npz,
+    "csr": sign_npz,
+    "safetensors": sign_safetensors,
+    "gaps": sign_safetensors,
+    "nir": sign_nir,
+    "checkpoint": sign_checkpoint,
+}
 
 
 def mutation(form: str, number: int, content: bytes) -> tuple[bytes, str]:

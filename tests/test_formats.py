@@ -15,11 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export_helpers import assert_same_counts, cifar10, forms, images_for, mnist, snapshot_of, write_run
+from export_helpers import (
+    OLD_EXPORTS,
+    assert_same_counts,
+    cifar10,
+    forms,
+    images_for,
+    mnist,
+    old_network,
+    packed_forms,
+    snapshot_of,
+    write_run,
+)
 
+import measuring
 from analysis import formats
 from analysis.export import export, load_pruned
-from analysis.formats import csr, description, hdf5, nir, safetensors
+from analysis.formats import description, hdf5, layouts, nir, npz, packed, safetensors
 from analysis.snapshot import Unreadable
 from spiking import lif
 from training.errors import Refusal
@@ -27,47 +39,76 @@ from training.files import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
-MODULES = {"safetensors": safetensors, "csr": csr, "nir": nir}
 
 # -- layouts ---------------------------------------------------------------------------------------
 
 
-def test_gaps_by_hand():
-    connected = np.zeros(800, dtype=bool)
-    connected[[0, 1, 5, 5 + 255, 5 + 255 + 256, 799]] = True  # gaps 0, 0, 3, 254, 255, 282
-    assert safetensors._gaps(connected).tolist() == [0, 0, 3, 254, 255, 0, 255, 27]
-    np.testing.assert_array_equal(safetensors._positions(safetensors._gaps(connected)), np.flatnonzero(connected))
-
-
 @pytest.mark.parametrize("sparsity", [*SPARSITIES, 0.9999])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (40, 100), (8, 4, 3, 3), (2, 5000)])
-def test_layouts_keep_every_bit(shape, sparsity):
+@pytest.mark.parametrize("layout", ["dense", "bitmap", "csr"])
+def test_layouts_keep_every_bit(layout, shape, sparsity):
     rng = np.random.default_rng(0)
     weight = (rng.normal(size=shape) * (rng.random(shape) >= sparsity)).astype(np.float32)
     weight.flat[-1] = 1e-38 if sparsity < 1 else 0  # as connected as any other
-    layout, arrays = safetensors._pack(weight)
-    found = safetensors._unpack(layout, arrays.__getitem__, shape)
+    packed, parts = layouts.pack(layout, weight), layouts.parts(layout, shape)
+    assert packed.keys() == parts.keys()
+    for name, part in parts.items():
+        part.check(name, packed[name].dtype.name, packed[name].shape)
+        assert packed[name].nbytes <= part.nbytes
+    found = layouts.unpack(layout, packed, shape)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, weight)
-    connected = np.count_nonzero(weight)
-    assert sum(array.nbytes for array in arrays.values()) <= min(
-        weight.nbytes, 4 * connected + math.ceil(weight.size / 8)
-    )
+    if layout == "bitmap":
+        assert sum(array.nbytes for array in packed.values()) == 4 * np.count_nonzero(weight) + -(-weight.size // 8)
 
 
-def test_each_layer_has_the_smallest_layout(tmp_path):
+def test_the_layout_gaps_by_hand():
+    gaps = np.array([0, 0, 3, 254, 255, 0, 255, 27], np.uint8)
+    values = np.array([1, 2, 3, 4, 5, 6], np.float32)
+    weight = layouts.unpack("gaps", {".gaps": gaps, ".values": values}, (2, 400)).ravel()
+    expected = [0, 1, 5, 5 + 255, 5 + 255 + 256, 799]  # gaps of 0, 0, 3, 254, 255, 282
+    assert np.flatnonzero(weight).tolist() == expected
+    assert weight[expected].tolist() == values.tolist()
+    with pytest.raises(ValueError, match="a connection at 799 of 799 weights"):
+        layouts.unpack("gaps", {".gaps": gaps, ".values": values}, (1, 799))
+
+
+def test_npz_as_it_is_documented(tmp_path):
+    network = mnist()
+    export(snapshot_of(network), "npz", tmp_path / "file.npz")
+    file = np.load(tmp_path / "file.npz", allow_pickle=False)
+    layers = json.loads(str(file["network"]))["layers"]
+    for name, weight in measuring.prunable(network).items():
+        assert layers[name] == {"shape": list(weight.shape), "layout": "bitmap"}
+        found = np.zeros(layers[name]["shape"], "float32")
+        connected = np.unpackbits(file[f"{name}.bitmap"], count=found.size)
+        found[connected.reshape(found.shape) == 1] = file[f"{name}.values"]
+        np.testing.assert_array_equal(found, weight.detach())
+
+
+def test_safetensors_has_the_smaller_layout_for_each_layer(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     sizes = []
-    for sparsity, layout in ((0.0, "dense"), (0.5, "bitmap"), (0.95, "gaps")):
-        network = mnist(sparsity, 0.0)
-        export(snapshot_of(network), "safetensors", tmp_path / "file")
+    for sparsity, layout in ((0.0, "dense"), (0.5, "bitmap"), (0.95, "bitmap")):
+        export(snapshot_of(mnist(sparsity, 0.0)), "safetensors", tmp_path / "file")
         with safetensors.safe_open(tmp_path / "file", framework="numpy") as file:
             layers = json.loads(file.metadata()["network"])["layers"]
         assert layers["static_fc.1.weight"] == {"shape": [800, 784], "layout": layout}
         sizes.append((tmp_path / "file").stat().st_size)
     assert sizes[0] < 4 * 635_200 + 4096
     assert sizes[1] < 0.55 * sizes[0]
-    assert sizes[2] < 0.08 * sizes[0]
+    assert sizes[2] < 0.1 * sizes[0]
+
+
+@pytest.mark.parametrize("connectivity", [0.17, 0.05, 0.02, 0.01])
+def test_npz_is_the_smallest(connectivity):
+    """Even of weights and connections drawn at random, which compress least."""
+    pytest.importorskip("safetensors")
+    snapshot = snapshot_of(mnist(1 - connectivity, 1 - connectivity))
+    sizes = {form: len(formats.WRITERS[form](snapshot)) for form in ("npz", "safetensors", "csr")}
+    assert min(sizes, key=sizes.get) == "npz"
+    entropy = -sum(p * math.log2(p) for p in (connectivity, 1 - connectivity)) / 8  # bytes per weight
+    assert sizes["npz"] < 635_200 * (4 * connectivity + 1.6 * entropy) + 4096
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -208,7 +249,7 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("form", "change"),
     [("safetensors", change) for change in CHANGES]
-    + [(form, change) for form in ("csr", "nir") for change in ("other neurons", "other layers", "a huge T")],
+    + [(form, change) for form in ("npz", "csr", "nir") for change in ("other neurons", "other layers", "a huge T")],
     indirect=["form"],
 )
 def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
@@ -219,39 +260,44 @@ def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
         CHANGES[change](description)
         return json.dumps(description)
 
-    monkeypatch.setattr(MODULES[form], "describe", changed)
+    monkeypatch.setattr(nir if form == "nir" else packed, "describe", changed)
     (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
     refused(tmp_path / "file")
 
 
 @pytest.mark.parametrize("twice", ['"T": 8, "T"', '"version": 2, "version"', '"layers": {}, "layers"'])
-@pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+@packed_forms
 def test_descriptions_that_say_one_thing_twice(form, twice, tmp_path, monkeypatch):
     key = twice.split('"')[1]
-    monkeypatch.setattr(
-        MODULES[form], "describe", lambda *args: description.describe(*args).replace(f'"{key}"', twice, 1)
-    )
+    monkeypatch.setattr(packed, "describe", lambda *args: description.describe(*args).replace(f'"{key}"', twice, 1))
     (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
     assert "two members of one name" in refused(tmp_path / "file")
 
 
-def csr_arrays(network) -> tuple[str, dict[str, np.ndarray]]:
-    with np.load(io.BytesIO(formats.write_csr(snapshot_of(network)))) as file:
+def arrays_in(form: str, network) -> tuple[str, dict[str, np.ndarray]]:
+    """The description and the arrays of an export as npz or csr."""
+    with np.load(io.BytesIO(formats.WRITERS[form](snapshot_of(network)))) as file:
         arrays = dict(file)
     del arrays["sha256"]
     return str(arrays.pop("network")), arrays
 
 
-def csr_file(path: Path, **changes) -> Path:
-    """A file whose arrays of the last layer are changed; the digest fits."""
-    text, arrays = csr_arrays(mnist())
-    for key, change in changes.items():
-        array = change(arrays.pop(f"fc.1.weight/{key}", None))
-        if array is not None:
-            arrays[f"fc.1.weight/{key}"] = array
+def write_arrays(path: Path, text: str, arrays: dict[str, np.ndarray]) -> Path:
+    """A file with a digest that fits."""
     with open(path, "wb") as file:
         np.savez(file, network=np.array(text), sha256=np.array(description.digest(text, arrays)), **arrays)
     return path
+
+
+def changed_file(path: Path, form: str, **changes) -> Path:
+    """A file whose arrays of the last layer are changed; the digest fits."""
+    text, arrays = arrays_in(form, mnist())
+    for key, change in changes.items():
+        name = f"fc.1.weight{'/' if form == 'csr' else '.'}{key}"
+        array = change(arrays.pop(name, None))
+        if array is not None:
+            arrays[name] = array
+    return write_arrays(path, text, arrays)
 
 
 def put(array, index, value):
@@ -287,17 +333,58 @@ def put(array, index, value):
     ],
 )
 def test_csr_arrays_that_do_not_fit(changes, message, tmp_path):
-    assert re.search(message, refused(csr_file(tmp_path / "file", **changes)))
+    assert re.search(message, refused(changed_file(tmp_path / "file", "csr", **changes)))
 
 
-def test_csr_unchanged_is_accepted(tmp_path):
-    """The counterpart of the test above: it is the changes that are refused."""
-    assert_same_counts(mnist(), load_pruned(csr_file(tmp_path / "file", data=lambda a: a)))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(bitmap=lambda a: a[:-1]), r"bitmap is uint8 \[999\], not uint8 \[1000\]"),
+        (dict(bitmap=lambda a: np.append(a, 0).astype(np.uint8)), r"bitmap is uint8 \[1001\]"),
+        (dict(bitmap=lambda a: a.astype(np.int8)), " is int8 "),
+        (dict(bitmap=lambda a: a.astype(bool)), "bool"),
+        (dict(bitmap=lambda a: a.reshape(10, 100)), r"\[10, 100\]"),
+        (dict(bitmap=lambda a: ~a), r"fc\.1\.weight has \d+ values other than 0 for \d+ connections"),
+        (dict(bitmap=lambda a: put(a, 7, a[7] ^ 1)), "values other than 0 for"),
+        (dict(bitmap=lambda a: None), r"lacks fc\.1\.weight\.bitmap"),
+        (dict(bitmap=lambda a: np.zeros(1 << 20, np.uint8)), "more than 1000"),
+        (dict(values=lambda a: a[:-1]), "values other than 0 for"),
+        (dict(values=lambda a: np.append(a, 1).astype(np.float32)), "values other than 0 for"),
+        (dict(values=lambda a: put(a, 7, 0)), "values other than 0 for"),
+        (dict(values=lambda a: put(a, 7, np.nan)), "not finite"),
+        (dict(values=lambda a: a.astype(np.float64)), "float64"),
+        (dict(values=lambda a: a.astype(">f4")), ">f4"),
+        (dict(values=lambda a: a[None]), "not float32 of up to"),
+        (dict(values=lambda a: np.ones(8001, np.float32)), "not float32 of up to"),
+        (dict(values=lambda a: np.zeros(1 << 20, np.float32)), "more than 32000"),
+        (dict(values=lambda a: None), r"lacks fc\.1\.weight\.values"),
+        (dict(gaps=lambda a: np.zeros(1, np.uint8)), r"unknown fc\.1\.weight\.gaps"),
+    ],
+)
+def test_npz_arrays_that_do_not_fit(changes, message, tmp_path):
+    assert re.search(message, refused(changed_file(tmp_path / "file", "npz", **changes)))
 
 
-def csr_members(path: Path, change) -> Path:
+@pytest.mark.parametrize(("form", "key"), [("npz", "bitmap"), ("csr", "data")])
+def test_unchanged_arrays_are_accepted(form, key, tmp_path):
+    """The counterpart of the tests above: it is the changes that are refused."""
+    path = changed_file(tmp_path / "file", form, **{key: lambda a: a})
+    assert_same_counts(mnist(), load_pruned(path))
+
+
+@pytest.mark.parametrize("layout", ["gaps", "dense", "csr", "zip", None, 7, ["bitmap"], {}])
+@pytest.mark.parametrize("form", ["npz", "csr"])
+def test_other_layouts_are_refused(form, layout, tmp_path):
+    text, arrays = arrays_in(form, mnist())
+    there = json.loads(text)
+    for layer in there["layers"].values():
+        layer["layout"] = layout
+    refused(write_arrays(tmp_path / "file", json.dumps(there), arrays))
+
+
+def changed_members(path: Path, form: str, change) -> Path:
     """A file whose members, (name, bytes), went through ``change``; lengths and CRCs fit."""
-    with zipfile.ZipFile(io.BytesIO(formats.write_csr(snapshot_of(mnist())))) as archive:
+    with zipfile.ZipFile(io.BytesIO(formats.WRITERS[form](snapshot_of(mnist())))) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
     with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in change(members):
@@ -305,22 +392,32 @@ def csr_members(path: Path, change) -> Path:
     return path
 
 
+LAST = ("fc.1.weight/data.npy", "fc.1.weight.values.npy")  # in csr, in npz
+
+
+@pytest.mark.parametrize("form", ["npz", "csr"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: [*m, ("fc.1.weight/data.npy", dict(m)["fc.1.weight/data.npy"])], "two of one name"),
+        (lambda m: [*m, (m[-1][0], m[-1][1])], "two of one name"),
+        (lambda m: [*m, (m[-1][0].upper(), m[-1][1])], "two of one name"),
         (lambda m: [*m, ("more", b"")], "unknown more"),
-        (lambda m: [*m, *((f"{n}", b"") for n in range(5000))], "it has 5010 members"),
-        (lambda m: [(n, c + bytes((1 << 20) * (n == "fc.1.weight/data.npy"))) for n, c in m], "more than 32000"),
-        (lambda m: [*m, ("bomb", bytes(csr.EXPANDED))], "once expanded, more than"),
-        (lambda m: [(n, re.sub(rb"'shape': \(\d", b"'shape': (9", c)) for n, c in m], "bytes for float32 [9"),
-        (lambda m: [(n, c.replace(b"False", b"True ") if "data" in n else c) for n, c in m], None),
-        (lambda m: m[:1], "version is 2, without a digest"),
+        (lambda m: [*m, ("more.npy", b"")], "unknown more"),
+        (lambda m: [*m, *((f"{n}", b"") for n in range(5000))], " members in a directory of "),
+        (lambda m: [(n, c + bytes((1 << 20) * (n in LAST))) for n, c in m], "more than 32000"),
+        (lambda m: [*m, ("bomb", bytes(npz.EXPANDED))], "once expanded, more than"),
+        (
+            lambda m: [(n, re.sub(rb"'shape': \(\d", b"'shape': (9", c) if n in LAST else c) for n, c in m],
+            "bytes for float32 [9",
+        ),
+        (lambda m: [(n, c.replace(b"'<f4'", b"'|O' ") if n in LAST else c) for n, c in m], "bytes for object"),
+        (lambda m: [(n, c.replace(b"False", b"True ") if n in LAST else c) for n, c in m], None),
+        (lambda m: m[:1], "without a digest"),
     ],
 )
-def test_csr_archives_that_do_not_fit(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(csr, "EXPANDED", 1 << 22)
-    path = csr_members(tmp_path / "file", change)
+def test_archives_that_do_not_fit(form, change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "EXPANDED", 1 << 22)
+    path = changed_members(tmp_path / "file", form, change)
     if message is None:  # an array of one axis is in Fortran's order as well
         assert_same_counts(mnist(), load_pruned(path))
     else:
@@ -334,9 +431,6 @@ def test_csr_archives_that_do_not_fit(change, message, tmp_path, monkeypatch):
         (0.5, {".bitmap": lambda a: np.full_like(a, 255)}),
         (0.5, {".values": lambda a: a[:-1]}),
         (0.5, {".values": lambda a: a.astype(np.float64)}),
-        (0.95, {".gaps": lambda a: a[:-1]}),
-        (0.95, {".gaps": lambda a: np.full(len(a), 254, np.uint8)}),
-        (0.95, {".gaps": lambda a: a.astype(np.int16)}),
         (0.5, {".values": lambda a: np.where(np.arange(len(a)) == 7, 0, a)}),
         (0.5, {".values": lambda a: np.where(np.arange(len(a)) == 7, np.float32(np.nan), a)}),
         (0.5, {"": lambda a: np.zeros(3, np.float32)}),
@@ -348,17 +442,37 @@ def test_csr_archives_that_do_not_fit(change, message, tmp_path, monkeypatch):
 )
 def test_packed_weights_that_do_not_fit(sparsity, change, tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
-    pack = safetensors._pack
+    pack = layouts.pack
 
-    def changed(weight):
-        layout, arrays = pack(weight)
+    def changed(layout, weight):
+        parts = pack(layout, weight)
         if weight.size > 10_000:
-            arrays |= {k: np.ascontiguousarray(change[k](arrays.get(k))) for k in change}
-        return layout, arrays
+            parts |= {k: np.ascontiguousarray(change[k](parts.get(k))) for k in change}
+        return parts
 
-    monkeypatch.setattr(safetensors, "_pack", changed)
+    monkeypatch.setattr(safetensors, "_smaller", lambda weight: "bitmap" if sparsity else "dense")
+    monkeypatch.setattr(layouts, "pack", changed)
     (tmp_path / "file").write_bytes(formats.write_safetensors(snapshot_of(mnist(sparsity))))
     assert "digest" not in refused(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"gaps": lambda a: a[:-1]},
+        {"gaps": lambda a: np.full(len(a), 254, np.uint8)},
+        {"gaps": lambda a: np.zeros(635_200 + 635_200 // 255 + 1, np.uint8)},
+        {"gaps": lambda a: a.astype(np.int16)},
+        {"values": lambda a: a[:-1]},
+        {"values": lambda a: put(a, 7, 0)},
+    ],
+)
+def test_gaps_that_do_not_fit(change, tmp_path):
+    pytest.importorskip("safetensors")
+    text, arrays = old_arrays()
+    arrays |= {f"static_fc.1.weight.{k}": change[k](arrays[f"static_fc.1.weight.{k}"]) for k in change}
+    path = write_old(tmp_path / "file", text, arrays)
+    assert "digest" not in refused(path)
 
 
 @pytest.fixture(scope="module")
@@ -453,40 +567,82 @@ def test_hdf5_in_a_process_of_its_own(does, message, tmp_path, monkeypatch):
         hdf5.read(tmp_path / "file")
 
 
-# -- exports of version 1 --------------------------------------------------------------------------
+# -- exports of earlier versions -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", OLD_EXPORTS)
+def test_exports_of_version_2_are_read(form):
+    pytest.importorskip("safetensors")
+    with warnings.catch_warnings(action="error"):
+        network = load_pruned(OLD_EXPORTS[form])
+    for name, weight in measuring.prunable(old_network()).items():
+        assert torch.equal(network.get_parameter(name), weight)
+    assert_same_counts(old_network(), network)
+
+
+def old_arrays() -> tuple[str, dict[str, np.ndarray]]:
+    """The description and the arrays of the old safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(OLD_EXPORTS["safetensors"], framework="numpy") as file:
+        return file.metadata()["network"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def write_old(path: Path, text: str, arrays: dict[str, np.ndarray]) -> Path:
+    from safetensors.numpy import save_file
+
+    save_file(arrays, path, {"network": text, "sha256": description.digest(text, arrays)})
+    return path
+
+
+def test_the_old_safetensors_file_has_both_old_layouts():
+    """The layout gaps is read as it is documented, and as the tests of changed arrays assume."""
+    pytest.importorskip("safetensors")
+    text, arrays = old_arrays()
+    layers = json.loads(text)["layers"]
+    assert [layer["layout"] for layer in layers.values()] == ["gaps", "bitmap"]
+    g = arrays["static_fc.1.weight.gaps"].astype(int)
+    positions = (np.cumsum(g + (g < 255)) - 1)[g < 255]
+    weight = np.zeros(800 * 784, np.float32)
+    weight[positions] = arrays["static_fc.1.weight.values"]
+    np.testing.assert_array_equal(weight, old_network().static_fc[1].weight.detach().ravel())
 
 
 def version_1(form: str, path: Path, change=lambda arrays: None) -> Path:
-    """A file as version 1 wrote it: the same, without a digest."""
-    content = formats.WRITERS[form](snapshot_of(mnist()))
+    """A file as version 1 wrote it: as version 2, without a digest."""
     if form == "csr":
-        text, arrays = csr_arrays(mnist())
+        with np.load(OLD_EXPORTS["csr"]) as file:
+            arrays = dict(file)
+        text = str(arrays.pop("network"))
+        del arrays["sha256"]
         change(arrays)
         with open(path, "wb") as file:
             np.savez_compressed(file, network=np.array(text.replace('"version": 2', '"version": 1')), **arrays)
     elif form == "safetensors":
-        from safetensors.numpy import load, save
+        from safetensors.numpy import save_file
 
-        text = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["network"]
-        arrays = load(content)
+        text, arrays = old_arrays()
         change(arrays)
-        path.write_bytes(save(arrays, metadata={"network": text.replace('"version": 2', '"version": 1')}))
+        save_file(arrays, path, {"network": text.replace('"version": 2', '"version": 1')})
     else:
         import h5py
 
-        path.write_bytes(content)
+        path.write_bytes(formats.write_nir(snapshot_of(old_network())))
         with h5py.File(path, "r+") as file:
             del file["node/metadata/sha256"]
-            text = file["node/metadata/network"][()].decode()
-            replaced(file, "node/metadata/network", text.replace('"version": 2', '"version": 1'))
+            text = json.loads(file["node/metadata/network"][()]) | {"version": 1}
+            replaced(file, "node/metadata/network", json.dumps(text))
     return path
 
 
-@forms
+old_forms = pytest.mark.parametrize("form", ["safetensors", "csr", "nir"], indirect=True)
+
+
+@old_forms
 def test_exports_of_version_1_are_read_with_a_warning(form, tmp_path):
     with pytest.warns(UserWarning, match="file is an export of version 1, which has no digest"):
         network = load_pruned(version_1(form, tmp_path / "file"))
-    assert_same_counts(mnist(), network)
+    assert_same_counts(old_network(), network)
 
 
 @pytest.mark.filterwarnings("ignore:.*version 1")
@@ -498,21 +654,42 @@ def test_what_can_be_checked_in_version_1_is(form, tmp_path):
         assert message in refused(path)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "csr"], indirect=True)
+@packed_forms
 def test_a_changed_weight_does_not_match_the_digest(form, tmp_path):
-    """Also where all lengths and CRCs fit: version 2 would read it as another network."""
-    text, arrays = csr_arrays(mnist())
-    sha256 = description.digest(text, arrays)
+    """Also where all lengths and CRCs fit."""
     path = tmp_path / "file"
-    if form == "csr":
-        arrays["fc.1.weight/data"] = put(arrays["fc.1.weight/data"], 7, 0.5)
-        with open(path, "wb") as file:
-            np.savez(file, network=np.array(text), sha256=np.array(sha256), **arrays)
-    else:
+    if form == "safetensors":
         content = bytearray(formats.write_safetensors(snapshot_of(mnist())))
         content[-7] ^= 1
         path.write_bytes(content)
+    else:
+        text, arrays = arrays_in(form, mnist())
+        sha256 = description.digest(text, arrays)
+        key = f"fc.1.weight{'/data' if form == 'csr' else '.values'}"
+        arrays[key] = put(arrays[key], 7, 0.5)
+        with open(path, "wb") as file:
+            np.savez(file, network=np.array(text), sha256=np.array(sha256), **arrays)
     assert "does not match its digest" in refused(path)
+
+
+@packed_forms
+def test_a_changed_setting_does_not_match_the_digest(form, tmp_path):
+    """T, the epoch and the run's name fit by themselves."""
+    path = tmp_path / "file"
+    whole = formats.WRITERS[form](snapshot_of(mnist()))
+    for old, new in (('"T": 8', '"T": 7'), ('"epoch": 3', '"epoch": 4'), ('"run": "a-run"', '"run": "b-run"')):
+        if form == "safetensors":
+            old, new = (json.dumps(text)[1:-1] for text in (old, new))
+            content = whole.replace(old.encode(), new.encode())
+            assert content != whole
+            path.write_bytes(content)
+        else:
+            text, arrays = arrays_in(form, mnist())
+            assert old in text
+            with open(path, "wb") as file:
+                sha256 = np.array(description.digest(text, arrays))
+                np.savez(file, network=np.array(text.replace(old, new)), sha256=sha256, **arrays)
+        assert "does not match its digest" in refused(path)
 
 
 def test_the_digest_as_it_is_documented():
@@ -571,11 +748,11 @@ def test_a_bias_is_kept_or_refused(form, tmp_path, monkeypatch):
     linear = layer.Linear
     monkeypatch.setattr("mnist.model.layer.Linear", lambda *args, bias: linear(*args, bias=True))
     network = mnist()
-    if form == "safetensors":
+    if form in ("npz", "safetensors"):
         export(snapshot_of(network), form, tmp_path / "file")
         assert torch.equal(load_pruned(tmp_path / "file").fc[1].bias, network.fc[1].bias)
     else:
-        with pytest.raises(Refusal, match=rf"{form} has no place for fc\.1\.bias; safetensors has"):
+        with pytest.raises(Refusal, match=rf"{form} has no place for fc\.1\.bias; npz has"):
             export(snapshot_of(network), form, tmp_path / "file")
 
 

@@ -12,10 +12,12 @@ import torch
 from analysis.export import load_pruned
 from analysis.snapshot import Unreadable
 
+PACKAGES = {"safetensors": ["safetensors"], "gaps": ["safetensors"], "nir": ["nir", "nirtorch"]}
 
-@pytest.mark.parametrize(("form", "count"), [("safetensors", 30), ("csr", 30), ("nir", 6), ("checkpoint", 30)])
+
+@pytest.mark.parametrize(("form", "count"), [(form, 6 if form == "nir" else 30) for form in fuzz.FORMS])
 def test_damaged_files_are_refused_or_the_same(form, count):
-    for package in {"safetensors": ["safetensors"], "nir": ["nir", "nirtorch"]}.get(form, []):
+    for package in PACKAGES.get(form, ()):
         pytest.importorskip(package)
     outcome = fuzz.fuzz(form, count)
     assert outcome.failures == []
@@ -30,8 +32,8 @@ def test_the_command_takes_all_formats_or_some(monkeypatch, capsys):
     assert (fuzz.main([]), fuzz.main(["nir", "csr"])) == (0, 0)
     assert asked == [*fuzz.FORMS, "nir", "csr"]
     with pytest.raises(SystemExit, match="2"):
-        fuzz.main(["npz"])
-    assert "must be one of safetensors, csr, nir, checkpoint, not 'npz'" in capsys.readouterr().err
+        fuzz.main(["zip"])
+    assert "must be one of npz, safetensors, gaps, csr, nir, checkpoint, not 'zip'" in capsys.readouterr().err
 
 
 def test_mutations_are_the_same_each_time():
@@ -139,9 +141,9 @@ def test_the_table(capsys, monkeypatch):
 @mutations.narrow()
 def test_a_whole_file_is_the_same(tmp_path):
     """Otherwise a reader that refuses everything would pass."""
-    for form in ("safetensors", "csr", "checkpoint"):
-        if form == "safetensors":
-            pytest.importorskip(form)
+    for form in ("npz", "safetensors", "gaps", "csr", "checkpoint"):
+        for package in PACKAGES.get(form, ()):
+            pytest.importorskip(package)
         for network, content in mutations.contents(form):
             (tmp_path / "file").write_bytes(content)
             assert fuzz.same(network, load_pruned(Path(tmp_path / "file"))), form

@@ -1,63 +1,70 @@
-"""The three forms of an exported network: what is in the files, how they are written and read.
+"""The formats of an exported network: what is in the files, how they are written and read.
 
-Every file carries the same description, JSON text named ``network``, and beside it a digest, ``sha256``::
+Every file carries a description, JSON text named ``network``, and beside it a digest, ``sha256``::
 
     {"format": "gradrewire network", "version": 2, "experiment": "mnist", "dataset": "mnist",
      "T": 8, "run": "lr-1e-4-...", "epoch": 512,
      "neuron": {"tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "decay_input": true},
-     "normalisation": {"mean": [0.1307], "std": [0.3081]}, "layers": {...}}
+     "normalisation": {"mean": [0.1307], "std": [0.3081]},
+     "layers": {"fc.1.weight": {"shape": [10, 800], "layout": "bitmap"}, ...}}
 
 A pixel in [0, 1] enters the network as (pixel - mean) / std, T times. A neuron with input x has the potential
-h = v + (x - (v - v_reset)) / tau, spikes where h >= v_threshold, and goes on from v = v_reset there, v = h elsewhere.
+h = v + (x - (v - v_reset)) / tau. It spikes where h >= v_threshold. The next v is v_reset there, h elsewhere.
 
-The digest is the SHA-256, in hexadecimal digits, of the description in UTF-8, and then, for every array in the order
-of their names, of "\\n", its name, its NumPy dtype and its shape as Python prints a list, "\\n" (as in
-``"\\nfc.1.weight float32 [10, 800]\\n"``) and its elements, little-endian, in C order. In csr the names are those of
-the arrays (``<name>/data``), in nir those of the network's weights. Exports of version 1, which had none, are still
-read, with a warning; whatever else is wrong in a file is refused in either version (:mod:`training.files.checks`).
+``sha256`` is the SHA-256, in hexadecimal digits, of the description in UTF-8, followed by every array in the order of
+their names: "\\n", name, NumPy dtype and shape as Python prints a list, "\\n" (as in
+``"\\nfc.1.weight float32 [10, 800]\\n"``), then its elements, little-endian, in C order. In nir the names are those of
+the network's weights, elsewhere those of the arrays in the file.
 
-**safetensors**, for a copy that is small and exact. ``network`` is in the metadata. Its ``layers`` has for every weight
-that can be pruned its shape and layout; the values that are not 0 are in ``<name>.values``, float32, in C order:
-
-- ``dense``: all weights, in ``<name>``.
-- ``bitmap``: ``<name>.bitmap``, uint8, one bit per weight (numpy.packbits), 1 where it is connected.
-- ``gaps``: ``<name>.gaps``, uint8. A byte b < 255 passes over b weights to the next connection; 255 passes over 255
-  weights, and no connection follows it: ``positions = (cumsum(g + (g < 255)) - 1)[g < 255]``, with g as integers.
-
-Each layer has the layout that is smallest for it: at 4 bytes a value, gaps need 5 bytes per connection, a bitmap 4 and
-an eighth of a byte per weight. Other tensors (BatchNorm's) are there under their own names.
-
-**csr**, an .npz for NumPy and SciPy, with a matrix [outputs, inputs] for every layer; a convolution's row is its filter
-[C, kh, kw] in C order (the shape is in ``layers``)::
+**npz**, small and exact, for NumPy. ``<name>.bitmap`` has one bit per weight, 1 where it is connected, and
+``<name>.values`` the values of the connections, in C order. Other tensors (BatchNorm's) have their own names::
 
     file = numpy.load("export.npz")
-    data, indices, indptr, shape = (file[f"{name}/{key}"] for key in ("data", "indices", "indptr", "shape"))
+    weight = numpy.zeros(shape, "float32")
+    connected = numpy.unpackbits(file["fc.1.weight.bitmap"], count=weight.size)
+    weight[connected.reshape(shape) == 1] = file["fc.1.weight.values"]
+
+**safetensors**, the same without compression, for any language. ``network`` and ``sha256`` are in the metadata. The
+arrays are ``<name>.bitmap`` and ``<name>.values``, or ``<name>`` alone where the layout is ``dense``.
+
+**csr**, an .npz for SciPy, with a matrix [outputs, inputs] for every layer. A convolution's row is its filter
+[C, kh, kw] in C order. The layers have no ``layout``::
+
+    file = numpy.load("export.csr.npz")
+    data, indices, indptr, shape = (file[f"fc.1.weight/{key}"] for key in ("data", "indices", "indptr", "shape"))
     W = scipy.sparse.csr_matrix((data, indices, indptr), shape)
 
-BatchNorm, in eval mode the same affine map at every time step, is folded to ``<name>/scale`` and ``<name>/shift`` of
-the convolution's outputs: y = scale * (W x) + shift. The scale is kept beside W, and not multiplied into it, because
-that rounds the weights anew, and some spikes then fall differently; ``scipy.sparse.diags(scale) @ W`` is the product.
+BatchNorm is the same affine map at every time step in eval mode: y = scale * (W x) + shift, with ``<name>/scale`` and
+``<name>/shift`` of the convolution's outputs. The scale is not multiplied into W, because that rounds the weights
+again, and some spikes then differ; ``scipy.sparse.diags(scale) @ W`` is the product.
 
 **nir**, the graph of one time step for other simulators and for chips (Pedersen et al., "Neuromorphic intermediate
 representation", Nature Communications 15, 2024): Flatten, Linear, LIF, Linear, LIF, with ``network`` in the metadata.
-The time step is :data:`analysis.formats.nir.DT` seconds. Dense weights, gzipped. Needs the packages nir and nirtorch.
+A time step is :data:`analysis.formats.nir.DT` seconds. Dense weights, gzipped. Needs the packages nir and nirtorch.
+
+Older exports are still read: version 1 without a digest, with a warning; and the layout ``gaps`` of safetensors, with
+``<name>.gaps`` in the place of the bitmap. A byte b < 255 passes over b weights to the next connection; 255 passes over
+255 weights, and no connection follows it: ``positions = (cumsum(g + (g < 255)) - 1)[g < 255]``, with g as integers.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from analysis.formats.csr import read_csr, write_csr
+from analysis.formats import npz
 from analysis.formats.nir import read_nir, write_nir
+from analysis.formats.npz import read_npz
 from analysis.formats.safetensors import read_safetensors, write_safetensors
 from analysis.snapshot import Snapshot, Unreadable, from_checkpoint, reason
 from training.errors import Refusal
 
 WRITERS: dict[str, Callable[[Snapshot], bytes]] = {
+    "npz": partial(npz.write, "bitmap"),
     "safetensors": write_safetensors,
-    "csr": write_csr,
+    "csr": partial(npz.write, "csr"),
     "nir": write_nir,
 }
-SUFFIXES = {"safetensors": ".safetensors", "csr": ".npz", "nir": ".nir"}
+SUFFIXES = {"npz": ".npz", "safetensors": ".safetensors", "csr": ".csr.npz", "nir": ".nir"}
 
 
 def _reader(path: Path) -> Callable[[Path], Snapshot]:
@@ -65,7 +72,7 @@ def _reader(path: Path) -> Callable[[Path], Snapshot]:
     with open(path, "rb") as file:
         head = file.read(41)
     if head.startswith(b"PK"):
-        return read_csr if head[30:] == b"network.npy" else from_checkpoint  # the name of its first member
+        return read_npz if head[30:] == b"network.npy" else from_checkpoint  # the name of its first member
     if head.startswith(b"\x89HDF"):
         return read_nir
     if head[8:9] == b"{":

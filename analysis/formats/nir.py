@@ -40,15 +40,15 @@ def one_step(snapshot: Snapshot) -> nn.Sequential:
 def write_nir(snapshot: Snapshot) -> bytes:
     if snapshot.experiment != "mnist":
         raise Refusal(
-            "argument --format: nir cannot hold the c10 network, which has max pooling, for which NIR has no node; "
-            "safetensors and csr can"
+            f"argument --format: nir cannot hold the {snapshot.experiment} network: NIR has no node for max pooling; "
+            "use npz, safetensors or csr"
         )
     nir = imported("nir", "this format")
     imported("nirtorch", "this format")
     from spikingjelly.activation_based.nir_exchange import export_to_nir
 
     for name in snapshot.state.keys() - set(WEIGHTS.values()):
-        raise Refusal(f"argument --format: nir has no place for {name}; safetensors has")
+        raise Refusal(f"argument --format: nir has no place for {name}; npz has")
     graph = export_to_nir(one_step(snapshot), torch.zeros(1, *IMAGE, dtype=torch.float32, device="cpu"), dt=DT)
     text = describe(snapshot, {})
     arrays = {name: tensor.numpy() for name, tensor in snapshot.state.items()}
