@@ -11,9 +11,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewiring import RewiringOptimizer, check_bool, check_number, moments, spiking_kernels
+from rewiring import Lists, RewiringOptimizer, adam, check_bool, check_number, each, spiking_kernels
 
-__all__ = ["DeepRewiring"]
+__all__ = ["DeepRewiring", "deep_rewiring"]
+
+
+def deep_rewiring(
+    lists: Lists,
+    *,
+    l1: float | Tensor,
+    T: float | Tensor | None,
+    max_s: float | Tensor,
+    theta_min: float | Tensor | None,
+    eps: float | Tensor,
+    **adam_settings: Any,
+) -> None:
+    """One step of Deep R, soft where there is "theta", on lists of tensors, in place: the reference of all others.
+
+    Args:
+        lists: the weights w with their "grad" dL/dw, Adam's moments, "sign" s, standard normal "noise" N where T is
+            not None, and for Deep R with max_s < 1 "uniform" random numbers.
+        eps, adam_settings: as :func:`rewiring.adam` takes them.
+    """
+    weights, signs, thetas = lists["weight"], lists["sign"], lists.get("theta")
+    actives = [w != 0 for w in weights]  # a
+    changes, etas = adam(lists, eps=eps, **adam_settings)  # eta m / d, and eta
+    torch._foreach_mul_(changes, actives)
+    penalties = torch._foreach_mul(signs, [(l1 * eta).to(weights[0].dtype) for eta in etas])
+    torch._foreach_mul_(penalties, actives)
+    hs = torch._foreach_mul(thetas, signs) if thetas else [w.clone() for w in weights]
+    torch._foreach_sub_(hs, changes)
+    torch._foreach_sub_(hs, penalties)  # h = s theta or w, - eta a m / d - l1 eta a s
+    if T is not None:  # + T sqrt(eta) N
+        torch._foreach_mul_(lists["noise"], [T * eta.sqrt() for eta in etas])
+        torch._foreach_add_(hs, lists["noise"])
+    if thetas:
+        torch._foreach_mul_(hs, signs)
+        if theta_min is not None:
+            torch._foreach_clamp_min_(hs, each(theta_min, hs))
+        torch._foreach_copy_(thetas, hs)  # theta = max(s h, theta_min)
+        torch._foreach_clamp_min_(hs, 0)
+        torch._foreach_mul_(hs, signs)  # w = s max(theta, 0)
+    else:
+        kept = [a & (y > 0) for a, y in zip(actives, torch._foreach_mul(hs, signs), strict=True)]
+        torch._foreach_mul_(hs, kept)  # where the sign flipped, w = 0
+        if "uniform" in lists:
+            for h, sign, uniform in zip(hs, signs, lists["uniform"], strict=True):
+                h.copy_(torch.where(_reactivated(h, sign, uniform, max_s), sign.to(h.dtype) * eps, h))
+    torch._foreach_copy_(weights, hs)
+
+
+def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float | Tensor) -> Tensor:
+    """Which dormant connections to re-activate, so that the dormant fraction is max_s in expectation."""
+    dormant = w == 0
+    candidates = dormant & (sign != 0)
+    excess = dormant.sum().double() - max_s * w.numel()
+    # no candidate and no excess is 0 / 0: NaN, which no uniform is below
+    return candidates & (uniform < excess / candidates.sum())
 
 
 class DeepRewiring(RewiringOptimizer):
@@ -85,7 +139,8 @@ class DeepRewiring(RewiringOptimizer):
         capturable: bool = False,
         fused: bool = False,
     ):
-        defaults = dict(
+        super().__init__(
+            params,
             lr=lr,
             betas=betas,
             eps=eps,
@@ -95,8 +150,13 @@ class DeepRewiring(RewiringOptimizer):
             l1=l1,
             max_s=max_s,
             soft=soft,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
         )
-        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
+
+    _update = staticmethod(deep_rewiring)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         check_number("T", group["T"], "the temperature, a finite number >= 0", lambda x: x >= 0)
@@ -111,87 +171,40 @@ class DeepRewiring(RewiringOptimizer):
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._check_param(param, group)
         numbers = torch.finfo(param.dtype)
-        if not group["soft"] and group["eps"] <= numbers.smallest_normal * numbers.eps / 2:
+        if group["prune"] and not group["soft"] and group["eps"] <= numbers.smallest_normal * numbers.eps / 2:
             raise ValueError(
                 f"eps={group['eps']!r} is not accepted: Deep R re-activates at it, and it is 0 in {param.dtype}"
             )
 
-    def own_state(self, group: dict[str, Any]) -> set[str]:
+    def _own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"} if group["soft"] else {"sign"}
 
-    @staticmethod
-    def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Normal noise, and uniforms for re-activation; None where the algorithm has none."""
-        # of few bits, uniforms would be coarse and often 0: far more would be re-activated than are due
-        dtype = torch.promote_types(param.dtype, torch.float32)
-        noise = torch.randn_like(param, dtype=dtype) if group["T"] > 0 else None
-        uniform = torch.rand_like(param, dtype=dtype) if not group["soft"] and group["max_s"] < 1 else None
-        return noise, uniform
+    def _terms(self, group: dict[str, Any]) -> dict[str, float | None]:
+        T, l1, max_s, theta_min = group["T"], group["l1"], group["max_s"], None
+        penalty = l1 * (1 - max_s)
+        if group["soft"] and penalty > 0:
+            theta_min = -(T * T) / 2 * max_s / penalty
+        return {"T": T or None, "l1": l1, "max_s": max_s, "theta_min": theta_min}
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], t: float, group: dict[str, Any]) -> None:
-        (beta1, beta2), soft = group["betas"], group["soft"]
-        eta = float(group["lr"]) / (1 - beta1**t)
-        draws = group["T"] > 0 or (not soft and group["max_s"] < 1)
+    def _draw(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Normal noise, and uniforms for re-activation."""
+        # of few bits, uniforms would be coarse and often 0: far more would be re-activated than are due
+        dtype, draws = torch.promote_types(param.dtype, torch.float32), {}
+        if group["T"] > 0:
+            draws["noise"] = torch.randn_like(param, dtype=dtype)
+        if not group["soft"] and group["max_s"] < 1:
+            draws["uniform"] = torch.rand_like(param, dtype=dtype)
+        return draws
+
+    def _kernel(self, tensors: tuple[Tensor | None, ...], eta: float, group: dict[str, Any], **adam: Any) -> None:
+        draws = group["T"] > 0 or (not group["soft"] and group["max_s"] < 1)
         spiking_kernels.deep_rewiring_step(
             *tensors,
             seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0,
             max_s=group["max_s"],
-            betas=group["betas"],
-            correction=math.sqrt(1 - beta2**t),
-            eps=group["eps"],
             eta=eta,
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
             penalty=group["l1"] * eta,
             temperature=group["T"] * math.sqrt(eta),
-            theta_min=_theta_min(group) if soft else None,
+            theta_min=self._terms(group)["theta_min"],
+            **adam,
         )
-
-    @staticmethod
-    def _update(
-        params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any], draws: list[tuple]
-    ) -> None:
-        signs, actives = states["sign"], [param != 0 for param in params]
-        changes, etas = moments(params, states, group)
-        torch._foreach_mul_(changes, actives)
-        penalties = torch._foreach_mul(signs, [(group["l1"] * eta).to(params[0].dtype) for eta in etas])
-        torch._foreach_mul_(penalties, actives)
-        hs = torch._foreach_mul(states["theta"], signs) if group["soft"] else [p.clone() for p in params]
-        torch._foreach_sub_(hs, changes)
-        torch._foreach_sub_(hs, penalties)
-        if group["T"] > 0:
-            noises = [noise for noise, _ in draws]
-            torch._foreach_mul_(noises, [group["T"] * eta.sqrt() for eta in etas])
-            torch._foreach_add_(hs, noises)
-        if group["soft"]:
-            torch._foreach_mul_(hs, signs)
-            bound = _theta_min(group)
-            if bound is not None:
-                torch._foreach_clamp_min_(hs, bound)
-            torch._foreach_copy_(states["theta"], hs)
-            torch._foreach_clamp_min_(hs, 0)
-            torch._foreach_mul_(hs, signs)
-        else:
-            kept = [a & (y > 0) for a, y in zip(actives, torch._foreach_mul(hs, signs), strict=True)]
-            torch._foreach_mul_(hs, kept)
-            if group["max_s"] < 1:
-                hs = [
-                    torch.where(_reactivated(h, sign, uniform, group["max_s"]), sign.to(h.dtype) * group["eps"], h)
-                    for h, sign, (_, uniform) in zip(hs, signs, draws, strict=True)
-                ]
-        torch._foreach_copy_(params, hs)
-
-
-def _theta_min(group: dict[str, Any]) -> float | None:
-    """The lower bound of theta in soft Deep R, or None where it has none."""
-    penalty, T = group["l1"] * (1 - group["max_s"]), group["T"]
-    return -(T * T) / 2 * group["max_s"] / penalty if penalty > 0 else None
-
-
-def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float) -> Tensor:
-    """Which dormant connections to re-activate, so that the dormant fraction is max_s in expectation."""
-    dormant = w == 0
-    candidates = dormant & (sign != 0)
-    excess = dormant.sum().double() - max_s * w.numel()
-    # no candidate and no excess is 0 / 0: NaN, which no uniform is below
-    return candidates & (uniform < excess / candidates.sum())

@@ -11,9 +11,36 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rewiring import RewiringOptimizer, check_bool, check_number, moments, overlaps_itself, spiking_kernels
+from rewiring import Lists, RewiringOptimizer, adam, check_bool, check_number, each, overlaps_itself, spiking_kernels
 
-__all__ = ["GradRewiring"]
+__all__ = ["GradRewiring", "grad_rewiring"]
+
+
+def grad_rewiring(
+    lists: Lists, *, alpha: float | Tensor | None, mu: float | Tensor | None, **adam_settings: Any
+) -> None:
+    """One step of Grad R on lists of tensors, in place: the reference of all others.
+
+    Args:
+        lists: the weights w with their "grad" dL/dw, Adam's moments, "sign" s and "theta".
+        alpha, mu: of the prior; None without one.
+        adam_settings: as :func:`rewiring.adam` takes them.
+    """
+    weights, signs, thetas = lists["weight"], lists["sign"], lists["theta"]
+    changes, etas = adam(lists, **adam_settings)  # eta m / d, and eta
+    hs = torch._foreach_mul(thetas, signs)
+    torch._foreach_sub_(hs, changes)  # h = s theta - eta m / d
+    if alpha is not None:  # h = h - alpha eta sign(theta - mu) s
+        priors = torch._foreach_sub(thetas, each(mu, thetas))
+        torch._foreach_sign_(priors)
+        torch._foreach_mul_(priors, [alpha * eta for eta in etas])
+        torch._foreach_mul_(priors, signs)
+        torch._foreach_sub_(hs, priors)
+    torch._foreach_mul_(hs, signs)
+    torch._foreach_copy_(thetas, hs)  # theta = s h
+    torch._foreach_clamp_min_(hs, 0)
+    torch._foreach_mul_(hs, signs)
+    torch._foreach_copy_(weights, hs)  # w = s max(theta, 0)
 
 
 class GradRewiring(RewiringOptimizer):
@@ -76,19 +103,42 @@ class GradRewiring(RewiringOptimizer):
         fused: bool = False,
         plain_gradient: bool = False,
     ):
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, alpha=alpha, s=s)
-        defaults.update(plain_gradient=plain_gradient)
-        super().__init__(params, defaults, foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            alpha=alpha,
+            s=s,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            fused=fused,
+            plain_gradient=plain_gradient,
+        )
+
+    _update = staticmethod(grad_rewiring)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         check_number("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0)
         if group["alpha"] > group["eps"] or group["s"] is not None:
-            accepted = "the target sparsity, in [0.5, 1) (required when alpha > eps)"
+            accepted = (
+                "a target sparsity in [0.5, 1), required when alpha > eps. Give one, s=0.95 say; or give alpha=0, "
+                "for no prior or for a ConnectivitySchedule, which sets alpha and s"
+            )
             check_number("s", group["s"], accepted, lambda x: 0.5 <= x < 1)
         check_bool("plain_gradient", group["plain_gradient"])
 
-    def own_state(self, group: dict[str, Any]) -> set[str]:
+    def _own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"}
+
+    def _terms(self, group: dict[str, Any]) -> dict[str, float | None]:
+        alpha = group["alpha"]
+        if alpha <= group["eps"]:
+            return {"alpha": None, "mu": None}
+        return {"alpha": alpha, "mu": math.log(2 * (1 - group["s"])) / alpha}
 
     def _prepare_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
         if group["plain_gradient"]:
@@ -96,39 +146,7 @@ class GradRewiring(RewiringOptimizer):
                 param.grad = param.grad.clone()
             param.grad.masked_fill_(param == 0, 0)
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], t: float, group: dict[str, Any]) -> None:
-        (beta1, beta2), alpha = group["betas"], group["alpha"]
-        eta = float(group["lr"]) / (1 - beta1**t)
-        prior = alpha > group["eps"]
-        spiking_kernels.grad_rewiring_step(
-            *tensors,
-            betas=group["betas"],
-            correction=math.sqrt(1 - beta2**t),
-            eps=group["eps"],
-            eta=eta,
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            prior=alpha * eta if prior else 0.0,
-            mu=math.log(2 * (1 - group["s"])) / alpha if prior else 0.0,
-        )
-
-    @staticmethod
-    def _update(
-        params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any], draws: list[tuple]
-    ) -> None:
-        signs, thetas, alpha = states["sign"], states["theta"], group["alpha"]
-        changes, etas = moments(params, states, group)
-        hs = torch._foreach_mul(thetas, signs)
-        torch._foreach_sub_(hs, changes)
-        if alpha > group["eps"]:
-            mu = math.log(2 * (1 - group["s"])) / alpha
-            priors = torch._foreach_sub(thetas, mu)
-            torch._foreach_sign_(priors)
-            torch._foreach_mul_(priors, [alpha * eta for eta in etas])
-            torch._foreach_mul_(priors, signs)
-            torch._foreach_sub_(hs, priors)
-        torch._foreach_mul_(hs, signs)
-        torch._foreach_copy_(thetas, hs)
-        torch._foreach_clamp_min_(hs, 0)
-        torch._foreach_mul_(hs, signs)
-        torch._foreach_copy_(params, hs)
+    def _kernel(self, tensors: tuple[Tensor | None, ...], eta: float, group: dict[str, Any], **adam: Any) -> None:
+        alpha, mu = self._terms(group).values()
+        prior = {"prior": 0.0, "mu": 0.0} if alpha is None else {"prior": alpha * eta, "mu": mu}
+        spiking_kernels.grad_rewiring_step(*tensors, eta=eta, **prior, **adam)

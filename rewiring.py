@@ -1,4 +1,4 @@
-"""What Grad Rewiring and Deep Rewiring share: argument checks, lazy state, Adam's moments.
+"""What Grad Rewiring and Deep Rewiring share: Adam's part of the update, checks, state, ways to execute a step.
 
 Symbols, in both algorithms: w a weight, s its fixed sign, theta its synaptic parameter,
 w = s * max(theta, 0). A connection is connected (active) when w != 0, else pruned (dormant).
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as plain_adam
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
 try:
@@ -23,13 +24,92 @@ try:
 except ImportError:  # this file was copied into another project without them
     spiking_kernels = None
 
-__all__ = ["RewiringOptimizer", "check_bool", "check_number", "moments", "overlaps_itself"]
+__all__ = [
+    "Lists",
+    "RewiringOptimizer",
+    "adam",
+    "check_bool",
+    "check_number",
+    "each",
+    "overlaps_itself",
+    "spiking_kernels",
+]
+
+Lists = dict[str, list[Tensor]]  # the tensors of a step by what they are: "weight", "grad", "exp_avg", ...
+
+# -- the arithmetic --------------------------------------------------------------------------------
+
+
+def adam(
+    lists: Lists,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] | tuple[Tensor, Tensor],
+    eps: float | Tensor,
+    weight_decay: float | Tensor | None,
+    amsgrad: bool,
+    maximize: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Advances Adam's moments by the gradients (Kingma and Ba, ICLR 2015, algorithm 1).
+
+    Returns:
+        Adam's changes eta_t * m / d_t (new tensors of the weights' shapes) and the step sizes eta_t, 0-dimensional.
+
+    Bias corrections are 0-dimensional float64 tensors where ``step`` lives: on the CPU they enter a
+    CUDA kernel by value, on the device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
+    """
+    beta1, beta2 = betas
+    grads, ms, vs = lists["grad"], lists["exp_avg"], lists["exp_avg_sq"]
+    if maximize:
+        grads = torch._foreach_neg(grads)
+    if weight_decay is not None:
+        weights, alpha = _scaled(lists["weight"], weight_decay)
+        grads = torch._foreach_add(grads, weights, alpha=alpha)
+    torch._foreach_add_(lists["step"], 1)
+    ts = [step.double() for step in lists["step"]]
+    # not lerp_, which rounds differently from the trajectories that the paper's implementation takes
+    torch._foreach_mul_(ms, each(beta1, ms))
+    parts, alpha = _scaled(grads, 1 - beta1)
+    torch._foreach_add_(ms, parts, alpha=alpha)
+    torch._foreach_mul_(vs, each(beta2, vs))
+    parts, value = _scaled(grads, 1 - beta2)
+    torch._foreach_addcmul_(vs, parts, grads, value=value)
+    if amsgrad:
+        torch._foreach_maximum_(lists["max_exp_avg_sq"], vs)
+        vs = lists["max_exp_avg_sq"]
+    denominators = torch._foreach_sqrt(vs)
+    torch._foreach_div_(denominators, [(1 - beta2**t).sqrt() for t in ts])
+    torch._foreach_add_(denominators, each(eps, denominators))
+    etas = [lr / (1 - beta1**t) for t in ts]
+    changes = torch._foreach_mul(ms, etas)
+    torch._foreach_div_(changes, denominators)
+    return changes, etas
+
+
+def each(value: float | Tensor, tensors: list[Tensor]) -> float | list[Tensor]:
+    """A number for all tensors, or one for each if it is a tensor: of that, foreach functions would ask the value."""
+    return [value] * len(tensors) if isinstance(value, Tensor) else value
+
+
+def _scaled(tensors: list[Tensor], scale: float | Tensor) -> tuple[list[Tensor], float]:
+    """Tensors and a number that give scale * tensors: alpha= and value= take no tensor."""
+    return (torch._foreach_mul(tensors, each(scale, tensors)), 1) if isinstance(scale, Tensor) else (tensors, scale)
+
+
+# -- checks ----------------------------------------------------------------------------------------
 
 
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
     """Raises ValueError, naming the argument, unless ``value`` is a finite number for which ``condition`` holds."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not _is_finite(value) or not condition(value):
+        raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
+
+
+def check_bool(name: str, value: Any, or_none: bool = False) -> None:
+    """Raises ValueError, naming the argument, unless ``value`` is True or False, or None where that is accepted."""
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        accepted = "True, False or None" if or_none else "True or False"
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
 
 
@@ -47,110 +127,92 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, Real) and type(value) not in PLAIN else value
 
 
-def check_bool(name: str, value: Any, or_none: bool = False) -> None:
-    """Raises ValueError, naming the argument, unless ``value`` is True or False, or None where that is accepted."""
-    if not (isinstance(value, bool) or (or_none and value is None)):
-        accepted = "True, False or None" if or_none else "True or False"
-        raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of a tensor may share memory, as those of an expanded one do."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 # what torch.optim.Adam calls its settings, and what its state holds: always, and with amsgrad
 ADAM_SETTINGS = {"lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "maximize", "capturable", "fused"}
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 AMSGRAD_STATE = "max_exp_avg_sq"
+OWN_STATE = ("sign", "theta")
 PLAIN = (bool, int, float)  # types of numbers that compute in full precision
+RECOMPILE_LIMIT = 64  # each number of tensors that a group has is compiled once, with and without prior
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class RewiringOptimizer(Optimizer):
     """Base of the rewiring optimizers: an Adam whose update an algorithm redefines.
 
-    A subclass names its extra settings in ``defaults``, checks them in :meth:`_check_settings`, says in
-    :meth:`own_state` what it keeps, draws the random numbers of a step in :meth:`_draw` and does the
-    arithmetic in :meth:`_update`, on lists of tensors: of one tensor, or with ``foreach`` of all alike.
-    ``fused`` updates each parameter in one pass over memory: with the kernel of :meth:`_kernel` where
-    there is one, else by :meth:`_update`, compiled.
+    A subclass gives its settings and their defaults, checks them in :meth:`_check_settings`, names in
+    :meth:`_own_state` what it keeps, draws the random numbers of a step in :meth:`_draw`, and does the arithmetic in
+    :attr:`_update`, on lists of tensors, with its settings as :meth:`_numbers` gives them.
 
-    Every state holds ``step`` (0-dimensional, float32; on the CPU unless ``capturable``), ``exp_avg``,
-    ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and ``sign`` (int8), each of the weight's shape.
+    That one function serves every way to take a step: it gets one tensor at a time, or with ``foreach`` all of one
+    device and dtype; with ``fused`` it is compiled for all of them at once. On the CPU a kernel of spiking_kernels
+    takes the place of the compiled function where it can. A group with ``prune=False`` is updated by
+    torch.optim.Adam's own function.
+
+    The state of a parameter holds ``step`` (0-dimensional, float32; on the CPU unless ``capturable``), ``exp_avg``,
+    ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and where it is pruned ``sign`` (int8), each of the weight's shape.
     The settings of a group may change between steps: state that they need and that is missing is created then.
     The state follows its weight to another dtype or device. What others keep in it is left alone.
     """
 
     # settings that were added later, with the values that older states had
-    LATER: ClassVar[dict[str, Any]] = {"foreach": None, "maximize": False, "capturable": False, "fused": False}
+    LATER: ClassVar[dict[str, Any]] = {
+        "foreach": None,
+        "maximize": False,
+        "capturable": False,
+        "fused": False,
+        "prune": True,
+    }
 
-    def __init__(
-        self,
-        params: Iterable,
-        defaults: dict[str, Any],
-        *,
-        foreach: bool | None,
-        maximize: bool,
-        capturable: bool,
-        fused: bool,
-    ):
-        defaults.update(foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
-        super().__init__(params, defaults)
+    def __init__(self, params: Iterable, **defaults: Any):
+        self._seen: dict[int, _Seen] = {}
+        super().__init__(params, {**defaults, "prune": True})
 
     # -- what an algorithm defines -------------------------------------------------------------
+
+    _update: ClassVar[Callable[..., None]]  # of lists of tensors and settings; in place, with ``torch._foreach_*``
 
     def _check_settings(self, group: dict[str, Any]) -> None:
         """Raises ValueError for a setting of the algorithm that is not accepted."""
         raise NotImplementedError
 
-    def own_state(self, group: dict[str, Any]) -> set[str]:
+    def _own_state(self, group: dict[str, Any]) -> set[str]:
         """What a parameter's state holds beside Adam's, under the settings of its group: ``sign``, ``theta``."""
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
+        """What the update takes beside Adam's settings; None for a term that is off."""
         raise NotImplementedError
 
     def _prepare_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
         """Changes the gradient that the step of one parameter is about to take."""
 
-    @staticmethod
-    def _draw(param: Tensor, group: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    def _draw(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The random numbers that the step of one parameter needs."""
-        return ()
+        return {}
 
-    @staticmethod
-    def _update(
-        params: list[Tensor],
-        states: dict[str, list[Tensor]],
-        group: dict[str, Any],
-        draws: list[tuple[Tensor | None, ...]],
-    ) -> None:
-        """Updates parameters of one device and dtype in place, with ``torch._foreach_*``."""
-        raise NotImplementedError
-
-    def _kernel(self, tensors: tuple[Tensor | None, ...], t: float, group: dict[str, Any]) -> None:
-        """Takes step t of one parameter with a kernel of spiking_kernels.
+    def _kernel(self, tensors: tuple[Tensor | None, ...], eta: float, group: dict[str, Any], **adam: Any) -> None:
+        """Takes a step of one parameter with a kernel of spiking_kernels, which draws random numbers of its own.
 
         Args:
             tensors: weight, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or None, sign, theta or None.
+            eta: the step size.
+            adam: what the kernel takes of Adam.
         """
         raise NotImplementedError
-
-    @torch._disable_dynamo  # it compiles, or calls a kernel, itself
-    def _fused_tensors(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for param in params:
-            self._fused_tensor(param, group)
-
-    def _fused_tensor(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Updates one parameter in place, in one pass over memory; a kernel draws random numbers of its own."""
-        if _has_kernel(param):
-            state = self.state[param]
-            maximum = state[AMSGRAD_STATE] if group["amsgrad"] else None
-            tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"], maximum, state["sign"])
-            try:
-                self._kernel((*tensors, state.get("theta")), float(state["step"]) + 1, group)
-                state["step"].add_(1)
-                return
-            except spiking_kernels.Unfit:  # one is not contiguous, say
-                pass
-        # as a tensor, so that a scheduler's new learning rate is not compiled anew
-        lr = group["lr"]
-        lr = lr.double() if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
-        states = self._states([param], group)
-        _compiled(self._update)([param], states, {**group, "lr": lr}, [self._draw(param, group)])
 
     # -- settings ------------------------------------------------------------------------------
 
@@ -185,12 +247,13 @@ class RewiringOptimizer(Optimizer):
             check_number(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
         check_number("eps", group["eps"], "a finite number >= 0", lambda x: x >= 0)
         check_number("weight_decay", group["weight_decay"], "a finite number >= 0", lambda x: x >= 0)
-        for name in ("amsgrad", "maximize", "capturable", "fused"):
+        for name in ("amsgrad", "maximize", "capturable", "fused", "prune"):
             check_bool(name, group[name])
         check_bool("foreach", group["foreach"], or_none=True)
         if group["fused"] and group["foreach"]:
             raise ValueError("foreach=True is not accepted with fused=True: choose one of them")
-        self._check_settings(group)
+        if group["prune"]:
+            self._check_settings(group)
 
     @staticmethod
     def _make_plain(group: dict[str, Any]) -> None:
@@ -214,6 +277,13 @@ class RewiringOptimizer(Optimizer):
 
     # -- state ---------------------------------------------------------------------------------
 
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        """What the state of a group's parameters holds beside Adam's."""
+        return self._own_state(group) if group["prune"] else set()
+
+    def _state_keys(self, group: dict[str, Any]) -> list[str]:
+        return [*ADAM_STATE, *([AMSGRAD_STATE] if group["amsgrad"] else []), *sorted(self.own_state(group))]
+
     def _check_state(self, param: Tensor, state: Any) -> None:
         """Raises ValueError unless a parameter's state has all of Adam's tensors, in its shape, or none of them."""
         if flaw := _flaw(state, param.shape):
@@ -222,25 +292,27 @@ class RewiringOptimizer(Optimizer):
     def _begin_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Creates what the settings need in a parameter's state, with the dtype and the device of the weight."""
         state, own = self.state[param], self.own_state(group)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        if not _is_step(state["step"]) or (group["capturable"] and state["step"].device != param.device):
-            state["step"] = _as_step(state["step"]).to(param.device if group["capturable"] else "cpu")
+        # torch's fused Adam takes the step where the weights are
+        on_device = group["capturable"] or (group["fused"] and not group["prune"])
+        step = state.get("step", 0)
+        if not _is_step(step) or (on_device and step.device != param.device):
+            state["step"] = _as_step(step).to(param.device if on_device else "cpu")
         moments = (*ADAM_STATE[1:], AMSGRAD_STATE) if group["amsgrad"] else ADAM_STATE[1:]
         for key in moments:
             if key not in state:
                 state[key] = torch.zeros_like(param)
-        if "sign" not in state:
+        for key in OWN_STATE:
+            if key not in own:
+                state.pop(key, None)  # it belongs to earlier weights
+        if "sign" in own and "sign" not in state:
             state["sign"] = param.sign().to(torch.int8)
-        for key in (*moments, "sign", "theta"):
+        for key in (*moments, *OWN_STATE):
             value, dtype = state.get(key), torch.int8 if key == "sign" else param.dtype
             if value is None:
                 continue
             if value.dtype != dtype or value.device != param.device or overlaps_itself(value):
                 state[key] = value.to(param.device, dtype).clone()
-        if "theta" not in own:
-            state.pop("theta", None)  # it belongs to earlier weights
-        elif "theta" not in state:
+        if "theta" in own and "theta" not in state:
             state["theta"] = (param * state["sign"]).clamp_(min=0)
 
     @torch.no_grad()
@@ -261,8 +333,8 @@ class RewiringOptimizer(Optimizer):
         """
         for group in self.param_groups:
             for param in group["params"]:
-                if "sign" not in self.state.get(param, {}):
-                    continue  # its first step will take the weights
+                if not group["prune"] or "sign" not in self.state.get(param, {}):
+                    continue  # its next step takes the weights
                 self._check_state(param, self.state[param])
                 self._begin_state(param, group)
                 sign, theta = self.state[param]["sign"], self.state[param].get("theta")
@@ -283,6 +355,7 @@ class RewiringOptimizer(Optimizer):
                 if "step" in entry:
                     entry["step"] = _as_step(entry["step"]).to(param.device if group["capturable"] else "cpu")
         super().__setstate__(state)
+        self._seen = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state, and the settings with it, as every torch.optim optimizer does.
@@ -300,7 +373,7 @@ class RewiringOptimizer(Optimizer):
         """Raises ValueError for what cannot be loaded; gives the groups of another optimizer this one's settings."""
         settings = self.defaults.keys() - {"differentiable"}  # torch adds it
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            foreign = not group.keys() & (settings - ADAM_SETTINGS)
+            foreign = not group.keys() & (settings - ADAM_SETTINGS - self.LATER.keys())
             for param in group["params"]:
                 state = states.get(param, {})
                 flaw = _flaw(state, param.shape) or _flaw_of_values(state)
@@ -319,9 +392,10 @@ class RewiringOptimizer(Optimizer):
                 group.update(own)
             if lacks := settings - group.keys() - self.LATER.keys():
                 raise ValueError(f"{refused}it lacks {', '.join(sorted(lacks))}")
-            self._check_group({**self.LATER, **group})
+            loaded = {**self.LATER, **group}
+            self._check_group(loaded)
             for param in group["params"]:
-                self._check_param(param, group)
+                self._check_param(param, loaded)
 
     def _name(self, param: Tensor) -> str:
         """A parameter's place in the groups, for a message."""
@@ -352,48 +426,100 @@ class RewiringOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for update, *arguments in self._updates():
-            update(*arguments)
+        for update, lists, settings in self._updates(torch.compiler.is_compiling()):
+            update(lists, **settings)
         return loss
 
     @torch._disable_dynamo  # torch.compile traces only the arithmetic, so the random draws are those of an eager step
-    def _updates(self) -> list[tuple[Any, ...]]:
+    def _updates(self, traced: bool) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
         """The updates of a step, each a function and its arguments, once all is checked, created and drawn."""
-        stepped = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
-        for group, params in zip(self.param_groups, stepped, strict=True):
-            self._check_step(group, params)
-        updates: list[tuple[Any, ...]] = []
-        for group, params in zip(self.param_groups, stepped, strict=True):
-            for param in params:
+        groups = [self._check_step(number, group) for number, group in enumerate(self.param_groups)]
+        updates: list[tuple[Callable[..., None], Any, dict[str, Any]]] = []
+        for group, (params, changed, seen) in zip(self.param_groups, groups, strict=True):
+            for param in changed:
                 self._begin_state(param, group)
+                seen.looks[param] = _looks(param, self.state[param], seen.keys)
+            if not params:
+                continue
+            if not group["prune"]:
+                updates.append((_adam_update, self._lists([(param, {}) for param in params], seen), dict(group=group)))
+                continue
+            for param in params:
                 self._prepare_gradient(param, group)
             if group["fused"]:
-                updates.append((self._fused_tensors, params, group))
+                updates.append((self._fused, params, dict(group=group, seen=seen)))
                 continue
             foreach = group["foreach"]
             if foreach is None:
                 _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
-            together = defaultdict(list)
-            for param in params:
-                together[(param.device, param.dtype) if foreach else id(param)].append(
-                    (param, self._draw(param, group))
-                )
-            for some in together.values():
-                alike, draws = [param for param, _ in some], [drawn for _, drawn in some]
-                updates.append((self._update, alike, self._states(alike, group), group, draws))
+            drawn = [(param, self._draw(param, group)) for param in params]
+            settings = seen.settings
+            if traced:  # what enters by alpha= and value= stays a number, to round as it does in an eager step
+                numbers = {key: settings[key] for key in ("betas", "weight_decay")}
+                settings = {**_as_tensors(settings), **numbers}
+            for some in _alike(drawn) if foreach else [[one] for one in drawn]:
+                updates.append((self._update, self._lists(some, seen), settings))
         return updates
 
-    def _states(self, params: list[Tensor], group: dict[str, Any]) -> dict[str, list[Tensor]]:
-        """What the settings of a group need of the states of its parameters."""
-        keys = [*ADAM_STATE, *([AMSGRAD_STATE] if group["amsgrad"] else []), *sorted(self.own_state(group))]
-        return {key: [self.state[param][key] for param in params] for key in keys}
+    @torch._disable_dynamo  # it compiles, or calls a kernel, itself
+    def _fused(self, params: list[Tensor], group: dict[str, Any], seen: "_Seen") -> None:
+        """Updates parameters in place, in one pass over memory."""
+        rest = [(p, self._draw(p, group)) for p in params if not self._kernel_step(p, group, seen.settings)]
+        for some in _alike(rest):
+            _compiled(self._update)(self._lists(some, seen), **seen.settings)
 
-    def _check_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Raises an error, in one line, for what a step of a group's parameters cannot use."""
-        self._check_group(group, wait=False)
-        self._make_plain(group)
+    def _kernel_step(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any]) -> bool:
+        """Takes the step of a parameter with a kernel, if one can."""
+        if not _has_kernel(param):
+            return False
+        state, (beta1, beta2) = self.state[param], settings["betas"]
+        tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+        tensors += (state[AMSGRAD_STATE] if group["amsgrad"] else None, state["sign"], state.get("theta"))
+        t = float(state["step"]) + 1
+        try:
+            self._kernel(
+                tensors,
+                float(settings["lr"]) / (1 - beta1**t),
+                group,
+                betas=(beta1, beta2),
+                correction=math.sqrt(1 - beta2**t),
+                **{key: group[key] for key in ("eps", "weight_decay", "maximize")},
+            )
+        except spiking_kernels.Unfit:  # one is not contiguous, say
+            return False
+        state["step"].add_(1)
+        return True
+
+    def _lists(self, drawn: list[tuple[Tensor, dict[str, Tensor]]], seen: "_Seen") -> Lists:
+        """The tensors of some parameters of a group, with the random numbers drawn for them."""
+        lists = {"weight": [param for param, _ in drawn], "grad": [param.grad for param, _ in drawn]}
+        lists |= {key: [self.state[param][key] for param, _ in drawn] for key in seen.keys}
+        return lists | {key: [draws[key] for _, draws in drawn] for key in drawn[0][1]}
+
+    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the update takes of a group's settings; None for a term that is off."""
+        settings = {key: group[key] for key in ("eps", "amsgrad", "maximize")}
+        settings |= dict(
+            lr=_scalar(group["lr"]), betas=tuple(group["betas"]), weight_decay=group["weight_decay"] or None
+        )
+        return settings | (self._terms(group) if group["prune"] else {})
+
+    def _check_step(self, number: int, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], "_Seen"]:
+        """Raises an error, in one line, for what a step of a group cannot use.
+
+        Returns:
+            The parameters that have a gradient, those of them whose state may need a change, and what is remembered.
+        """
+        seen, values = self._seen.get(number), self._values(group)
+        if seen is None or seen.values != values or isinstance(group["lr"], Tensor):
+            self._check_group(group, wait=False)
+            self._make_plain(group)
+            seen = _Seen(self._values(group), self._settings(group), self._state_keys(group))
+            self._seen[number] = seen
+        params = [param for param in group["params"] if param.grad is not None]
         if params and params[0].is_cuda and not group["capturable"]:
             _check_not_capturing()
+        changed = []
         for param in params:
             grad = param.grad
             if grad.layout is not torch.strided:
@@ -403,9 +529,90 @@ class RewiringOptimizer(Optimizer):
                     f"the gradient of {self._name(param)} is {list(grad.shape)} on {grad.device}, "
                     f"the parameter {list(param.shape)} on {param.device}"
                 )
+            if param in seen.looks and seen.looks[param] == _looks(param, self.state[param], seen.keys):
+                continue
             self._check_param(param, group)
             if param in self.state:
                 self._check_state(param, self.state[param])
+            changed.append(param)
+        return params, changed, seen
+
+    def _values(self, group: dict[str, Any]) -> list[tuple[type, Any]]:
+        """The settings of a group, to be compared with those of the last step; True and 1 are different ones."""
+        values = map(group.get, self.defaults)
+        return [(type(value), tuple(value) if type(value) is list else value) for value in values]
+
+
+class _Seen:
+    """What a step found good of a group: the next one checks only what is no longer so."""
+
+    def __init__(self, values: list[tuple[type, Any]], settings: dict[str, Any], keys: list[str]):
+        self.values, self.settings, self.keys = values, settings, keys
+        self.looks: dict[Tensor, list[Any]] = {}
+
+
+def _looks(param: Tensor, state: dict[str, Any], keys: list[str]) -> list[Any]:
+    """What the checks of a parameter and its state look at."""
+    tensors = [param, *map(state.get, keys)]
+    return [
+        (x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) and x.layout is torch.strided else None
+        for x in tensors
+    ]
+
+
+def _alike(drawn: list[tuple[Tensor, dict[str, Tensor]]]) -> Iterable[list[tuple[Tensor, dict[str, Tensor]]]]:
+    """Parameters and their random numbers, by device and dtype."""
+    together = defaultdict(list)
+    for param, draws in drawn:
+        together[param.device, param.dtype].append((param, draws))
+    return together.values()
+
+
+@torch._disable_dynamo  # compiled, it would round its bias corrections to float32
+def _adam_update(lists: Lists, group: dict[str, Any]) -> None:
+    """Updates the parameters of a group that is not pruned, as torch.optim.Adam does."""
+    lr, foreach, on_device = _scalar(group["lr"]), group["foreach"], group["capturable"]
+    on_device = on_device and all(weight.is_cuda for weight in lists["weight"])
+    plain_adam(
+        *(lists["weight"], lists["grad"], lists["exp_avg"], lists["exp_avg_sq"]),
+        *(lists.get(AMSGRAD_STATE, []), lists["step"]),
+        foreach=False if isinstance(lr, Tensor) and not on_device else foreach,
+        capturable=on_device,
+        fused=group["fused"] or None,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        **{key: group[key] for key in ("amsgrad", "weight_decay", "eps", "maximize")},
+    )
+
+
+def _as_tensors(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings for compiled code: what may change is a tensor, so that another value is not compiled anew."""
+
+    def tensor(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(tensor, value))
+        if isinstance(value, Tensor):
+            return value.double()
+        return (
+            value
+            if value is None or isinstance(value, bool)
+            else torch.tensor(value, dtype=torch.float64, device="cpu")
+        )
+
+    return {key: tensor(value) for key, value in settings.items()}
+
+
+def _flat(lists: Lists) -> Lists:
+    """Aliases of tensors with one axis where they are contiguous, so that one compiled function serves all shapes.
+
+    torch.compile takes the shape of a parameter to be fixed, and that of an alias not.
+    """
+    contiguous = all(tensor.is_contiguous() for tensors in lists.values() for tensor in tensors)
+    return {
+        key: [t.view(-1).detach() if contiguous and key != "step" else t.detach() for t in tensors]
+        for key, tensors in lists.items()
+    }
 
 
 @functools.cache
@@ -413,15 +620,17 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
     """An update, compiled; the plain one from then on, and one line, where that fails."""
     compiled = torch.compile(update, dynamic=True)
 
-    def run(*arguments: Any) -> None:
+    def run(lists: Lists, **settings: Any) -> None:
         nonlocal compiled
-        try:
-            compiled(*arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, nothing has been changed
-            reason = type(getattr(error, "inner_exception", error)).__name__
-            warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=2)
-            compiled = update
-            update(*arguments)
+        if compiled is not None:
+            try:
+                with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                    return compiled(_flat(lists), **_as_tensors(settings))
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, nothing has been changed
+                reason = type(getattr(error, "inner_exception", error)).__name__
+                warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=2)
+                compiled = None
+        update(lists, **settings)
 
     return run
 
@@ -429,19 +638,6 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
 def _check_not_capturing() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("to capture step() in a CUDA graph, construct the optimizer with capturable=True")
-
-
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether elements of a tensor may share memory, as those of an expanded one do."""
-    if tensor.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
 
 
 def _flaw(state: Any, shape: torch.Size) -> str | None:
@@ -495,41 +691,3 @@ def _has_kernel(param: Tensor) -> bool:
 def _scalar(lr: float | Tensor) -> float | Tensor:
     """lr, 0-dimensional if it is a tensor: with more dimensions it would give them to a 0-dimensional weight."""
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def moments(
-    params: list[Tensor], states: dict[str, list[Tensor]], group: dict[str, Any]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Advances Adam's moments by the gradients of parameters (Kingma and Ba, ICLR 2015, algorithm 1).
-
-    Returns:
-        Adam's changes eta_t * m / d_t (new tensors of the weights' shapes) and the step sizes eta_t, 0-dimensional.
-
-    Bias corrections are 0-dimensional float64 tensors where ``step`` lives: on the CPU they enter a
-    CUDA kernel by value, on the device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
-    """
-    beta1, beta2 = group["betas"]
-    grads = [param.grad for param in params]
-    if group["maximize"]:
-        grads = torch._foreach_neg(grads)
-    if group["weight_decay"] != 0:
-        grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-    torch._foreach_add_(states["step"], 1)
-    ts = [step.double() for step in states["step"]]
-    # not lerp_, which rounds differently from the trajectories that the paper's implementation takes
-    torch._foreach_mul_(states["exp_avg"], beta1)
-    torch._foreach_add_(states["exp_avg"], grads, alpha=1 - beta1)
-    torch._foreach_mul_(states["exp_avg_sq"], beta2)
-    torch._foreach_addcmul_(states["exp_avg_sq"], grads, grads, value=1 - beta2)
-    vs = states["exp_avg_sq"]
-    if group["amsgrad"]:
-        torch._foreach_maximum_(states["max_exp_avg_sq"], vs)
-        vs = states["max_exp_avg_sq"]
-    denominators = torch._foreach_sqrt(vs)
-    torch._foreach_div_(denominators, [(1 - beta2**t).sqrt() for t in ts])
-    torch._foreach_add_(denominators, group["eps"])
-    lr = _scalar(group["lr"])
-    etas = [lr / (1 - beta1**t) for t in ts]
-    changes = torch._foreach_mul(states["exp_avg"], etas)
-    torch._foreach_div_(changes, denominators)
-    return changes, etas

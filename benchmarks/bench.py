@@ -1,20 +1,14 @@
-"""Measures speed, and prints a table: ``make bench``, or ``python -m benchmarks.bench --help``.
+"""Measures speed, and prints tables: ``make bench``, or ``python -m benchmarks.bench --help``.
 
-Everything that is compared runs in the same process, in turns, and every ratio is against the baseline
-measured beside it: these are the medians of a shared, noisy machine. What a slow execution takes for an
-epoch is extrapolated from some of its steps; the tables say from how many.
+All that is compared runs in the same process, in turns, and every ratio is to the baseline measured beside it.
+The numbers are medians, on a machine that may be shared and noisy. For a slow execution, some of its steps are
+measured and the epoch is extrapolated; the tables say from how many.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from spikingjelly.activation_based import functional
@@ -25,72 +19,16 @@ from torchvision import transforms
 
 import measuring
 import spiking_kernels
-from c10.c10 import EXPERIMENT as C10
-from c10.model import Cifar10Net
-from deeprewire import DeepRewiring
+from analysis.experiments import EXPERIMENTS
+from benchmarks.optimizers import bench_optimizers
+from benchmarks.tables import in_turns, mnist_images, noise, parser, run, synchronize, table
 from gradrewire import GradRewiring
-from mnist.mnist import EXPERIMENT as MNIST
-from mnist.model import MnistNet
 from training import data
-from training.command_line import Parser, check_output, command, file_path, folder_path, output_file, whole_number
-from training.record import processor
+from training.command_line import command
 from training.step import TrainingStep, autocast, set_precision
 
-Row = tuple[str, ...]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def in_turns(
-    functions: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Seconds that each function takes, once per round, in turns."""
-    seconds = {name: [] for name in functions}
-    for i in range(warmup + rounds):
-        for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median(seconds: list[float]) -> float:
-    return statistics.median(seconds)
-
-
-def table(title: str, head: Row, rows: list[Row]) -> dict:
-    """Prints a Markdown table; returns it for the machine-readable copy."""
-    print(f"\n### {title}\n")
-    print("| " + " | ".join(head) + " |")
-    print("|" + " --- |" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    sys.stdout.flush()
-    return {"title": title, "head": head, "rows": rows}
-
-
-# -- MNIST -------------------------------------------------------------------------------------------
-
-
-def mnist_images(folder: Path | None) -> data.Dataset:
-    """Real MNIST, or noise of its size: speed does not depend on the pixels."""
-    if folder:
-        return data.load("mnist", folder)
-    generator = torch.Generator().manual_seed(0)
-    splits = [
-        data.Split(
-            torch.randint(0, 256, (n, 1, 28, 28), generator=generator, dtype=torch.uint8),
-            torch.randint(0, 10, (n,), generator=generator),
-        )
-        for n in (60_000, 10_000)
-    ]
-    return data.Dataset(*splits)
+MNIST, C10 = EXPERIMENTS["mnist"], EXPERIMENTS["c10"]
+PARTS = ("mnist", "scaling", "optimizers", "equality", "c10")
 
 
 def grad_r(network: nn.Module, fused: bool, device: torch.device) -> list[torch.optim.Optimizer]:
@@ -101,17 +39,20 @@ def grad_r(network: nn.Module, fused: bool, device: torch.device) -> list[torch.
 
 
 class Execution:
-    """A network trained on its data in one way, a number of steps at a time."""
+    """An experiment's network, trained in one way, a number of steps at a time."""
 
-    def __init__(self, network, recipe, dataset, device, batch_size, fused, precision="fp32", loader=None):
-        self.network, self.device, self.precision = network.to(device), device, precision
+    def __init__(
+        self, experiment, dataset, device, batch_size, fused, T=8, step_mode="m", precision="fp32", loader=None, seed=0
+    ):
+        torch.manual_seed(seed)
+        self.network, self.device, self.precision = experiment.network(T, step_mode).to(device), device, precision
         self.network.fused = fused
-        normalisation = data.Normalisation(recipe.mean, recipe.std, device)
+        normalisation = data.Normalisation(experiment.mean, experiment.std, device)
         generator = torch.Generator().manual_seed(0)
         self.batches = loader or data.TrainingBatches(
-            dataset.train.to(device), batch_size, recipe.augmentation, normalisation, generator, fused=fused
+            dataset.train.to(device), batch_size, experiment.augmentation, normalisation, generator, fused=fused
         )
-        self.test_set = data.TestBatches(dataset.test.to(device), recipe.test_batch_size, normalisation)
+        self.test_set = data.TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
         optimizers = grad_r(self.network, fused, device)
         self.step = TrainingStep(self.network, optimizers, precision, device, graph=fused)
         self.iterator = iter(())
@@ -139,14 +80,9 @@ class Execution:
 
 def torchvision_loader(dataset: data.Dataset, batch_size: int) -> DataLoader:
     """The plain way: per-image transforms of PIL images in two worker processes."""
-    transform = transforms.Compose(
-        [
-            transforms.ToPILImage(),
-            transforms.RandomAffine(degrees=30, translate=(0.15, 0.15), scale=(0.85, 1.11)),
-            transforms.ToTensor(),
-            transforms.Normalize(MNIST.mean, MNIST.std),
-        ]
-    )
+    move = transforms.RandomAffine(degrees=30, translate=(0.15, 0.15), scale=(0.85, 1.11))
+    to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(MNIST.mean, MNIST.std)
+    transform = transforms.Compose([transforms.ToPILImage(), move, to_tensor, normalise])
 
     class Transformed(TensorDataset):
         def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
@@ -160,9 +96,8 @@ def torchvision_loader(dataset: data.Dataset, batch_size: int) -> DataLoader:
 def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> list[dict]:
     batch, steps = MNIST.paper.batch_size, len(dataset.train) // MNIST.paper.batch_size
 
-    def execution(step_mode: str, fused: bool, precision: str = "fp32", loader: DataLoader | None = None) -> Execution:
-        torch.manual_seed(0)
-        return Execution(MnistNet(8, step_mode), MNIST, dataset, device, batch, fused, precision, loader)
+    def execution(step_mode: str, fused: bool, **settings) -> Execution:
+        return Execution(MNIST, dataset, device, batch, fused, step_mode=step_mode, **settings)
 
     plain = "step by step, eager; torchvision's transforms in workers"
     executions = {
@@ -170,10 +105,10 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
         "step by step, eager; data in memory": execution("s", False),
         "layer by layer, eager; data in memory": execution("m", False),
         "layer by layer, fused (--compile)": execution("m", True),
-        "the same, bf16 products": execution("m", True, "bf16"),
+        "the same, bf16 products": execution("m", True, precision="bf16"),
     }
     if device.type == "cuda":
-        executions["the same, tf32 products"] = execution("m", True, "tf32")
+        executions["the same, tf32 products"] = execution("m", True, precision="tf32")
     x, w, g = (torch.randn(*shape, device=device) for shape in ((batch, 784), (800, 784), (batch, 800)))
 
     def products(n: int) -> None:
@@ -185,7 +120,7 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
     functions = {name: lambda e=e, n=share[name]: e.train(n) for name, e in executions.items()}
     functions["its two products with the 784x800 matrix alone"] = lambda: products(steps)
     seconds = in_turns(functions, rounds, device)
-    epoch = {name: median(s) * steps / share.get(name, steps) for name, s in seconds.items()}
+    epoch = {name: value * steps / share.get(name, steps) for name, value in seconds.items()}
     floor = epoch["its two products with the 784x800 matrix alone"]
     flop = steps * 2 * 2 * batch * 784 * 800
     rows = [
@@ -206,7 +141,7 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
     del executions[plain]
     functions = {name: e.test for name, e in executions.items()}
     functions |= {f"{name}, firing rates recorded": e.test_with_rates for name, e in executions.items()}
-    seconds = {name: median(s) for name, s in in_turns(functions, rounds, device).items()}
+    seconds = in_turns(functions, rounds, device)
     rows = [(name, f"{seconds[name]:.3f}", f"{seconds[f'{name}, firing rates recorded']:.3f}") for name in executions]
     head = ("MNIST test set, 10 000 images", "s", "s with firing rates")
     return [*tables, table(f"MNIST evaluation ({rounds} rounds, medians)", head, rows)]
@@ -214,7 +149,7 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
 
 def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
     """Where the time of a fused MNIST training step goes: its parts, one after the other."""
-    execution = Execution(MnistNet(8), MNIST, dataset, device, MNIST.paper.batch_size, fused=True)
+    execution = Execution(MNIST, dataset, device, MNIST.paper.batch_size, fused=True)
     execution.train(20)
     network, optimizer, batches = execution.network, execution.step.optimizers[0], iter(execution.batches)
     parts: dict[str, list[float]] = {}
@@ -244,11 +179,9 @@ def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
         timed("backward: loss, LIF, linear, LIF", loss.backward)
         timed("backward: first layer (product)", lambda c=current, g=leaf: c.backward(g.grad))
         timed("Grad R update", optimizer.step)
-    total = sum(median(seconds) for seconds in parts.values())
-    rows = [
-        (name, f"{median(seconds) * 1e3:.3f}", f"{100 * median(seconds) / total:.0f} %")
-        for name, seconds in parts.items()
-    ]
+    medians = {name: statistics.median(seconds) for name, seconds in parts.items()}
+    total = sum(medians.values())
+    rows = [(name, f"{value * 1e3:.3f}", f"{100 * value / total:.0f} %") for name, value in medians.items()]
     return [table("Where a fused MNIST training step goes (medians)", ("part", "ms", "share"), rows)]
 
 
@@ -259,95 +192,26 @@ def bench_scaling(dataset: data.Dataset, device: torch.device, rounds: int) -> l
         executions = {}
         for value in values:
             T, batch = (value, 128) if what == "T" else (8, value)
-            executions[str(value)] = Execution(MnistNet(T), MNIST, dataset, device, batch, fused=True)
+            executions[str(value)] = Execution(MNIST, dataset, device, batch, fused=True, T=T)
         seconds = in_turns({name: lambda e=e: e.train(50) for name, e in executions.items()}, rounds, device)
-        rows = [(name, f"{median(s) / 50 * 1e3:.3f}") for name, s in seconds.items()]
+        rows = [(name, f"{value / 50 * 1e3:.3f}") for name, value in seconds.items()]
         tables.append(table(f"MNIST, fused training step over {what}", (what, "ms"), rows))
     return tables
-
-
-# -- optimizers --------------------------------------------------------------------------------------
-
-
-def bench_optimizers(device: torch.device, rounds: int) -> list[dict]:
-    tables = []
-    for what, shapes in (
-        ("MnistNet's 0.6 M weights", [(800, 784), (10, 800)]),
-        ("36.7 M weights in one tensor", [(36_700_000,)]),
-    ):
-
-        def made(cls, shapes=shapes, dormant=0.0, **settings):
-            params = [nn.Parameter(torch.randn(shape, device=device) * 0.03) for shape in shapes]
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer = cls(params, **settings)
-            optimizer.step()
-            with torch.no_grad():
-                for p in params:
-                    p.mul_(torch.rand_like(p) >= dormant)
-            return optimizer
-
-        grad, deep = dict(alpha=1e-3, s=0.95), dict(l1=1e-3, max_s=0.9, T=1e-3)
-        pruned = dict(deep, dormant=0.9)
-        optimizers = {
-            "Adam, fused": made(Adam, fused=True),
-            "Adam, foreach": made(Adam, foreach=True),
-            "Grad R, fused": made(GradRewiring, fused=True, **grad),
-            "Grad R, foreach": made(GradRewiring, foreach=True, **grad),
-            "Grad R, one tensor at a time": made(GradRewiring, foreach=False, **grad),
-            "Deep R, one tensor at a time": made(DeepRewiring, foreach=False, **deep),
-            "soft Deep R, one tensor at a time": made(DeepRewiring, foreach=False, soft=True, **deep),
-            "Deep R, few dormant, fused": made(DeepRewiring, fused=True, **deep),
-            "Deep R, 90 % dormant, fused": made(DeepRewiring, fused=True, **pruned),
-            "Deep R, 90 % dormant, temperature 0, fused": made(DeepRewiring, fused=True, **{**pruned, "T": 0.0}),
-            "soft Deep R, fused": made(DeepRewiring, fused=True, soft=True, **deep),
-            "soft Deep R, temperature 0, fused": made(DeepRewiring, fused=True, soft=True, **{**deep, "T": 0.0}),
-        }
-        repeats = 1 if "36" in what else 20
-
-        def steps(optimizer, repeats=repeats):
-            for _ in range(repeats):
-                optimizer.step()
-
-        turns = {name: lambda o=o: steps(o) for name, o in optimizers.items()}
-        # the fused ones by themselves: what the others allocate and free would disturb them
-        close = {name: turns.pop(name) for name in optimizers if name.endswith("fused")}
-        seconds = in_turns(close, rounds * 6, device, 4) | in_turns(turns, rounds, device)
-        base = median(seconds["Adam, fused"])
-        rows = []
-        for name, optimizer in optimizers.items():
-            parameter = next(iter(optimizer.state))
-            state = sum(t.nbytes for t in optimizer.state[parameter].values() if t.dim()) / parameter.numel()
-            value = median(seconds[name])
-            rows.append((name, f"{value / repeats * 1e3:.3f}", f"{value / base:.2f}", f"{state:.0f}"))
-        head = (what, "ms", "x fused Adam", "bytes of state per weight")
-        tables.append(
-            table(
-                f"One optimizer step ({rounds * 6} rounds of the fused ones, {rounds} of the others, medians)",
-                head,
-                rows,
-            )
-        )
-    return tables
-
-
-# -- equality ----------------------------------------------------------------------------------------
 
 
 def bench_equality(dataset: data.Dataset, device: torch.device) -> list[dict]:
     """300 identical steps, eager and fused, and the sparsity after one epoch in both; learning rate 1e-3."""
     losses, sparsity = {}, {}
     for name, fused in (("eager fp32, step by step", False), ("fused fp32", True)):
-        torch.manual_seed(2020)
-        network = MnistNet(8, "m" if fused else "s")
-        execution = Execution(network, MNIST, dataset, device, MNIST.paper.batch_size, fused)
+        step_mode, batch = "m" if fused else "s", MNIST.paper.batch_size
+        execution = Execution(MNIST, dataset, device, batch, fused, step_mode=step_mode, seed=2020)
         for group in execution.step.optimizers[0].param_groups:
             group["lr"] = 1e-3
         losses[name] = []
         for images, labels in execution.batches:
             loss, _ = execution.step(images, labels)
             losses[name].append(float(loss))
-        masks = {k: measuring.connected(w) for k, w in measuring.prunable(network).items()}
+        masks = {k: measuring.connected(w) for k, w in measuring.prunable(execution.network).items()}
         sparsity[name] = measuring.total(measuring.count(masks)).sparsity
     rows = []
     for step in (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 299):
@@ -358,42 +222,29 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> list[dict]:
     return [table("MNIST, loss over identical steps", ("step", *losses), rows)]
 
 
-# -- CIFAR-10 ----------------------------------------------------------------------------------------
-
-
 def bench_cifar10(device: torch.device, rounds: int, batch: int) -> list[dict]:
     """Training steps on noise; an epoch is 3125 steps of 16."""
-    generator = torch.Generator().manual_seed(0)
     n = max(64, 4 * batch)
-    images = torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    split = data.Split(images, torch.randint(0, 10, (n,), generator=generator))
+    split = noise(n, (3, 32, 32), torch.Generator().manual_seed(0))
     dataset = data.Dataset(split, split)
     kinds = [("step by step, eager, fp32", "s", False, "fp32"), ("layer by layer, eager, fp32", "m", False, "fp32")]
     if device.type == "cuda":
         kinds += [(f"layer by layer, CUDA graph, {p}", "m", True, p) for p in ("fp32", "tf32", "bf16")]
     rows, base, steps = [], None, 100 if device.type == "cuda" else 1
     for name, step_mode, fused, precision in kinds:
-        torch.manual_seed(0)
-        execution = Execution(Cifar10Net(8, step_mode), C10, dataset, device, batch, fused, precision)
+        execution = Execution(C10, dataset, device, batch, fused, step_mode=step_mode, precision=precision)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             execution.train(10)
         seconds = in_turns({"step": lambda e=execution: e.train(steps)}, rounds, device, int(device.type == "cuda"))
-        value = median(seconds["step"]) / steps
+        value = seconds["step"] / steps
         base = base or value
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
-        test = median(in_turns({"test": execution.test}, 1, device)["test"]) / n if device.type == "cuda" else None
-        rows.append(
-            (
-                name,
-                f"{value * 1e3:.1f}",
-                f"{value * 50_000 / batch:,.1f}",
-                f"{base / value:.1f}",
-                f"{81.4e9 * batch / value / 1e12:.2f}",
-                memory,
-                "-" if test is None else f"{test * 10_000:.2f}",
-            )
-        )
+        test = "-"
+        if device.type == "cuda":
+            test = f"{in_turns({'test': execution.test}, 1, device)['test'] / n * 10_000:.2f}"
+        speed = (f"{value * 1e3:.1f}", f"{value * 50_000 / batch:,.1f}", f"{base / value:.1f}")
+        rows.append((name, *speed, f"{81.4e9 * batch / value / 1e12:.2f}", memory, test))
         del execution
     head = (f"CIFAR-10, Grad R, batch {batch}, T 8", "ms/step", "s/epoch", "speed-up", "TFLOP/s", "GiB", "s/test set")
     return [table(f"CIFAR-10 training ({rounds} rounds of {steps} steps, medians)", head, rows)]
@@ -403,56 +254,36 @@ def ceiling(device: torch.device) -> list[dict]:
     rows = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        seconds = min(in_turns({"": lambda a=a: a @ a}, 7, device)[""])
+        seconds = in_turns({"": lambda a=a: a @ a}, 7, device, take=min)[""]
         rows.append((f"2048x2048 product, {name}", f"{2 * 2048**3 / seconds / 1e9:.0f}"))
     return [table("What this machine reaches (best of 7)", ("", "GFLOP/s"), rows)]
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset-dir", type=folder_path, help="folder with MNIST/raw (default: noise of MNIST's size)"
-    )
-    parser.add_argument(
-        "--rounds", type=whole_number(1), default=5, help="how often each is measured (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=file_path, help="also write the tables to this file")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=("mnist", "scaling", "optimizers", "equality", "c10"),
-        default=("mnist", "scaling", "optimizers", "equality", "c10"),
-        help="what to measure (default: all)",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.json:
-        check_output("--json", arguments.json, parents=True)  # before the minutes that it takes
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    options = made.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "spikingjelly"))
-    print(f"{date.today()}, {hardware}, {torch.get_num_threads()} CPU threads, {platform.python_version()}, {versions}")
-    if device.type == "cpu" and spiking_kernels.unavailable():
-        print(f"No fused kernels ({spiking_kernels.unavailable()}): the fused rows are those of the plain layers.")
-    dataset = mnist_images(arguments.dataset_dir)
-    tables = ceiling(device)
-    if "mnist" in arguments.only:
-        tables += bench_mnist(dataset, device, arguments.rounds)
-        tables += bench_profile(dataset, device)
-    if "scaling" in arguments.only:
-        tables += bench_scaling(dataset, device, arguments.rounds)
-    if "optimizers" in arguments.only:
-        tables += bench_optimizers(device, arguments.rounds)
-    if "equality" in arguments.only:
-        tables += bench_equality(dataset, device)
-    if "c10" in arguments.only:
-        on_gpu = device.type == "cuda"
-        tables += bench_cifar10(device, arguments.rounds if on_gpu else 1, batch=16 if on_gpu else 4)
-    if arguments.json:
-        head = {"date": str(date.today()), "hardware": hardware, "versions": versions}
-        with output_file("--json", arguments.json) as temporary:
-            temporary.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n", encoding="utf-8")
-    return 0
+
+    def measure() -> list[dict]:
+        on_gpu, rounds = device.type == "cuda", options.rounds
+        if not on_gpu and (reason := spiking_kernels.unavailable()):
+            print(f"No fused kernels ({reason}): the fused rows are those of the plain layers.")
+        dataset, tables = mnist_images(options.dataset_dir), ceiling(device)
+        if "mnist" in options.only:
+            tables += bench_mnist(dataset, device, rounds) + bench_profile(dataset, device)
+        if "scaling" in options.only:
+            tables += bench_scaling(dataset, device, rounds)
+        if "optimizers" in options.only:
+            tables += bench_optimizers(device, rounds)
+        if "equality" in options.only:
+            tables += bench_equality(dataset, device)
+        if "c10" in options.only:
+            tables += bench_cifar10(device, rounds if on_gpu else 1, batch=16 if on_gpu else 4)
+        return tables
+
+    return run(options, device, ("torch", "torchvision", "spikingjelly"), measure)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,9 @@ same sparsity, and scaled so that hidden neurons spike about as much as trained 
 command line are measured beside them. All executions of a row run in turns, in one process.
 """
 
-import argparse
-import json
-import platform
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +15,16 @@ from torch.nn import functional as F
 
 import measuring
 import spiking_kernels
+from analysis.experiments import EXPERIMENTS
 from analysis.export import load_pruned
 from analysis.packages import imported
 from analysis.sparse import BLOCK, event_driven
-from benchmarks.bench import in_turns, median, mnist_images, table
-from mnist.mnist import EXPERIMENT
+from benchmarks.tables import in_turns, mnist_images, parser, run, table
 from mnist.model import MnistNet
 from training import data
-from training.command_line import Parser, check_output, command, file_path, folder_path, output_file, whole_number
-from training.record import processor
+from training.command_line import command, file_path
 
+MNIST = EXPERIMENTS["mnist"]
 SPARSITIES = (0.0, 0.75, 0.9, 0.95, 0.99)
 GAIN = 2.4  # of the initial weights; as many hidden neurons spike then as in a trained network
 CPU = torch.device("cpu")
@@ -53,13 +48,13 @@ def random_network(sparsity: float) -> MnistNet:
 
 
 def fused(network: MnistNet) -> Callable[[Tensor], Tensor]:
-    def run(images: Tensor) -> Tensor:
+    def counts(images: Tensor) -> Tensor:
         network.fused = True
-        counts = network(images)
+        found = network(images)
         network.fused = False
-        return counts
+        return found
 
-    return run
+    return counts
 
 
 def compact(network: MnistNet) -> Callable[[Tensor], Tensor]:
@@ -81,7 +76,7 @@ def executions(network: MnistNet) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -> list[dict]:
     """Images per second on the whole test set and one image at a time, and whether the spikes are the same."""
-    batches, single = images.split(EXPERIMENT.test_batch_size), images[:100].split(1)
+    batches, single = images.split(MNIST.test_batch_size), images[:100].split(1)
     rows, latencies = [], []
     for name, network in networks.items():
         made = executions(network)
@@ -94,7 +89,7 @@ def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -
 
         def seconds(parts: tuple[Tensor, ...], made=made) -> dict[str, float]:
             functions = {key: lambda f=f: [f(part) for part in parts] for key, f in made.items()}
-            return {key: median(s) for key, s in in_turns(functions, rounds, CPU).items()}
+            return in_turns(functions, rounds, CPU)
 
         whole, one = seconds(batches), seconds(single)
         best = min(value for key, value in whole.items() if key.startswith("dense"))
@@ -132,7 +127,7 @@ def bench_products(images: Tensor, rounds: int) -> list[dict]:
             "SciPy CSR": lambda w=scipy_csr: w @ x.t().contiguous().numpy(),
         }
         seconds = in_turns(functions, 5 * rounds, CPU)
-        rows.append((f"{100 * sparsity:.0f} %", *(f"{median(s) * 1e3:.2f}" for s in seconds.values())))
+        rows.append((f"{100 * sparsity:.0f} %", *(f"{value * 1e3:.2f}" for value in seconds.values())))
     head = ("sparsity", *functions)
     return [table(f"The first layer for {BLOCK} images, ms ({5 * rounds} rounds, medians)", head, rows)]
 
@@ -158,7 +153,7 @@ def bench_convolution(rounds: int) -> list[dict]:
             "of which gathering": gather,
         }
         seconds = in_turns(functions, 3 * rounds, CPU)
-        rows.append((f"{100 * sparsity:.0f} %", *(f"{median(s) * 1e3:.1f}" for s in seconds.values())))
+        rows.append((f"{100 * sparsity:.0f} %", *(f"{value * 1e3:.1f}" for value in seconds.values())))
     head = ("sparsity", *functions)
     title = f"Convolution 256 to 256, 16x16, 8 images, one time step, ms ({3 * rounds} rounds, medians)"
     return [table(title, head, rows)]
@@ -167,35 +162,19 @@ def bench_convolution(rounds: int) -> list[dict]:
 @command
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=file_path, help="MNIST runs or exports of them to measure too")
-    parser.add_argument(
-        "--dataset-dir", type=folder_path, help="folder with MNIST/raw (default: noise of MNIST's size)"
-    )
-    parser.add_argument(
-        "--rounds", type=whole_number(1), default=7, help="how often each is measured (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=file_path, help="also write the tables to this file")
-    arguments = parser.parse_args(argv)
+    made = parser(__doc__, rounds=7)
+    made.add_argument("runs", nargs="*", type=file_path, help="MNIST runs or exports of them to measure too")
+    options = made.parse_args(argv)
     imported("scipy.sparse", "this benchmark")
-    if arguments.json:
-        check_output("--json", arguments.json, parents=True)  # before the minutes that it takes
-    names = ("torch", "scipy", "spikingjelly")
-    head = {
-        "date": str(date.today()),
-        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]),
-    }
-    print(", ".join(head.values()))
-    images = data.Normalisation(EXPERIMENT.mean, EXPERIMENT.std, CPU)(mnist_images(arguments.dataset_dir).test.images)
-    networks = {f"random, {100 * s:.0f} %": random_network(s) for s in SPARSITIES}
-    networks |= {path.name: load_pruned(path) for path in arguments.runs}
-    tables = bench_networks(networks, images, arguments.rounds)
-    tables += bench_products(images, arguments.rounds) + bench_convolution(arguments.rounds)
-    if arguments.json:
-        with output_file("--json", arguments.json) as temporary:
-            temporary.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n", encoding="utf-8")
-    return 0
+
+    def measure() -> list[dict]:
+        images = data.Normalisation(MNIST.mean, MNIST.std, CPU)(mnist_images(options.dataset_dir).test.images)
+        networks = {f"random, {100 * s:.0f} %": random_network(s) for s in SPARSITIES}
+        networks |= {path.name: load_pruned(path) for path in options.runs}
+        tables = bench_networks(networks, images, options.rounds)
+        return tables + bench_products(images, options.rounds) + bench_convolution(options.rounds)
+
+    return run(options, CPU, ("torch", "scipy", "spikingjelly"), measure)
 
 
 if __name__ == "__main__":

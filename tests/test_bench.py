@@ -1,13 +1,13 @@
 """The benchmark's parts, on data so small that only their working is tested."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
 
-from benchmarks import bench
-from mnist.mnist import EXPERIMENT
-from mnist.model import MnistNet
+from analysis.experiments import EXPERIMENTS
+from benchmarks import bench, optimizers, tables
 from training import data
 
 CPU = torch.device("cpu")
@@ -21,14 +21,21 @@ def tiny(n=30):
 
 def test_functions_take_turns():
     order = []
-    seconds = bench.in_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, CPU, warmup=1)
+    functions = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    counts = tables.in_turns(functions, 2, CPU, warmup=1, take=len)
     assert order == ["a", "b"] * 3
-    assert {name: len(s) for name, s in seconds.items()} == {"a": 2, "b": 2}
+    assert counts == {"a": 2, "b": 2}
+
+
+def test_the_median_of_the_rounds_after_the_warmup(monkeypatch):
+    times = iter([0, 100, 0, 1, 0, 7, 0, 3])  # beginnings and ends: the warmup, then three rounds
+    monkeypatch.setattr(tables.time, "perf_counter", lambda: next(times))
+    assert tables.in_turns({"a": lambda: None}, 3, CPU, warmup=1) == {"a": 3}
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_execution_trains_the_steps_it_is_asked_for(fused):
-    execution = bench.Execution(MnistNet(2), EXPERIMENT, tiny(), CPU, 8, fused)
+    execution = bench.Execution(EXPERIMENTS["mnist"], tiny(), CPU, 8, fused, T=2)
     before = execution.network.fc[1].weight.detach().clone()
     execution.train(5)  # beyond an epoch of three
     (state,) = {float(s["step"]) for s in execution.step.optimizers[0].state.values()}
@@ -51,6 +58,25 @@ def test_the_plain_way_gives_batches_of_the_same_form():
 
 
 def test_tables_are_markdown_and_machine_readable(capsys):
-    made = bench.table("title", ("a", "b"), [("1", "2")])
+    made = tables.table("title", ("a", "b"), [("1", "2")])
     assert capsys.readouterr().out == "\n### title\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
     assert json.loads(json.dumps(made)) == {"title": "title", "head": ["a", "b"], "rows": [["1", "2"]]}
+
+
+def test_the_report_is_written_beside_what_made_it(tmp_path, capsys):
+    options = tables.parser("It measures.", rounds=3).parse_args(["--json", str(tmp_path / "new" / "tables.json")])
+    assert tables.run(options, CPU, ("torch",), lambda: [tables.table("title", ("a",), [("1",)])]) == 0
+    written = json.loads((tmp_path / "new" / "tables.json").read_text())
+    assert written["tables"] == [{"title": "title", "head": ["a"], "rows": [["1"]]}]
+    assert f"torch {version('torch')}" in written["versions"]
+    assert capsys.readouterr().out.startswith(f"{written['date']}, {written['hardware']}, {written['versions']}\n")
+
+
+def test_every_optimizer_of_the_table_steps_and_is_compared_with_adam(monkeypatch):
+    monkeypatch.setattr(optimizers, "SHAPES", {"few weights": ([(8, 4)], 1)})
+    (made,) = optimizers.bench_optimizers(CPU, 1)
+    assert [row[0] for row in made["rows"]] == list(optimizers.OPTIMIZERS)
+    assert made["rows"][0][2:] == ("1.00", "8")
+    pruned = optimizers.made(*optimizers.OPTIMIZERS["Deep R, 90 % dormant, fused"], [(100, 100)], CPU)
+    (weight,) = pruned.param_groups[0]["params"]
+    assert float((weight == 0).float().mean()) == pytest.approx(0.9, abs=0.02)

@@ -501,6 +501,7 @@ def test_a_checkpoint_from_before_an_option_goes_on_as_its_default(run, tmp_path
     for option in ("plain_gradient", "recipe", "connectivity"):
         del state["arguments"][option]
     del state["optimizers"][0]["param_groups"][0]["plain_gradient"]
+    del state["optimizers"][0]["param_groups"][0]["prune"]
     del state["schedule"]
     storage.write(path, state)
     result = run(*GRAD, "-N", "2", dump=tmp_path / "parts")

@@ -377,8 +377,8 @@ def draws_of_the_kernel(param, group, seed):
         for n, z, a in zip(noise.split(size), normal.split(size), active.split(size), strict=True):
             n[a] = z[: int(a.sum())]
         normal = noise
-    reactivates = not group["soft"] and group["max_s"] < 1
-    return normal.view_as(param) if group["T"] > 0 else None, seed if reactivates else None
+    draws = {"noise": normal.view_as(param)} if group["T"] > 0 else {}
+    return draws if group["soft"] or group["max_s"] == 1 else {**draws, "uniform": seed}
 
 
 def reactivated_by_the_kernel(w, sign, seed, max_s):
@@ -552,7 +552,7 @@ def test_fused_deep_rewiring_hides_no_nan(size, settings, kernels):
 def test_the_kernels_leave_what_they_do_not_take_to_torch(monkeypatch):
     """Other types and layouts, of weights, gradients and state."""
     left = []
-    monkeypatch.setattr("rewiring._compiled", lambda update: lambda params, *_: left.extend(params))
+    monkeypatch.setattr("rewiring._compiled", lambda update: lambda lists, **_: left.extend(lists["weight"]))
 
     def step(param, grad, change_state=lambda state: None):
         for optimizer in (GradRewiring([param], alpha=0, fused=True), DeepRewiring([param], max_s=0.5, fused=True)):

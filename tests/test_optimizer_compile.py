@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch._dynamo.testing
 from optim_helpers import PATHS, VARIANTS, parameters
 
 import rewiring
@@ -120,6 +121,70 @@ def test_the_arithmetic_is_compiled_once_for_all_groups_and_learning_rates(varia
     training(variant, torch.compile(backend=counter), changes={n: {"lr": 0.01 / (n + 1)} for n in range(8)})
     assert counter.frame_count <= 5
     assert sum("foreach" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes) > 20
+
+
+MANY = [(3,), (4, 5), (2, 3, 4), (7, 1), (8, 9), (9,), (2, 2, 2, 2), (11,), (12, 13), (5, 4), ()]
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Has updates without kernels compiled by a backend that needs no compiler, and counts."""
+    counter, compile = torch._dynamo.testing.CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr("rewiring.spiking_kernels", None)
+    monkeypatch.setattr(
+        "rewiring.torch.compile", lambda update, **settings: compile(update, backend=counter, **settings)
+    )
+    rewiring._compiled.cache_clear()
+    yield counter
+    rewiring._compiled.cache_clear()
+
+
+def fused_steps(variant, groups, changes):
+    """A step of weights of many shapes for each change of settings, with and without ``fused``."""
+    runs = []
+    for path in (dict(foreach=False), dict(fused=True)):
+        params = parameters(shapes=MANY)
+        optimizer = VARIANTS[variant][0](groups(params), **{"lr": 0.01, **VARIANTS[variant][1]}, **path)
+        generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(1)
+        for change in changes:
+            for group in optimizer.param_groups:
+                group.update(change)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        runs.append(params)
+    return runs
+
+
+@pytest.mark.parametrize("variant", ["grad", "deep", "soft deep", "deep without noise"])
+def test_fused_is_compiled_once_for_all_shapes_and_settings(variant, compilations):
+    """With and without prior, for Grad R."""
+    changes = [
+        dict(lr=0.01 / (n + 1), betas=(0.9 - n / 100, 0.99), eps=1e-8 * (n + 1), weight_decay=0.1 / (n + 1))
+        for n in range(12)
+    ]
+    for n, change in enumerate(changes):
+        change.update(dict(alpha=0.0 if n in (5, 8) else 0.1 / (n + 1), s=0.9) if variant == "grad" else {})
+        change.update(dict(l1=0.01 / (n + 1)) if variant != "grad" else {})
+    plain, fused = fused_steps(variant, lambda params: params, changes)
+    assert compilations.frame_count == (2 if variant == "grad" else 1)
+    for p, q in zip(plain, fused, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_of_as_many_weights_share_what_is_compiled(compilations):
+    """However many there are; a weight of one element is a case of its own for torch.compile."""
+    changes = [dict(lr=0.01 / (n + 1)) for n in range(3)]
+    fused_steps("grad", lambda params: [{"params": [p]} for p in params[:-1]], changes)
+    assert compilations.frame_count == 1
+    sizes = [[*range(n * (n + 1) // 2, (n + 1) * (n + 2) // 2)] for n in range(10)]  # 1, 2, ... 10 weights
+    shapes = [parameters(shapes=[(3 + i,) for i in some]) for some in sizes]
+    optimizer = VARIANTS["grad"][0]([{"params": some} for some in shapes], fused=True, alpha=0.1, s=0.9)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert compilations.frame_count == 1 + 9
 
 
 def test_where_torch_cannot_compile_the_plain_update_runs(monkeypatch):

@@ -246,7 +246,7 @@ def test_the_path_is_the_one_asked_for(variant, foreach, monkeypatch):
     params = parameters()
     optimizer = make(variant, params, foreach=foreach)
     used = []
-    monkeypatch.setattr(optimizer, "_update", lambda some, *_: used.append(len(some)))
+    monkeypatch.setattr(optimizer, "_update", lambda lists, **_: used.append(len(lists["weight"])))
     train(optimizer, params, steps=1)
     assert used == ([4] if foreach else [1, 1, 1, 1])
 
@@ -256,7 +256,7 @@ def test_foreach_none_chooses_as_adam_does(monkeypatch):
     for adams_choice in (False, True):
         monkeypatch.setattr("rewiring._default_to_fused_or_foreach", lambda *a, c=adams_choice, **k: (False, c))
         optimizer, used = GradRewiring(params, alpha=0), []
-        monkeypatch.setattr(optimizer, "_update", lambda some, *_, u=used: u.append(len(some)))
+        monkeypatch.setattr(optimizer, "_update", lambda lists, u=used, **_: u.append(len(lists["weight"])))
         train(optimizer, params, steps=1)
         assert used == ([4] if adams_choice else [1, 1, 1, 1])
 

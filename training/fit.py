@@ -44,7 +44,7 @@ EXACT = 2**24  # the most steps that a float32 can count; an optimizer's count s
 # Settings of an optimizer that say how it is executed: these depend on the machine.
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 # Settings that the optimizers of older checkpoints lack, with the value that they had.
-LATER_SETTINGS = {"plain_gradient": False}
+LATER_SETTINGS = {"plain_gradient": False, "prune": True}
 
 
 # -- what can be told without the run --------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""What the benchmarks share: they measure functions in turns, print tables, and have the same options."""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from training import data
+from training.command_line import Parser, check_output, file_path, folder_path, output_file, whole_number
+from training.record import processor
+
+Row = tuple[str, ...]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    take: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """The median of the seconds that each function takes. In each round they run one after the other."""
+    seconds = {name: [] for name in functions}
+    for _ in range(warmup + rounds):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: take(values[warmup:]) for name, values in seconds.items()}
+
+
+def table(title: str, head: Row, rows: list[Row]) -> dict:
+    """Prints a Markdown table; returns it for the machine-readable copy."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(head) + " |")
+    print("|" + " --- |" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    sys.stdout.flush()
+    return {"title": title, "head": head, "rows": rows}
+
+
+def noise(n: int, shape: tuple[int, ...], generator: torch.Generator) -> data.Split:
+    images = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
+    return data.Split(images, torch.randint(0, 10, (n,), generator=generator))
+
+
+def mnist_images(folder: Path | None) -> data.Dataset:
+    """Real MNIST, or noise of its size: speed does not depend on the pixels."""
+    if folder:
+        return data.load("mnist", folder)
+    generator = torch.Generator().manual_seed(0)
+    return data.Dataset(*(noise(n, (1, 28, 28), generator) for n in (60_000, 10_000)))
+
+
+def parser(description: str, rounds: int) -> Parser:
+    made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dataset-dir", type=folder_path, help="folder with MNIST/raw (default: noise of MNIST's size)")
+    made.add_argument(
+        "--rounds", type=whole_number(1), default=rounds, help="how often each is measured (default: %(default)s)"
+    )
+    made.add_argument("--json", type=file_path, help="also write the tables to this file")
+    return made
+
+
+def run(options: argparse.Namespace, device: torch.device, packages: Row, measure: Callable[[], list[dict]]) -> int:
+    """Prints where and with what versions it measures, measures, and writes the machine-readable copy."""
+    if options.json:
+        check_output("--json", options.json, parents=True)  # before the minutes that it takes
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+    hardware += f", {torch.get_num_threads()} CPU threads"
+    head = {"date": str(date.today()), "hardware": hardware, "versions": ", ".join(versions)}
+    print(", ".join(head.values()))
+    tables = measure()
+    if options.json:
+        with output_file("--json", options.json) as temporary:
+            temporary.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+    return 0
