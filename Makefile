@@ -9,7 +9,7 @@ DEMO = $(BIN)/python mnist/mnist.py --dataset digits --recipe fast -b 32 -lr 3e-
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-numeric kill-test fuzz sanitize lint bench clean
+.PHONY: help demo test test-all test-numeric kill-test fuzz sanitize docs lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -41,6 +41,9 @@ fuzz: .venv/ready ## damage exports and checkpoints in 8000 ways; each must be r
 # by clang's: make sanitize CC=clang
 sanitize: .venv/ready ## call the C code at random under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.sanitize
+
+docs: .venv/ready ## write docs/metrics.md from the table in training/metrics.py
+	$(BIN)/python -m training.metrics > docs/metrics.md
 
 lint: .venv/ready ## check the code with ruff
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import torch
 
 from training import data
 from training.command_line import Parser, check_output, file_path, folder_path, output_file, whole_number
-from training.record import processor
+from training.run_info import processor
 
 Row = tuple[str, ...]
 

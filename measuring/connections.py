@@ -4,6 +4,7 @@ A connection is connected when its weight is not 0. Sparsity is the share of pru
 weights, connectivity = 1 - sparsity the share of connected ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,3 +77,30 @@ def rewired(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, tu
     return {
         name: (int((before[name] & ~mask).sum()), int((~before[name] & mask).sum())) for name, mask in after.items()
     }
+
+
+def record_connections(record: Callable[..., None], layers: dict[str, Connections], others: int | None = None) -> None:
+    """Records the connections of all layers, by ``record(key, number)``, and of each, by ``layer=name`` as well.
+
+    With ``others``, the number of parameters that are never pruned, also what the network's shares are with these.
+    """
+    record("sparsity", total(layers).sparsity)
+    record("connectivity", total(layers).connectivity)
+    if others is not None:
+        record("sparsity_with_bn", total(layers, others).sparsity)
+        record("connectivity_with_bn", total(layers, others).connectivity)
+    for name, layer in layers.items():
+        record("connected", layer.connected, layer=name)
+        record("weights", layer.weights, layer=name)
+        record("sparsity", layer.sparsity, layer=name)
+        record("connectivity", layer.connectivity, layer=name)
+
+
+def record_rewired(record: Callable[..., None], layers: dict[str, tuple[int, int]]) -> None:
+    """Records what :func:`rewired` counted, of all layers together and of each."""
+    record("pruned", sum(pruned for pruned, _ in layers.values()))
+    record("regrown", sum(regrown for _, regrown in layers.values()))
+    for name, (pruned, regrown) in layers.items():
+        record("pruned", pruned, layer=name)
+        record("regrown", regrown, layer=name)
+        record("net_pruned", pruned - regrown, layer=name)

@@ -1,8 +1,7 @@
-"""A network evaluated in full, by one pass over the test set: the numbers, as lines to print and as JSON."""
+"""A network evaluated in full, by one pass over the test set: the numbers, to print and to record."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from spiking import SpikingNetwork
 
 @dataclass(frozen=True)
 class Report:
-    """What a test finds out; every number by :meth:`lines` to read and by :meth:`numbers` to go on with.
+    """What a test finds out; every number by :meth:`lines` to read and by :meth:`record` to go on with.
 
     Attributes:
         epoch: how many epochs the network was trained.
@@ -94,44 +93,29 @@ class Report:
             "arithmetic alone, 32-bit float, 45 nm (Horowitz, ISSCC 2014)",
         ]
 
-    def numbers(self) -> dict[str, Any]:
-        """The report as JSON takes it: shares as fractions, operations and picojoules per image."""
-        seen, everything = self.evaluation, measuring.total(self.connected)
-        structural = measuring.total(self.structural)
+    def record(self, record: Callable[..., None]) -> None:
+        """Records every number by a call ``record(key, number)``, or with ``layer=name`` for each layer."""
+        seen = self.evaluation
+        record("epoch", self.epoch)
+        record("accuracy", seen.accuracy)
+        record("accuracy_interval", list(measuring.wilson_interval(seen.right, seen.images)))
+        record("right", seen.right)
+        record("images", seen.images)
+        record("confusion", seen.confusion.tolist())
+        measuring.record_connections(record, self.connected)
+        record("structural_connectivity", measuring.total(self.structural).connectivity)
+        for name, structural in self.structural.items():
+            record("layer_sparsity", self.connected[name].sparsity, layer=name)
+            record("structural", structural.connected, layer=name)
+            record("structural_connectivity", structural.connectivity, layer=name)
+        measuring.record_neurons(record, self.rates)
+        for name, layer in self.operations.items():
+            record("kind", layer.kind, layer=name)
+            record("operations_pruned", layer.pruned / layer.images, layer=name)
+            record("operations_dense", layer.dense / layer.images, layer=name)
         total = energy.energy_per_image(self.operations.values())
-        return {
-            "epoch": self.epoch,
-            "accuracy": seen.accuracy,
-            "accuracy_interval": list(measuring.wilson_interval(seen.right, seen.images)),
-            "right": seen.right,
-            "images": seen.images,
-            "confusion": seen.confusion.tolist(),
-            "sparsity": everything.sparsity,
-            "connectivity": everything.connectivity,
-            "structural_connectivity": structural.connectivity,
-            "layer_sparsity": {name: layer.sparsity for name, layer in self.connected.items()},
-            "layers": {
-                name: {
-                    "connected": layer.connected,
-                    "structural": self.structural[name].connected,
-                    "weights": layer.weights,
-                    "sparsity": layer.sparsity,
-                    "connectivity": layer.connectivity,
-                    "structural_connectivity": self.structural[name].connectivity,
-                }
-                for name, layer in self.connected.items()
-            },
-            "neurons": neuron_results(self.rates),
-            "operations": {
-                name: {
-                    "kind": layer.kind,
-                    "pruned": layer.pruned / layer.images,
-                    "dense": layer.dense / layer.images,
-                }
-                for name, layer in self.operations.items()
-            },
-            "energy": {"pruned": total.pruned, "dense": total.dense},
-        }
+        record("energy_pruned", total.pruned)
+        record("energy_dense", total.dense)
 
 
 def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Report:

@@ -63,3 +63,10 @@ def neuron_results(rates: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         name: {"firing_rate": float(rate.mean()), "silent": float((rate == 0).float().mean())}
         for name, rate in rates.items()
     }
+
+
+def record_neurons(record: Callable[..., None], rates: dict[str, Tensor]) -> None:
+    """Records :func:`neuron_results`, each number as ``record(key, number, layer=name)``."""
+    for name, layer in neuron_results(rates).items():
+        record("firing_rate", layer["firing_rate"], layer=name)
+        record("silent", layer["silent"], layer=name)

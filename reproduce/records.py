@@ -15,7 +15,6 @@ from analysis import runs
 from reproduce.grid import Row
 from training.console import duration
 from training.files import json_files
-from training.record import write_json
 
 MADE = ("cpu", "device", "versions", "git_commit")  # what a record says of how its row was made
 
@@ -75,7 +74,7 @@ def write(dump: Path, row: Row) -> dict[str, Any]:
         "run": {key: run.info.get(key) for key in MADE},
     }
     _check(record, row)
-    write_json(path_of(dump, row), record)
+    json_files.write(path_of(dump, row), record)
     return record
 
 

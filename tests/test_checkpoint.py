@@ -11,6 +11,7 @@ import pytest
 import torch
 from run_helpers import assert_same_run, load, results, same, scalars, store, the_checkpoint
 
+import measuring
 from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
@@ -18,6 +19,8 @@ from training import checkpoint, dump_dir, loop, randomness
 from training.files import json_files, storage
 from training.files.locks import Lock
 from training.files.storage import previous_of
+from training.metrics import EPOCH
+from training.recording import Recording
 from training.schedule import Fast
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
@@ -104,7 +107,7 @@ def test_a_run_killed_before_its_first_epochs_end_goes_on(run, tmp_path, monkeyp
     assert_same_run(tmp_path / "one", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("what", ["recorder.Recorder.__init__", "record.write_json", "recorder.Recorder.describe"])
+@pytest.mark.parametrize("what", ["recording.Recorder.__init__", "json_files.write", "recording.Recorder.describe"])
 def test_a_run_killed_while_its_logs_are_begun_goes_on(run, tmp_path, monkeypatch, what):
     run(*GRAD, "-N", "1", dump=tmp_path / "one")
     right = operator.attrgetter(what)(loop)
@@ -373,7 +376,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(run, tmp_path, m
     if where == "checkpoint":
         monkeypatch.setattr(storage._HashingFile, "write", no_space)
     else:
-        monkeypatch.setattr("training.recorder.Recorder.results", no_space)
+        monkeypatch.setattr("training.recording.Recorder.results", no_space)
     result = run(*GRAD, "-N", "3", dump=folder)
     assert result.status == 1
     assert result.err.count("\n") == 1
@@ -434,23 +437,18 @@ def test_the_clock_is_in_the_results(run, tmp_path):
 
 
 def test_batch_norm_counts_in_one_of_two_sparsities_of_the_results():
-    from measuring import Connections
-    from training.record import epoch_results
-
-    line = epoch_results(
-        **dict(epoch=1, step=1, train_loss=0.0, train_accuracy=0.0, test_accuracy=0.0, best_accuracy=0.0),
-        **dict(learning_rate=1.0, penalty=None, layers={"a": Connections(4, 6)}, rewired={"a": (3, 1)}, others=4),
-        seconds={"train": 1.0, "test": 2.0, "checkpoint": 3.0},
-    )
+    record = Recording(EPOCH)
+    measuring.record_connections(record, {"a": measuring.Connections(4, 6)}, others=4)
+    measuring.record_rewired(record, {"a": (3, 1)})
+    line = {metric.key: values[None] for metric, values in record.values.items() if None in values}
     assert line["sparsity"] == pytest.approx(2 / 6)
     assert line["sparsity_with_bn"] == pytest.approx(2 / 10)
     assert line["connectivity_with_bn"] == pytest.approx(8 / 10)
     assert (line["pruned"], line["regrown"]) == (3, 1)
-    assert (line["train_seconds"], line["test_seconds"], line["checkpoint_seconds"]) == (1.0, 2.0, 3.0)
 
 
 def test_a_distribution_by_hand():
-    from training.record import BINS, distribution
+    from measuring.distributions import BINS, distribution
 
     histogram = distribution(torch.tensor([-1.0, 0.0, 0.0, 0.999, 1.0]))
     assert histogram["edges"] == pytest.approx([-1 + 2 * i / BINS for i in range(BINS + 1)])

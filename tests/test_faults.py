@@ -13,7 +13,7 @@ from run_helpers import assert_same_run, load
 from mnist.model import MnistNet
 from training import checkpoint
 from training.files import writing
-from training.recorder import Recorder
+from training.recording import Recorder
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
 NAME = "lr-1e-2-b-8-T-8-penalty-1e-3-s-0.95-grad"

@@ -18,7 +18,7 @@ from reproduce import __main__ as reproduce
 from reproduce import entries, figures, grid, outcome, records, runner, slurm, tables
 from training.errors import Refusal
 from training.options import REPOSITORY, read
-from training.record import processor
+from training.run_info import processor
 
 TABLE = """
 options = "--dataset digits -lr 1e-2"

@@ -20,7 +20,9 @@ from measuring.report import percent
 from mnist import mnist
 from mnist.model import MnistNet
 from training import loop
+from training.metrics import EPOCH, FULL
 from training.optimizers import build
+from training.recording import Recorder, record_distributions
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]
 
@@ -152,10 +154,10 @@ def make_options(folder):
 
 def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
     """CIFAR-10's tags, by hand: 2 of 6 weights pruned, and 4 parameters of BatchNorm."""
-    from training.recorder import Recorder
-
-    recorder = Recorder(tmp_path / "logs" / "x", {})
-    recorder.connections(1, {"a": measuring.Connections(4, 6)}, {"a": (3, 1)}, others=4)
+    recorder = Recorder(tmp_path / "logs" / "x", {}, batch_norm=True)
+    record = recorder.recording(1, EPOCH)
+    measuring.record_connections(record, {"a": measuring.Connections(4, 6)}, others=4)
+    measuring.record_rewired(record, {"a": (3, 1)})
     recorder.close()
     events, _ = scalars(tmp_path)
     values = {tag: value for tag, [(_, value)] in events.items()}
@@ -171,20 +173,15 @@ def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):
 
 
 def test_histograms_of_chosen_layers_only(tmp_path):
-    from training.recorder import Recorder
-
-    network = MnistNet()
     recorder = Recorder(tmp_path / "logs" / "x", {})
-    recorder.weights(1, network, [], ("fc.1.weight",))
+    record_distributions(recorder.recording(1, FULL), MnistNet(), [], ("fc.1.weight",))
     recorder.close()
     assert scalars(tmp_path)[1] == {"fc.1.weight-w": [1]}
 
 
 def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
-    from training.recorder import Recorder
-
     recorder = Recorder(tmp_path / "logs" / "x", {})
-    recorder.neurons(3, {"fc.0": torch.tensor([0.0, 0.5, 0.0, 0.25])})
+    measuring.record_neurons(recorder.recording(3, FULL), {"fc.0": torch.tensor([0.0, 0.5, 0.0, 0.25])})
     recorder.close()
     assert scalars(tmp_path)[0] == {"avg_firing_rate/fc.0": [(3, 0.1875)], "nonfire_prop/fc.0": [(3, 0.5)]}
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from training import dump_dir, fit, record, recorder
+from training import dump_dir, fit
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.locks import Lock
+from training.logs import log_files, log_folder
 from training.options import OPTION_NAMES, RECORDING_OPTIONS, arguments
 
 FORMAT = 2
@@ -124,14 +125,14 @@ class Store:
                 raise Refusal(
                     f"argument -test: there is no saved model {self.path}; the same command without -test makes one"
                 )
-            logs = record.folder_of(options)
-            if recorder.log_files(logs):
+            logs = log_folder(options)
+            if log_files(logs):
                 raise Refusal(
                     f"{logs} holds results, but {self.folder} holds no checkpoint: move the results away first"
                 )
             return None
         _check_arguments(self.folder, saved["arguments"], options)
-        _check_logs(record.folder_of(options), saved["arguments"])
+        _check_logs(log_folder(options), saved["arguments"])
         if not options.test and options.epoch < saved["epoch"]:
             raise Refusal(
                 f"argument -N/--epoch: the run in {self.folder} has done {saved['epoch']} epochs, "

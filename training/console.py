@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from measuring import Connections
-from measuring.report import percent
 from training import device
 from training.command_line import either
 from training.naming import format_number
@@ -57,22 +55,10 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     return lines
 
 
-def epoch_line(
-    epoch: int,
-    epochs: int,
-    accuracy: float,
-    best: float,
-    connections: Connections,
-    seconds: float,
-    left: float | None,
-) -> str:
-    """The line after an epoch, which took so many seconds; ``left`` are those until the end, None if not known."""
+def epoch_line(epoch: int, epochs: int, numbers: str, left: float | None) -> str:
+    """The line after an epoch; ``left`` are the seconds until the end, None if not known."""
     rest = "" if left is None else f"  {duration(left)} left"
-    return (
-        f"epoch {epoch}/{epochs}  test accuracy {percent(accuracy)}  best {percent(best)}  "
-        f"sparsity {percent(connections.sparsity)}  connectivity {percent(connections.connectivity)}  "
-        f"{seconds:.1f} s{rest}"
-    )
+    return f"epoch {epoch}/{epochs}  {numbers}{rest}"
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from measuring import connected, pack, prunable
 from rewiring import RewiringOptimizer
-from training import randomness, recorder
+from training import logs, randomness
 from training.command_line.types import LARGEST
 from training.files import checks
 
@@ -69,7 +69,7 @@ def check_content(saved: dict[str, Any]) -> None:
     for what, seconds in saved["seconds"].items():
         checks.number(f"seconds of {what}", seconds, 0)
     for name, length in saved["files"].items():
-        if not recorder.is_log(name) or re.search(r"[/\\:]", name):
+        if not logs.is_log(name) or re.search(r"[/\\:]", name):
             raise ValueError(f"files has {name!r}, which is not the name of a log file")
         checks.whole_number(f"the length of {name}", length)
 

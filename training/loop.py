@@ -1,5 +1,6 @@
 """Training and testing: the loop over epochs, and everything that a run carries along."""
 
+import contextlib
 import sys
 import time
 from argparse import Namespace
@@ -14,10 +15,11 @@ from tqdm import tqdm
 import measuring
 from measuring import report
 from spiking import SpikingNetwork
-from training import checkpoint, console, fit, randomness, record, recorder, schedule
+from training import checkpoint, console, fit, logs, randomness, recording, run_info, schedule, testing
 from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
 from training.errors import DivergedError, Interrupted, Refusal
 from training.experiment import Experiment
+from training.files import json_files
 from training.interrupt import Signals, StopRequested
 from training.options import arguments
 from training.step import TrainingStep, autocast, set_precision
@@ -54,7 +56,7 @@ class Trainer:
         store: checkpoint.Store,
     ):
         self.experiment, self.options, self.network, self.optimizers = experiment, options, network, optimizers
-        self.store, self.folder = store, record.folder_of(options)
+        self.store, self.folder = store, logs.log_folder(options)
         self.fingerprint = dataset.fingerprint()
         device = options.device
         normalisation = Normalisation(experiment.mean, experiment.std, device)
@@ -166,7 +168,7 @@ class Trainer:
         epoch, position = divmod(step, len(self.training))
         where = self.folder / f"diverged-epoch-{epoch + 1}-step-{step}.json"
         indices = self.training.indices(position).tolist()
-        record.write_json(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
+        json_files.write(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
         raise DivergedError(
             f"{found.what} is not finite from epoch {epoch + 1}, step {step} on; the indices of that batch's images "
             f"are in {where}, the checkpoint is from before that"
@@ -195,9 +197,9 @@ class Trainer:
             self.store.save(self._state(), [])
             self.store.wait()
             self.seconds["checkpoint"] += time.perf_counter() - start
-        with Signals() as self.signals, recorder.Recorder(self.folder, self.lengths) as self.recorder:
-            about = record.describe(self.options, self.network, checkpoint.versions())
-            record.write_json(self.folder / "run.json", about)
+        with Signals() as self.signals, recording.Recorder(self.folder, self.lengths, self.others > 0) as self.recorder:
+            about = run_info.describe(self.options, self.network, checkpoint.versions())
+            json_files.write(self.folder / "run.json", about)
             self.saved_at = time.monotonic()
             if not self.lengths:
                 self.recorder.describe(about["command"], about["arguments"])
@@ -243,7 +245,9 @@ class Trainer:
                 self.right += right
                 if self.step % self.options.interval_train == 0:  # here the host waits for the device
                     self._check_finite()
-                    self.recorder.training(self.step, float(loss), int(right) / len(labels))
+                    with self.recorder.step(self.step) as record:
+                        record("batch_loss", float(loss))
+                        record("batch_accuracy", int(right) / len(labels))
                 if not bar.disable and time.perf_counter() - shown > bar_seconds:  # and here
                     accuracy = int(right) / len(labels)
                     bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
@@ -275,52 +279,36 @@ class Trainer:
         """Tests, records and saves after an epoch; records in full after the first and every -i1 epochs."""
         start = time.perf_counter()
         epoch = self.epoch + 1
-        full, extra = epoch == 1 or epoch % self.options.interval_test == 0, {}
-        if full:
-            with measuring.SpikeCounter(self.network) as spikes:
-                accuracy = self._accuracy()
-            rates = spikes.rates()
-            names = self.experiment.histograms
-            self.recorder.neurons(epoch, rates)
-            self.recorder.weights(epoch, self.network, self.optimizers, names)
-            extra = {
-                "neurons": measuring.neuron_results(rates),
-                "distributions": record.distributions(self.network, self.optimizers, names),
-            }
-        else:
+        full = epoch == 1 or epoch % self.options.interval_test == 0
+        with measuring.SpikeCounter(self.network) if full else contextlib.nullcontext() as spikes:
             accuracy = self._accuracy()
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, self._masks()
-        layers, rewired = measuring.count(self.masks), measuring.rewired(before, self.masks)
-        self.recorder.accuracy(epoch, accuracy)
-        self.recorder.connections(epoch, layers, rewired, self.others)
-        self.seconds["test"] += time.perf_counter() - start
         batches, (group, *_) = len(self.training), self.optimizers[0].param_groups
-        results = record.epoch_results(
-            epoch=epoch,
-            step=self.step,
-            train_loss=float(self.loss) / batches,
-            train_accuracy=int(self.right) / (batches * self.options.batch_size),
-            test_accuracy=accuracy,
-            best_accuracy=self.best_accuracy,
-            learning_rate=float(group["lr"]),
-            penalty=group.get("alpha", group.get("l1")),
-            layers=layers,
-            rewired=rewired,
-            others=self.others,
-            seconds=self.seconds,
-        )
-        self.recorder.results({**results, **extra})
-        seconds = sum(self.seconds.values())
+        with self.recorder.epoch(epoch, full) as record:
+            record("epoch", epoch)
+            record("step", self.step)
+            record("train_loss", float(self.loss) / batches)
+            record("train_accuracy", int(self.right) / (batches * self.options.batch_size))
+            record("test_accuracy", accuracy)
+            record("best_accuracy", self.best_accuracy)
+            measuring.record_connections(record, measuring.count(self.masks), self.others)
+            measuring.record_rewired(record, measuring.rewired(before, self.masks))
+            record("learning_rate", float(group["lr"]))
+            record("penalty", group.get("alpha", group.get("l1")))
+            if full:
+                measuring.record_neurons(record, spikes.rates())
+                recording.record_distributions(record, self.network, self.optimizers, self.experiment.histograms)
+            self.seconds["test"] += time.perf_counter() - start
+            for what, seconds in self.seconds.items():
+                record(f"{what}_seconds", seconds)
+            record("epoch_seconds", sum(self.seconds.values()))
         self.epoch = epoch
         self._begin_epoch()
         self._save()
         self.time_left.tested(full)
         left = self.time_left.left(epoch)
-        line = console.epoch_line(
-            epoch, self.options.epoch, accuracy, self.best_accuracy, measuring.total(layers), seconds, left
-        )
-        print(line, flush=True)
+        print(console.epoch_line(epoch, self.options.epoch, record.words(), left), flush=True)
 
     # -- testing -------------------------------------------------------------------------------------
 
@@ -338,4 +326,4 @@ class Trainer:
         """Evaluates the network as it is; prints the results and stores them in the log folder."""
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
             found = report.report_on(self.network, bar, self.epoch)
-        record.store_test(self.folder, self.epoch, found.lines(), found.numbers(), found.rates)
+        testing.store(self.folder, found)

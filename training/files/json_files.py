@@ -1,4 +1,4 @@
-"""Reads JSON files that may be damaged or come from a stranger: of bounded size, and without failing on any content."""
+"""JSON files: written whole, and read where they may be damaged or a stranger's, of bounded size and any content."""
 
 import json
 import math
@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+
+from training.files.writing import write_whole
 
 LARGEST = 1 << 24  # bytes of a JSON file or a line, many times what any run writes
 
@@ -84,3 +86,8 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def write(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")

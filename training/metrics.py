@@ -1,0 +1,303 @@
+"""Every number that the program records or shows: one table, from which files, console and docs/metrics.md come.
+
+To add a number, add an entry to :data:`METRICS` and record it in one line: ``record("my_number", value)``, or
+``record("my_number", value, layer=name)`` for each layer. Then ``make docs`` writes docs/metrics.md anew.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from measuring.energy import PICOJOULES_PER_AC as AC
+from measuring.energy import PICOJOULES_PER_MAC as MAC
+from measuring.report import percent
+
+# when a number is recorded, or what shows it
+STEP, EPOCH, FULL, TEST, REPORT, GRID, EXPORT = "step", "epoch", "full", "test", "report", "grid", "export"
+FILES = {EPOCH: "results.jsonl", FULL: "results.jsonl", TEST: "test.json", REPORT: "report.html", GRID: "rows.csv"}
+SHARE, SECONDS, DISTRIBUTION = "share", "s", "distribution"  # units that are written in a way of their own
+FORMATS = {SHARE: percent, SECONDS: lambda seconds: f"{seconds:.1f} s"}
+LAYERS, NEURONS, DISTRIBUTIONS = "layers/{layer}/{key}", "neurons/{layer}/{key}", "distributions/{layer}/{key}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number: what it means, and where it is written.
+
+    Attributes:
+        key: its name in the code.
+        unit: as on the page; a number without a unit has an empty one.
+        when: :data:`STEP` etc.: whenever one of these is recorded, the number must be, unless it is ``optional``.
+        definition, formula: in Markdown.
+        path: the keys that lead to it in the file of ``when``; empty for a number that is not in it.
+        tag: in TensorBoard; empty for a number that is not there. With ``{layer}`` in path or tag, the number is
+            recorded for each layer: ``layer`` is the name of a weight or of a LIF layer.
+        tag_with_bn: the tag in networks with BatchNorm, or other parameters that are never pruned; default: ``tag``.
+        words: before the number in the console's line of an epoch; None for a number that is not in it.
+        also: where else it is shown, in Markdown.
+    """
+
+    key: str
+    unit: str
+    when: tuple[str, ...]
+    definition: str
+    formula: str = "–"
+    path: str = "{key}"
+    tag: str = ""
+    tag_with_bn: str | None = None
+    words: str | None = None
+    also: str = ""
+    optional: bool = False
+
+    @property
+    def by_layer(self) -> bool:
+        return "{layer}" in self.path + self.tag
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it is written anywhere; else it is computed where it is shown."""
+        return bool(self.path or self.tag or self.words is not None)
+
+    @property
+    def group(self) -> str:
+        """The numbers of a group are recorded for the same layers."""
+        return (self.path or self.tag).split("/")[0]
+
+    def keys(self, layer: str | None) -> list[str]:
+        """The keys that lead to the number in its file."""
+        return [part.format(key=self.key, layer=layer) for part in self.path.split("/")]
+
+    def tag_of(self, layer: str | None, batch_norm: bool) -> str:
+        tag = self.tag if self.tag_with_bn is None or not batch_norm else self.tag_with_bn
+        return tag.format(layer=layer)
+
+    def text(self, value: float) -> str:
+        """The number in the console's line of an epoch."""
+        return f"{self.words} {FORMATS.get(self.unit, '{:,.6g}'.format)(value)}".lstrip()
+
+
+# In the order of the keys in results.jsonl and test.json.
+# fmt: off
+METRICS: tuple[Metric, ...] = (
+    # training
+    Metric("batch_loss", "", (STEP,), "Mean squared error between firing rates and one-hot labels, of one batch, "
+           "before its update.", "mean over images and classes of (spikes / T − one-hot)²",
+           path="", tag="train/loss", also="progress bar"),
+    Metric("batch_accuracy", SHARE, (STEP,), "Share of the batch's images classified correctly, before its update.",
+           "right / batch size", path="", tag="train/acc", also="progress bar"),
+    Metric("epoch", "epochs", (EPOCH, TEST), "Finished epochs.", also="console, report"),
+    Metric("step", "updates", (EPOCH,), "Updates in all."),
+    Metric("train_loss", "", (EPOCH,), "Mean of batch_loss over the batches of the epoch.", "Σ batch_loss / batches"),
+    Metric("train_accuracy", SHARE, (EPOCH,), "Share of the epoch's training images classified correctly, each before "
+           "the update by its batch.", "Σ batch_accuracy / batches"),
+    Metric("test_accuracy", SHARE, (EPOCH, GRID), "Share of test images whose most-spiking class (the first of equals) "
+           "is the label, in eval mode.", "right / images",
+           tag="test_acc", words="test accuracy", also="`epochs.csv`, `table.md`, report"),
+    Metric("best_accuracy", SHARE, (EPOCH, GRID), "Highest test accuracy of any epoch so far.",
+           "max over epochs of test_accuracy", words="best", also="report"),
+    # the accuracy of a test
+    Metric("accuracy", SHARE, (TEST,), "Accuracy on the test images, as test_accuracy.", "right / images",
+           also="printed"),
+    Metric("accuracy_interval", SHARE, (TEST,), "Wilson's 95 % score interval of the accuracy p of n images (Wilson "
+           "1927): its two ends.", "(p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96", also="printed"),
+    Metric("right", "images", (TEST,), "Test images classified correctly.", also="printed"),
+    Metric("images", "images", (TEST,), "All test images.", also="printed"),
+    Metric("confusion", "images", (TEST,), "How many images of class i were taken for class j.",
+           "C[i, j] = #{label i, prediction j}", also="printed"),
+    Metric("right, last column", SHARE, (TEST,), "Share of a class's images classified correctly.",
+           "C[i, i] / Σ_j C[i, j]", path="", also="printed"),
+    # connections
+    Metric("sparsity", SHARE, (EPOCH, TEST), "Share of prunable weights that are pruned.", "1 − connectivity",
+           tag="sparsity", tag_with_bn="sparsity/without bn", words="sparsity", also="printed"),
+    Metric("connectivity", SHARE, (EPOCH, TEST, GRID), "Share of prunable weights that are connected.",
+           "#{w ≠ 0} / #w", tag="connectivity", words="connectivity",
+           also="`epochs.csv`, `table.md`, printed, report"),
+    Metric("sparsity_with_bn", SHARE, (EPOCH,), "Sparsity with the parameters that are never pruned, such as "
+           "BatchNorm's, counted as connected.", "#{w = 0} / (#w + #others)", tag_with_bn="sparsity/with bn"),
+    Metric("connectivity_with_bn", SHARE, (EPOCH,), "Connectivity with the parameters that are never pruned counted as "
+           "connected.", "1 − sparsity_with_bn"),
+    Metric("structural_connectivity", SHARE, (TEST, GRID), "Share of prunable weights that are connected and lie on "
+           "some path from an input to an output through connected weights. The path's units are neurons of linear "
+           "layers and channels of convolutions.",
+           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w", also="printed"),
+    Metric("of the connected", SHARE, (TEST,), "Share of the connected weights that lie on such a path.",
+           "structural / connected", path="", also="printed"),
+    Metric("pruned", "weights", (EPOCH,), "Connections of the previous epoch that are gone.",
+           "#{w(e−1) ≠ 0, w(e) = 0}", also="`epochs.csv`, report"),
+    Metric("regrown", "weights", (EPOCH,), "Connections that the previous epoch did not have.",
+           "#{w(e−1) = 0, w(e) ≠ 0}", also="`epochs.csv`, report"),
+    Metric("layer_sparsity", SHARE, (TEST,), "Sparsity of the layer.", "1 − connectivity", "layer_sparsity/{layer}"),
+    Metric("connected", "weights", (EPOCH, TEST), "Connected weights of the layer.", "#{w ≠ 0}", LAYERS,
+           also="printed, report, export"),
+    Metric("structural", "weights", (TEST,), "Connected weights of the layer that lie on a path from an input to an "
+           "output.", "structural_connectivity · #w", LAYERS, also="printed"),
+    Metric("weights", "weights", (EPOCH, TEST), "Prunable weights of the layer.", "#w", LAYERS,
+           also="printed, report, export"),
+    Metric("sparsity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are pruned.", "1 − connectivity",
+           LAYERS, tag="layer sparsity/{layer}", also="printed"),
+    Metric("connectivity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are connected.", "#{w ≠ 0} / #w",
+           LAYERS, also="printed, report"),
+    Metric("structural_connectivity", SHARE, (TEST,), "Share of the layer's weights that are connected and lie on a "
+           "path from an input to an output.", "structural / #w", LAYERS, also="printed"),
+    Metric("pruned", "weights", (EPOCH,), "Connections that the layer had in the previous epoch and that are gone.",
+           "#{w(e−1) ≠ 0, w(e) = 0}", LAYERS, tag="prune_cnt/{layer}", also="report"),
+    Metric("regrown", "weights", (EPOCH,), "Connections that the layer did not have in the previous epoch.",
+           "#{w(e−1) = 0, w(e) ≠ 0}", LAYERS, tag="regrow_cnt/{layer}", also="report"),
+    Metric("net_pruned", "weights", (EPOCH,), "Net loss of the layer's connections in the epoch.", "pruned − regrown",
+           path="", tag="prune-regrow/{layer}"),
+    # settings and time
+    Metric("learning_rate", "", (EPOCH,), "Learning rate of the first optimizer in the epoch's last step.",
+           "as set, or scheduled by `--recipe fast`", also="report"),
+    Metric("penalty", "", (EPOCH,), "Grad R's alpha or Deep R's l1 in the epoch's last step; null without pruning.",
+           "as set, or scheduled by `--connectivity`"),
+    Metric("train_seconds", SECONDS, (EPOCH,), "Wall time of the epoch's training, checkpoints excluded."),
+    Metric("test_seconds", SECONDS, (EPOCH,), "Wall time of the test and of counting and recording after the epoch."),
+    Metric("checkpoint_seconds", SECONDS, (EPOCH,), "Wall time that training waited for checkpoints since the previous "
+           "line: for the one after the previous epoch, and those within the epoch."),
+    Metric("epoch_seconds", SECONDS, (EPOCH,), "Wall time of the epoch.",
+           "train_seconds + test_seconds + checkpoint_seconds", path="", words="",
+           also="report, as s/epoch: the median over the epochs"),
+    # neurons and distributions
+    Metric("firing_rate", "spikes", (FULL, TEST), "Spikes per neuron, image and time step of the LIF layer on the test "
+           "set.", "spikes / (neurons · images · T)", NEURONS, tag="avg_firing_rate/{layer}", optional=True,
+           also="printed, report; of each neuron in `rate-<layer>-epoch-<epoch>.npy` after a test"),
+    Metric("silent", SHARE, (FULL, TEST), "Share of the LIF layer's neurons without a spike on the whole test set.",
+           "#{spikes = 0} / neurons", NEURONS, tag="nonfire_prop/{layer}", optional=True, also="printed, report"),
+    Metric("w", DISTRIBUTION, (FULL,), "Distribution of the layer's weights w: `edges` of the bins, `counts` between "
+           "them.", "counts_i = #{edge_i ≤ w < edge_(i+1)}", DISTRIBUTIONS, tag="{layer}-w", optional=True),
+    Metric("theta", DISTRIBUTION, (FULL,), "Distribution of the layer's synaptic parameters θ, where the method has "
+           "them.", "as of w", DISTRIBUTIONS, tag="{layer}-theta", optional=True),
+    # the operations of a test
+    Metric("kind", "", (TEST,), "What the layer's operations are: MAC, multiply-accumulates, in the first layer, which "
+           "takes real numbers and runs once per image; SynOp, synaptic operations, in all others.", "–",
+           "operations/{layer}/kind", also="printed"),
+    Metric("operations_pruned", "per image", (TEST,), "SynOps: for every spike that arrives at the layer, the "
+           "connected weights that it meets; weights of 0 and padding cost nothing. MACs: every input value times the "
+           "connected weights that it meets.",
+           "SynOps: Σ_i spikes_i · fan-out_i / images; MACs: Σ_i fan-out_i", "operations/{layer}/pruned",
+           also="printed"),
+    Metric("operations_dense", "per image", (TEST,), "The same spikes and input values, with every weight connected.",
+           "the same, with all weights in fan-out_i", "operations/{layer}/dense", also="printed, as all connected"),
+    Metric("energy_pruned", "pJ per image", (TEST,), "Energy of this arithmetic, 32-bit float, 45 nm, without memory "
+           f"access: {AC:g} pJ per accumulate, {MAC:g} pJ per multiply-accumulate (M. Horowitz, \"Computing's energy "
+           "problem (and what we can do about it)\", ISSCC 2014).", f"{MAC:g} · MACs + {AC:g} · SynOps",
+           "energy/pruned", also="printed"),
+    Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.",
+           f"{MAC:g} · MACs + {AC:g} · SynOps", "energy/dense", also="printed, as all connected"),
+    Metric("of all", SHARE, (TEST,), "Operations or energy of the pruned network, as a share of the dense one's.",
+           "pruned / dense", path="", also="printed"),
+    # shown by other commands, from what the above recorded
+    Metric("density of w and θ", "per unit of value", (REPORT,), "The distributions of w and θ as the report draws "
+           "them.", "counts_i / (Σ counts · (edge_(i+1) − edge_i))"),
+    Metric("fan-in", "weights", (REPORT,), "Connected weights that lead to an output neuron or channel.",
+           "Σ over inputs and kernel of [w ≠ 0]"),
+    Metric("fan-out", "weights", (REPORT,), "Connected weights that leave an input neuron or channel.",
+           "Σ over outputs and kernel of [w ≠ 0]"),
+    Metric("receptive field", SHARE, (REPORT,), "Share of the hidden neurons that are connected to a pixel.",
+           "fan-out(pixel) / hidden neurons"),
+    Metric("rows, seeds, epochs", "", (GRID,), "Finished rows of the grid; those that differ in their seed only; their "
+           "training epochs.", path="", also="`table.md`"),
+    Metric("±", "", (GRID,), "Standard deviation of the sample over the seeds, beside the mean.",
+           "√(Σ (x − mean)² / (n − 1))", path="", also="`table.md`, error bars"),
+    Metric("loss against dense", "points of a percent", (GRID,), "Mean test accuracy of the dense rows of the same "
+           "learning rate and epochs, less the row's.", "100 · (dense − accuracy)", path="", also="`table.md`"),
+    Metric("accuracy with at most C of the connections", SHARE, (GRID,), "For each seed, take those of a method's "
+           "points (connectivity, accuracy) that are more accurate than all points with as few connections or fewer. "
+           "Between two of them, interpolate linearly in the logarithm of the connectivity; above the last, take its "
+           "accuracy; below the first, there is nothing. Only seeds with all of the method's variants count; a dash "
+           "means that one of them has nothing. Choosing the best of a method's rows favours every method a little, "
+           "and all alike.", "A(C) = interp(log C; log c_i, a_i)", path="", also="`equal_connectivity.md`"),
+    Metric("how far Grad R is ahead", "points of a percent", (GRID,), "Difference of these for the same seed (the same "
+           "initial weights and data).", "100 · (A_GradR(C) − A(C))", path="", also="`equal_connectivity.md`"),
+    Metric("connected", "weights", (GRID,), "Connected weights of all layers: connections left.",
+           "Σ over layers of #{w ≠ 0}", also="`table.md`, figures"),
+    Metric("weights", "weights", (GRID,), "Prunable weights of all layers.", "Σ over layers of #w", also="`table.md`"),
+    Metric("synops", "per image", (GRID,), "SynOps of the pruned network.", "Σ over layers of operations_pruned",
+           also="`table.md`"),
+    Metric("macs", "per image", (GRID,), "MACs of the pruned network.", "operations_pruned of the first layer",
+           also="`table.md`"),
+    Metric("energy_pj", "pJ per image", (GRID,), "Energy of the pruned network, as energy_pruned.",
+           f"{MAC:g} · MACs + {AC:g} · SynOps"),
+    Metric("pruned_in_all", "weights", (GRID,), "Connections pruned in each epoch, added up.",
+           "Σ over epochs of pruned"),
+    Metric("regrown_in_all", "weights", (GRID,), "Connections regrown in each epoch, added up.",
+           "Σ over epochs of regrown", also="`table.md`"),
+    Metric("train_seconds", SECONDS, (GRID,), "Wall time of the training, checkpoints excluded, while other rows ran "
+           "beside it.", "Σ over epochs of train_seconds"),
+    Metric("checkpoint, its network, the export", "bytes", (EXPORT,), "Size of `checkpoint.pt`; of all tensors of the "
+           "network's state_dict; of the export, with its share of the network.", also="`analysis.export`"),
+    Metric("spike counts that differ", "pairs", (EXPORT,), "Pairs of a test image and a class whose spike count "
+           "differs from the checkpoint's network, of all pairs.", also="`analysis.export --check`"),
+    Metric("images/s, x products, speed-up, GFLOP/s, x fused Adam, bytes of state per weight", "", (EXPORT,),
+           "See [benchmarks/README.md](../benchmarks/README.md).", also="`make bench`, `benchmarks.sparse`"),
+)
+# fmt: on
+
+TITLES = {
+    STEP: "Every `-i2` training steps",
+    EPOCH: "After every epoch",
+    FULL: "After the first epoch and every `-i1` epochs",
+    TEST: "A test (`-test`)",
+    REPORT: "The report (`python -m analysis.report`)",
+    GRID: "The outcome of a grid (`python -m reproduce … --outcome`)",
+    EXPORT: "Exports and benchmarks",
+}
+INTRODUCTION = """\
+# Metrics
+
+Every number that the program prints, logs or draws. `make docs` writes this page from the table in
+[training/metrics.py](../training/metrics.py).
+
+A connection is **connected** when its weight w ≠ 0 (one function, `measuring.connected`, decides this everywhere), else
+**pruned**. *Prunable* weights are all but BatchNorm's parameters. A **share** is a fraction of 1 in files and
+TensorBoard, a percentage on the console.
+
+Console, `results.jsonl`, TensorBoard, `-test` and the report show the same numbers for the same epoch (a test compares
+them). An epoch's number says how many epochs are finished; a step's number says how many updates came before it.
+
+In a path or tag, `<layer>` is the name of a weight, as `fc.1.weight`, or of a LIF layer, as `fc.0`. A path names the
+keys of nested JSON objects, the outermost first.
+"""
+NOTES = {
+    TEST: "`test.json` has those of the numbers above that name it, too; what is *printed* is on the console.",
+    GRID: "`rows.csv` has those of the numbers above that name it, too, after the row's last epoch. `epochs.csv`, "
+    "`epochs.png` and `rewiring.png` show numbers after each epoch of a row; rows that were finished before that "
+    "file existed are not in it, nor in these figures.",
+}
+
+
+def page() -> str:
+    """docs/metrics.md: the table, a section for each moment of recording."""
+    return "\n".join([INTRODUCTION, *(line for when in TITLES for line in _section(when))])
+
+
+def _section(when: str) -> Iterator[str]:
+    yield f"## {TITLES[when]}\n"
+    if when in NOTES:
+        yield f"{NOTES[when]}\n"
+    yield "| number | unit | where | definition | formula |"
+    yield "| --- | --- | --- | --- | --- |"
+    for metric in METRICS:
+        if metric.when[0] == when:
+            name = f"{metric.key}, by layer" if metric.by_layer else metric.key
+            cells = (name, metric.unit or "–", _where(metric), metric.definition, metric.formula)
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _where(metric: Metric) -> str:
+    """Where a number is written and shown, in Markdown."""
+    files = dict.fromkeys(f"`{FILES[when]}`" for when in metric.when if when in FILES and metric.path)
+    where = [", ".join(files)] if files else []
+    if files and metric.path != "{key}":
+        where[0] += f" as `{'/'.join(metric.keys('<layer>'))}`"
+    if metric.tag:
+        where.append(f"TensorBoard `{metric.tag_of('<layer>', False)}`")
+    if metric.tag_with_bn:
+        where.append(f"TensorBoard `{metric.tag_with_bn}` with BatchNorm")
+    if metric.words is not None:
+        where.append(f"console, as “{metric.words}”" if metric.words else "console")
+    return "; ".join([*where, *([metric.also] if metric.also else [])]) or "–"
+
+
+if __name__ == "__main__":
+    print(page(), end="")

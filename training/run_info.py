@@ -1,0 +1,58 @@
+"""What ``run.json`` says of a run: what ran, where, and on what."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from measuring import prunable
+from training import device
+from training.options import REPOSITORY, arguments
+
+
+def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -> dict[str, Any]:
+    """What ``run.json`` says of a run: its arguments, versions, device, processor, commit and parameters."""
+    weights = prunable(network)
+    prunable_weights = sum(weight.numel() for weight in weights.values())
+    return {
+        "format": 1,
+        "experiment": options.experiment,
+        "name": options.name,
+        "command": shlex.join(["python", *sys.argv]),
+        "arguments": arguments(options),
+        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
+        "device": device.name(options.device),
+        "cpu": processor(),
+        "git_commit": _git_commit(),
+        "parameters": {
+            "prunable": prunable_weights,
+            "others": sum(parameter.numel() for parameter in network.parameters()) - prunable_weights,
+            "layers": {name: list(weight.shape) for name, weight in weights.items()},
+        },
+    }
+
+
+def processor() -> str:
+    """The machine's CPU, with the number of its cores."""
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return f"{len(names)} cores of {names[0].split(':')[1].strip()}"
+    except (OSError, IndexError):
+        return platform.processor()
+
+
+def _git_commit() -> str | None:
+    """The commit that runs, with "+" behind it if files differ from it; None where that cannot be told."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=True, timeout=10)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -1,0 +1,26 @@
+"""The files of a test: ``test.json``, and ``rate-<LIF>-epoch-<epoch>.npy`` for each LIF layer."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from measuring.report import Report
+from training import files
+from training.files import json_files
+from training.metrics import TEST
+from training.recording import Recording
+
+
+def store(folder: Path, report: Report) -> None:
+    """Prints a test's results and stores them in the log folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    print("\n".join(report.lines()))
+    for name, rates in report.rates.items():
+        array = io.BytesIO()
+        np.save(array, rates.cpu().numpy())
+        files.write_whole(folder / f"rate-{name}-epoch-{report.epoch}.npy", array.getvalue())
+    record = Recording(TEST)
+    report.record(record)
+    json_files.write(folder / "test.json", record.content())
+    print(f"\nfiring rates of every neuron and test.json are in {folder}")
