@@ -186,6 +186,16 @@ def test_an_incomplete_epoch_is_not_in_the_results(tmp_path):
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_what_is_not_known_is_null_and_not_in_tensorboard(tmp_path, monkeypatch):
+    numbers = [Metric(key, "", (STEP,), "A number.", tag=key) for key in ("known", "unknown")]
+    monkeypatch.setattr(metrics, "METRICS", tuple(numbers))
+    with Recorder(tmp_path / "logs" / "x", {}) as recorder, recorder.step(7) as record:
+        record("known", 0.5)
+        record("unknown", None)
+    assert record.content() == {"known": 0.5, "unknown": None}
+    assert scalars(tmp_path)[0] == {"known": [(7, 0.5)]}
+
+
 def test_the_columns_of_a_grid_are_defined():
     defined = {metric.key for metric in METRICS if GRID in metric.when}
     assert set(entries._numbers({}, [])) <= defined

@@ -182,7 +182,7 @@ class Recorder:
 
     def _log(self, step: int, metric: Metric, value: Any, layer: str | None) -> None:
         tag = metric.tag_of(layer, self.batch_norm)
-        if not tag:
+        if not tag or value is None:
             return
         with self._naming():
             if metric.unit == DISTRIBUTION:
