@@ -237,7 +237,7 @@ TITLES = {
     EPOCH: "After every epoch",
     FULL: "After the first epoch and every `-i1` epochs",
     TEST: "A test (`-test`)",
-    REPORT: "The report (`python -m analysis.report`)",
+    REPORT: "The report (`python -m analysis.report …`)",
     GRID: "The outcome of a grid (`python -m reproduce … --outcome`)",
     EXPORT: "Exports and benchmarks",
 }
