@@ -190,6 +190,10 @@ def test_the_options_of_the_grid_are_listed(monkeypatch):
     assert set(table(TEXTS["docs/running.md"])) == set(defaults(made[0]))
 
 
+def test_the_formats_of_exports_are_listed():
+    assert re.findall(r"^\| `(\w+)` \|", TEXTS["docs/exporting.md"], re.MULTILINE) == list(analysis.export.WRITERS)
+
+
 # -- links, versions -----------------------------------------------------------------------------------
 
 
