@@ -3,7 +3,6 @@
 python -m analysis.report runs -o report.html
 """
 
-import base64
 import gc
 import math
 import multiprocessing
@@ -12,6 +11,7 @@ import signal
 import sys
 import threading
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from analysis.packages import imported
-from analysis.runs import CHECKPOINT, INFO, RESULTS, Run, find, short_names, weights_of
+from analysis.runs import CHECKPOINT, INFO, RESULTS, SavedRun, find, short_names, weights_of
 from measuring.report import percent
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
@@ -30,19 +30,18 @@ from training.files.json_files import nested, number, printable, shown
 if TYPE_CHECKING:
     from analysis.pictures import Picture
 
-COLUMNS = (
-    "run",
-    "mode",
-    "epochs",
-    "test accuracy",
-    "best",
-    "connectivity",
-    "connections",
-    "s/epoch",
-    "device",
-    "commit",
-)
-NUMERIC = {"epochs", "test accuracy", "best", "connectivity", "connections", "s/epoch"}
+COLUMNS = {  # of the table; how the page aligns them
+    "run": "text",
+    "mode": "text",
+    "epochs": "number",
+    "test accuracy": "number",
+    "best": "number",
+    "connectivity": "number",
+    "connections": "number",
+    "s/epoch": "number",
+    "device": "text",
+    "commit": "text",
+}
 EXPERIMENTS = {"mnist": "MNIST network", "c10": "CIFAR-10 network"}
 UNKNOWN = "–"
 
@@ -77,7 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def row(run: Run) -> dict[str, str]:
+def row(run: SavedRun) -> dict[str, str]:
     """The table's row of a run: its numbers as they are in the last line of ``results.jsonl``."""
 
     def share(key: str) -> str:
@@ -101,13 +100,14 @@ def row(run: Run) -> dict[str, str]:
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:
-    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in COLUMNS}
-    for cells in ({column: column for column in COLUMNS}, *rows):
-        aligned = (f"{cells[c]:>{widths[c]}}" if c in NUMERIC else f"{cells[c]:{widths[c]}}" for c in COLUMNS)
-        print("  ".join(aligned).rstrip())
+    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
+    widths = {column: max(len(line[column]) for line in lines) for column in COLUMNS}
+    for line in lines:
+        cells = (f"{line[c]:{'>' if kind == 'number' else '<'}{widths[c]}}" for c, kind in COLUMNS.items())
+        print("  ".join(cells).rstrip())
 
 
-def facts(run: Run) -> dict[str, str]:
+def facts(run: SavedRun) -> dict[str, str]:
     """What else the page says of a run: where it is, how it was made, what it is made of."""
     counts = [
         f"{int(value):,} {what}"
@@ -131,7 +131,7 @@ def facts(run: Run) -> dict[str, str]:
     return {key: printable(text) for key, text in texts.items() if text}
 
 
-def _section(run: Run) -> tuple[list["Picture"], list[str]]:
+def _section(run: SavedRun) -> tuple[list["Picture"], list[str]]:
     """The pictures of one run, and all its problems; in a process of its own."""
     from analysis import pictures
 
@@ -152,7 +152,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _sections(runs: Sequence[Run]) -> list[tuple[list["Picture"], list[str]]]:
+def _sections(runs: Sequence[SavedRun]) -> list[tuple[list["Picture"], list[str]]]:
     if not runs:
         return []
     workers = min(os.cpu_count() or 1, len(runs), 8)
@@ -163,13 +163,13 @@ def _sections(runs: Sequence[Run]) -> list[tuple[list["Picture"], list[str]]]:
         raise MemoryError("a process that was drawing pictures was killed") from None
 
 
-def _changed(run: Run) -> float:
+def _changed(run: SavedRun) -> float:
     """When the run's files changed last, in seconds; 0 for one without files."""
     paths = (run.logs / RESULTS, run.logs / INFO, run.models / CHECKPOINT)
     return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
-def page(runs: Sequence[Run], details: int) -> str:
+def page(runs: Sequence[SavedRun], details: int) -> str:
     """The HTML page of these runs; what is damaged in their checkpoints is added to their problems.
 
     The ``details`` runs that changed last have pictures of their own: to draw them takes nearly all of the time.
@@ -182,14 +182,14 @@ def page(runs: Sequence[Run], details: int) -> str:
         made, run.problems[:] = detailed.get(i, ([], run.problems))
         about = dict(id=f"run-{i + 1}", row=row(run), facts=facts(run), pictures=made, detailed=i in detailed)
         sections.append(about)
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[SavedRun]] = defaultdict(list)
     for run in runs:
-        groups.setdefault(run.experiment, []).append(run)
+        groups[run.experiment].append(run)
     comparisons = []
     for (experiment, dataset), members in groups.items():
         title = f"{EXPERIMENTS.get(experiment, experiment) or 'Unknown network'} on {dataset or 'unknown data'}"
         made = pictures.overall(members, short_names([run.name for run in members]))
-        comparisons.append(dict(title=printable(title), pictures=made))
+        comparisons.append({"title": printable(title), "pictures": made})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -197,18 +197,9 @@ def page(runs: Sequence[Run], details: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.jinja").render(
-        columns=COLUMNS,
-        numeric=NUMERIC,
-        sections=sections,
-        comparisons=comparisons,
-        problems=[printable(problem) for run in runs for problem in run.problems],
-        data_uri=_data_uri,
-    )
-
-
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    problems = [printable(problem) for run in runs for problem in run.problems]
+    template = environment.get_template("report.html.jinja")
+    return template.render(columns=COLUMNS, sections=sections, comparisons=comparisons, problems=problems)
 
 
 @command

@@ -2,12 +2,13 @@
 
 A run NAME under a dump folder D has its logs in ``D/logs/NAME`` (``results.jsonl``, one line per finished epoch, and
 ``run.json``) and its checkpoint in ``D/models/NAME``. Any of them may be missing; what is damaged is left out and
-named in :attr:`Run.problems`, so that one bad line never hides the other runs.
+named in :attr:`SavedRun.problems`, so that one bad line never hides the other runs.
 """
 
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ RESULTS, INFO, CHECKPOINT = "results.jsonl", "run.json", "checkpoint.pt"
 
 
 @dataclass
-class Run:
+class SavedRun:
     """One run as it is on disk.
 
     Attributes:
@@ -104,7 +105,7 @@ class Run:
         return measuring.Connections(*(int(sum(column)) for column in zip(*layers, strict=True)))
 
 
-def find(paths: Iterable[str | Path]) -> list[Run]:
+def find(paths: Iterable[str | Path]) -> list[SavedRun]:
     """Finds and reads the runs of dump folders and run folders, each once, sorted by name within a dump folder.
 
     A path is a dump folder (with ``logs`` or ``models`` in it), a folder of dump folders (as the default ``runs`` is),
@@ -130,12 +131,11 @@ def find(paths: Iterable[str | Path]) -> list[Run]:
                 f"and for {RESULTS}, {INFO} or {CHECKPOINT}"
             )
         places.update(found)
-    names = list(places.values())
-    runs = []
-    for (logs, models), name in places.items():
-        unique = name if names.count(name) == 1 else f"{logs.parent.parent}/{name}"
-        runs.append(read(unique, logs, models))
-    return runs
+    names = Counter(places.values())
+    return [
+        read(name if names[name] == 1 else f"{logs.parent.parent}/{name}", logs, models)
+        for (logs, models), name in places.items()
+    ]
 
 
 def _places(path: Path) -> dict[tuple[Path, Path], str]:
@@ -152,9 +152,9 @@ def _places(path: Path) -> dict[tuple[Path, Path], str]:
     return {(dump / "logs" / name, dump / "models" / name): name for name in names}
 
 
-def read(name: str, logs: Path, models: Path) -> Run:
+def read(name: str, logs: Path, models: Path) -> SavedRun:
     """Reads a run's ``run.json`` and ``results.jsonl``, whichever are there."""
-    run = Run(name, logs, models)
+    run = SavedRun(name, logs, models)
     try:
         run.info = read_object(logs / INFO) or {}
     except ValueError as error:
@@ -225,10 +225,10 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i] for i in chosen]
 
 
-def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
+def weights_of(run: SavedRun) -> tuple[int, dict[str, Tensor]]:
     """The checkpoint's epoch and its weights that can be pruned, by name; (0, {}) when there is none.
 
-    A damaged checkpoint is one more of :attr:`Run.problems`.
+    A damaged checkpoint is one more of :attr:`SavedRun.problems`.
     """
     if not (run.models / CHECKPOINT).is_file():
         return 0, {}
@@ -245,16 +245,6 @@ def weights_of(run: Run) -> tuple[int, dict[str, Tensor]]:
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
         run.problems.append(f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({reason(error)})")
         return 0, {}
-
-
-def fan_in(mask: Tensor) -> np.ndarray:
-    """Connected weights of every output, of a mask of neurons [out, in] or channels [out, in, kH, kW]; int64 [out]."""
-    return np.count_nonzero(mask.flatten(1).numpy(), axis=1)  # NumPy counts ten times as fast as torch
-
-
-def fan_out(mask: Tensor) -> np.ndarray:
-    """Connected weights of every input, of a mask of neurons [out, in] or channels [out, in, kH, kW]; int64 [in]."""
-    return np.count_nonzero(mask.numpy(), axis=tuple(dim for dim in range(mask.dim()) if dim != 1))
 
 
 _PART = re.compile(r"[A-Za-z_]+-\d+(?:\.\d+)?(?:e-?\d+)?(?=-|$)|[^-]+")

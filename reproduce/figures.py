@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis.pictures import COLOURS, DASHES, MARKERS, PUBLISHED, STYLE
+from analysis.pictures.drawing import COLOURS, DASHES, MARKERS, STYLE
+from analysis.pictures.published import PUBLISHED
 from reproduce.tables import Summary
 
 NEAR = 4  # points of accuracy: what the plane's second panel shows

@@ -91,7 +91,7 @@ def _check(record: dict[str, Any], row: Row) -> None:
             raise ValueError(f"its {key} is not a JSON object")
 
 
-def state(dump: Path, row: Row) -> runs.Run:
+def state(dump: Path, row: Row) -> runs.SavedRun:
     """What the row's run has logged so far."""
     return runs.read(row.name, dump / "logs" / row.name, dump / "models" / row.name)
 

@@ -18,7 +18,9 @@ import pytest
 import torch
 from report_runs import result, write_checkpoint, write_run, write_runs
 
+import measuring
 from analysis import pictures, report, runs
+from analysis.pictures import drawing, results, weights
 from training.errors import Refusal
 from training.files import json_files, storage
 
@@ -219,7 +221,9 @@ def test_numbers_are_numbers():
 
 def test_mode_and_experiment():
     def run(**arguments):
-        return runs.Run("x", Path(), Path(), {"experiment": "mnist", "arguments": {"dataset": "digits", **arguments}})
+        return runs.SavedRun(
+            "x", Path(), Path(), {"experiment": "mnist", "arguments": {"dataset": "digits", **arguments}}
+        )
 
     assert run(mode="grad", soft=False).mode == "grad"
     assert run(mode="deep", soft=True).mode == "soft deep"
@@ -247,22 +251,22 @@ def test_fan_in_and_fan_out_by_hand():
     weight = torch.tensor(
         [[0.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, -0.0], [1e-8, 3.0, 1.0, 0.0]]
     )  # [3 outputs, 4 inputs]
-    mask = runs.measuring.connected(weight)
-    assert runs.fan_in(mask).tolist() == [2, 0, 3]
-    assert runs.fan_out(mask).tolist() == [1, 2, 2, 0]
+    mask = measuring.connected(weight)
+    assert weights.fan_in(mask).tolist() == [2, 0, 3]
+    assert weights.fan_out(mask).tolist() == [1, 2, 2, 0]
     kernels = torch.zeros(2, 3, 2, 2, dtype=torch.bool)  # [out, in, kH, kW]
     kernels[0, 0] = True
     kernels[1, 0, 0, 1] = kernels[1, 2, 1, 1] = True
-    assert runs.fan_in(kernels).tolist() == [4, 2]
-    assert runs.fan_out(kernels).tolist() == [5, 0, 1]
+    assert weights.fan_in(kernels).tolist() == [4, 2]
+    assert weights.fan_out(kernels).tolist() == [5, 0, 1]
 
 
 def test_weights_of_a_checkpoint(dump):
     a, b, _ = runs.find([dump])
     assert runs.weights_of(a) == (0, {})
-    epoch, weights = runs.weights_of(b)
-    assert (epoch, list(weights)) == (2, ["static_fc.1.weight", "fc.1.weight"])
-    assert [int((w != 0).sum()) for w in weights.values()] == [1, 1]
+    epoch, tensors = runs.weights_of(b)
+    assert (epoch, list(tensors)) == (2, ["static_fc.1.weight", "fc.1.weight"])
+    assert [int((w != 0).sum()) for w in tensors.values()] == [1, 1]
     path = b.models / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:2000])
     assert runs.weights_of(b) == (0, {})
@@ -343,7 +347,7 @@ def test_what_is_not_known_is_a_dash(tmp_path):
 
 @pytest.fixture
 def style():
-    with matplotlib.rc_context(pictures.STYLE):
+    with matplotlib.rc_context(drawing.STYLE):
         yield
 
 
@@ -351,7 +355,7 @@ def style():
 def drawn(monkeypatch, style):
     """What the last picture's axes held: of each its title, its labels, and the points of its lines."""
     axes_of_last = []
-    picture = pictures._picture
+    picture = drawing.picture
 
     def capture(title, alt, caption, figure):
         axes_of_last[:] = [
@@ -365,33 +369,33 @@ def drawn(monkeypatch, style):
         ]
         return picture(title, alt, caption, figure)
 
-    monkeypatch.setattr(pictures, "_picture", capture)
+    monkeypatch.setattr(drawing, "picture", capture)
     return axes_of_last
 
 
 def run_of(lines, experiment="mnist", dataset="mnist"):
     info = {"experiment": experiment, "arguments": {"dataset": dataset}}
-    return runs.Run("x", Path(), Path(), info, lines)
+    return runs.SavedRun("x", Path(), Path(), info, lines)
 
 
 def test_curves_are_the_results(drawn):
     lines = [result(epoch, connectivity=0.5 / epoch, accuracy=0.3 * epoch, full=epoch != 2) for epoch in (1, 2, 3)]
     run = run_of(lines)
-    compared = pictures._compare([run], ["r"], "test_accuracy", "t", "test accuracy", "c")
+    compared = results.accuracy([run], ["r"])
     ((_, x, y, (line,)),) = drawn
     assert (x, y) == ("epoch", "test accuracy (%)")
     np.testing.assert_allclose(line, [[1, 30], [2, 60], [3, 90]])
     assert "r 90.00 %" in compared.alt
-    pictures._layers(run)
+    results.layers(run)
     ((_, _, y, points),) = drawn
     assert y == "connectivity (%)"
     for line, name in zip(points, ("static_fc.1.weight", "fc.1.weight"), strict=True):
         np.testing.assert_allclose(line[:, 1], [100 * entry["layers"][name]["connectivity"] for entry in lines])
-    pictures._layer_rewiring(run)
+    results.layer_rewiring(run)
     for (title, _, _, points), what in zip(drawn, ("pruned", "regrown"), strict=True):
         assert title == what
         np.testing.assert_array_equal(points[1][:, 1], [entry["layers"]["fc.1.weight"][what] for entry in lines])
-    pictures._neurons(run)
+    results.neurons(run)
     (_, _, y_rate, rates), (_, _, y_silent, silent) = drawn
     assert (y_rate, y_silent) == ("firing rate (spikes per time step)", "silent neurons (%)")
     recorded = [lines[0], lines[2]]
@@ -413,8 +417,8 @@ def test_a_run_that_diverged_has_its_pictures(recwarn):
     for entry in lines[0]["distributions"].values():
         entry["w"]["edges"][0] = nan
         entry["theta"]["counts"] = [0] * 64
-    weights = {"static_fc.1.weight": torch.full((800, 784), nan), "fc.1.weight": torch.zeros(10, 800)}
-    made = pictures.of_run(run_of(lines), 2, weights) + pictures.overall([run_of(lines), run_of(lines[:1])], ["r", "s"])
+    tensors = {"static_fc.1.weight": torch.full((800, 784), nan), "fc.1.weight": torch.zeros(10, 800)}
+    made = pictures.of_run(run_of(lines), 2, tensors) + pictures.overall([run_of(lines), run_of(lines[:1])], ["r", "s"])
     assert len(made) == 6 + 4
     assert "mean fan-in 784.0" in made[4].alt
     assert "unknown" in made[-2].alt
@@ -450,7 +454,7 @@ def test_values_that_are_no_text_and_no_number_are_not_shown(tmp_path):
 
 
 def test_density_by_hand():
-    edges, density = pictures._histogram({"w": {"edges": [0, 1, 3, 4], "counts": [2, 6, 0]}}, "w")
+    edges, density = weights._histogram({"w": {"edges": [0, 1, 3, 4], "counts": [2, 6, 0]}}, "w")
     assert edges.tolist() == [0, 1, 3, 4]
     np.testing.assert_array_equal(density, [0.25, 0.375, np.nan])  # 2 of 8 in a bin of width 1, 6 of 8 in one of 2
     for broken in (
@@ -465,7 +469,7 @@ def test_density_by_hand():
         {"counts": [1]},
         [],
     ):
-        assert pictures._histogram({"w": broken}, "w") is None
+        assert weights._histogram({"w": broken}, "w") is None
 
 
 def test_distributions_are_few_and_reach_from_first_to_last(drawn, tmp_path):
@@ -475,7 +479,7 @@ def test_distributions_are_few_and_reach_from_first_to_last(drawn, tmp_path):
     kept = [epoch for epoch in run.epochs if "distributions" in epoch]  # in memory: they are nearly all of a file
     assert [epoch["epoch"] for epoch in kept] == [1, 5, 11, 15, 19, 25, 29]
     assert kept == [lines[epoch["epoch"] - 1] for epoch in kept]
-    made = pictures._distributions(run)
+    made = weights.distributions(run)
     assert [title for title, *_ in drawn] == [
         f"{name}, {symbol}" for name in ("static_fc.1.weight", "fc.1.weight") for symbol in ("w", "θ")
     ]
@@ -485,7 +489,7 @@ def test_distributions_are_few_and_reach_from_first_to_last(drawn, tmp_path):
     for epoch in kept:
         for entry in epoch["distributions"].values():
             del entry["theta"]
-    made = pictures._distributions(run)
+    made = weights.distributions(run)
     assert len(drawn) == 2
     assert "θ" not in made.title + made.caption
 
@@ -508,7 +512,7 @@ def test_distributions_are_few_and_reach_from_first_to_last(drawn, tmp_path):
     ],
 )
 def test_published_points_belong_to_their_experiment(drawn, experiment, dataset, published):
-    made = pictures._plane([run_of([result(1, accuracy=0.9)], experiment, dataset)], ["mine"])
+    made = results.plane([run_of([result(1, accuracy=0.9)], experiment, dataset)], ["mine"])
     ((_, x, y, (mine, *others)),) = drawn
     assert (x, y) == ("connectivity (%), logarithmic", "test accuracy (%)")
     assert mine[0][1] == pytest.approx(90)
@@ -521,17 +525,17 @@ def test_published_points_belong_to_their_experiment(drawn, experiment, dataset,
 
 def test_the_accuracy_of_the_plane_is_of_the_same_epoch_as_its_connectivity(drawn):
     line = result(2) | {"test_accuracy": 0.5, "best_accuracy": 0.9, "connectivity": 0.25}
-    pictures._plane([run_of([result(1), line], dataset="digits")], ["mine"])
+    results.plane([run_of([result(1), line], dataset="digits")], ["mine"])
     np.testing.assert_allclose(drawn[0][3][0], [[25, 50]])
 
 
 def test_receptive_fields_by_hand(monkeypatch, style):
     shown = []
-    monkeypatch.setattr(pictures, "_image", lambda figure, axes, values, *_: shown.append(values))
+    monkeypatch.setattr(weights, "_image", lambda axes, values, *_: shown.append(values))
     weight = torch.zeros(40, 784)
     weight[:10, 2 * 28 + 5] = 0.5  # row 2, column 5
     weight[9, 783] = -1.0
-    made = pictures._receptive_fields("static_fc.1.weight", 3, weight)
+    made = weights.receptive_fields(3, {"static_fc.1.weight": weight})
     share, grid = shown
     assert share.shape == (28, 28)
     assert (share[2, 5], share[27, 27], share.sum()) == (25.0, 2.5, 27.5)  # per cent of the 40 hidden neurons
@@ -546,20 +550,20 @@ def test_a_picture_does_not_depend_on_those_before():
     """Figures are used again; nothing of one run may stay in the next one's."""
     few, many = (run_of([result(e, connectivity=0.3 / e, full=True) for e in range(1, n)]) for n in (3, 60))
     dense = run_of([result(e, connectivity=1.0, full=True) for e in range(1, 4)])
-    weights = {"fc.1.weight": torch.eye(10, 800)}
+    tensors = {"fc.1.weight": torch.eye(10, 800)}
 
     def svgs(run):
-        return [picture.svg for picture in pictures.of_run(run, 1, weights) + pictures.overall([run], ["r"])]
+        return [picture.svg for picture in pictures.of_run(run, 1, tensors) + pictures.overall([run], ["r"])]
 
     alone = []
     for run in (few, many, dense):
-        pictures._blank.cache_clear()
+        drawing._blank.cache_clear()
         alone.append(svgs(run))
     assert [svgs(run) for run in (many, few, dense, many)] == [alone[i] for i in (1, 0, 2, 1)]
 
 
 def test_runs_of_every_number_can_be_told_apart():
-    looks = [tuple(map(str, pictures._look(i).values())) for i in range(40)]
+    looks = [tuple(map(str, drawing.look(i).values())) for i in range(40)]
     assert len(set(looks)) == 40
 
 
