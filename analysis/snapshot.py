@@ -1,4 +1,4 @@
-"""A network as a run left it, without what training needs: its weights, and how to build it from them."""
+"""The network of a run at the end of an epoch: its weights, and what is needed to build it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,7 @@ NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 
 
 class Unreadable(Refusal, ValueError):
-    """A file or folder that is not what it should be, or is damaged; the text is one line that names it."""
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's text, for the errors that a damaged file raises in other libraries."""
-    if isinstance(error, KeyError):
-        return f"no {error}"
-    return checks.short((str(error) or type(error).__name__).splitlines()[0], 300)
+    """A file or folder that is damaged, or not one of this program; the message is one line that names it."""
 
 
 @dataclass(frozen=True)
@@ -141,5 +134,5 @@ def from_checkpoint(path: Path) -> Snapshot:
         snapshot.check()
         snapshot.network()
     except (storage.DamagedError, ValueError) as error:
-        raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({reason(error)})") from None
+        raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None
     return snapshot

@@ -55,8 +55,9 @@ from analysis.formats import npz
 from analysis.formats.nir import read_nir, write_nir
 from analysis.formats.npz import read_npz
 from analysis.formats.safetensors import read_safetensors, write_safetensors
-from analysis.snapshot import Snapshot, Unreadable, from_checkpoint, reason
+from analysis.snapshot import Snapshot, Unreadable, from_checkpoint
 from training.errors import Refusal
+from training.files import checks
 
 WRITERS: dict[str, Callable[[Snapshot], bytes]] = {
     "npz": partial(npz.write, "bitmap"),
@@ -81,10 +82,10 @@ def _reader(path: Path) -> Callable[[Path], Snapshot]:
 
 
 def read(path: Path) -> Snapshot:
-    """Reads an export or a checkpoint, told apart by their content. Nothing in a file is executed.
+    """Reads an export or a checkpoint; its first bytes say which. Nothing in a file is executed.
 
     Raises:
-        Unreadable: the file is damaged, or none of these.
+        Unreadable: the file is damaged, or neither.
         Refusal: a package that reads it is not installed.
         OSError: the file cannot be read.
     """
@@ -95,7 +96,7 @@ def read(path: Path) -> Snapshot:
         return read_format(path)
     except Refusal:
         raise
-    except Exception as error:  # what a damaged file raises is up to zipfile, NumPy, HDF5 and safetensors
+    except Exception as error:  # zipfile, NumPy, HDF5 and safetensors raise what they like
         if isinstance(error, OSError) and error.errno:
             raise
-        raise Unreadable(f"{path} is damaged or not an export of this program ({reason(error)})") from None
+        raise Unreadable(f"{path} is damaged or not an export of this program ({checks.reason(error)})") from None

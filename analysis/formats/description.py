@@ -1,4 +1,4 @@
-"""The description that every export carries, and the digest of what is in it: see :mod:`analysis.formats`."""
+"""The description and the digest that every export carries. See :mod:`analysis.formats`."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def _normalisation(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def digest(text: str, arrays: Mapping[str, NDArray]) -> str:
-    """SHA-256 of a description and of the arrays with it, as hexadecimal digits: see :mod:`analysis.formats`."""
+    """SHA-256 of a description and arrays, in hexadecimal digits. See :mod:`analysis.formats`."""
     content = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
         content.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
@@ -51,7 +51,7 @@ def digest(text: str, arrays: Mapping[str, NDArray]) -> str:
 
 
 def check_digest(text: str, arrays: Mapping[str, NDArray], sha256: str | None) -> None:
-    """Raises ValueError unless the digest that a file has, None in version 1, is that of its content."""
+    """Raises ValueError unless a file's digest fits its content; version 1 has none."""
     if sha256 is not None and digest(text, arrays) != sha256:
         raise ValueError("its content does not match its digest")
 
@@ -75,7 +75,7 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     """A snapshot without its tensors, and the layers, from an export's description.
 
     Args:
-        path: of the export, for the warning that it is of version 1.
+        path: the export, for the warning about version 1.
         text: the description.
         sha256: the digest beside it, None where there is none.
     """
@@ -99,7 +99,7 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     if description["version"] == 1:
         warnings.warn(
             f"{path} is an export of version 1, which has no digest: a changed byte may go unnoticed; "
-            "export the network again where its run is still there",
+            "if you still have the run, export it again",
             stacklevel=2,
         )
     return snapshot, description["layers"]

@@ -1,7 +1,7 @@
 """Reads a small HDF5 file in a process of its own: ``python hdf5.py FILE`` writes its datasets as an .npz.
 
-On a file with one wrong byte the HDF5 library may run for ever, take all memory, or crash. Here it has a second and
-256 MB to do it in, and it is asked to read only what is small, stored in this very file, and there as a whole.
+With a single wrong byte in a file, the HDF5 library may loop for ever, take all memory, or crash. Here its time and
+memory are limited, and it reads only datasets that are small, complete and in this file.
 """
 
 import io
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SECONDS = 1.0  # of processor time; the network takes 0.02
-WALL_SECONDS = 120.0  # for a process that does not even begin
+WALL_SECONDS = 120.0  # for a process that does not even start
 MEMORY = 1 << 28  # bytes beyond those of the Python process with h5py in it
 LINKS, DEPTH, BYTES = 100, 4, 1 << 24  # the network has some 45 names, 3 groups deep, and 2.6 MB
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32"}  # with their numbers in HDF5
@@ -85,7 +85,7 @@ def _datasets(path: str) -> dict[str, NDArray]:
 
 
 def _array(dataset: Any, name: str, limit: int) -> NDArray:
-    """A dataset of numbers or texts, once it is known to be stored as a whole, in no more than ``limit`` bytes."""
+    """Reads a dataset of numbers or texts, if all of it is in the file, and in no more than ``limit`` bytes."""
     import h5py
 
     if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or dataset.is_virtual or dataset.external:

@@ -1,4 +1,4 @@
-"""Files that survive what happens to files: written whole or not at all, and checked before use."""
+"""Safe files: written whole or not at all, and checked before use."""
 
 from training.files.writing import BINARY as BINARY
 from training.files.writing import check_replacing as check_replacing

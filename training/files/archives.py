@@ -1,4 +1,4 @@
-"""Checks what a zip archive (a checkpoint or an .npz file) says it holds, before anything in it is expanded.
+"""Checks what a zip archive (a checkpoint or an .npz file) declares, before anything in it is expanded.
 
 Every function raises ValueError with one line that says what is wrong; the caller names the file.
 """
@@ -27,17 +27,16 @@ END_RECORD, END_RECORD_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 def opened(
     file: BinaryIO, end: int | None = None, members: int = MEMBERS, expanded: int | None = None
 ) -> zipfile.ZipFile:
-    """Opens a zip archive whose declared sizes are bounded; nothing is expanded, and only its directory is read.
+    """Opens a zip archive if the sizes that it declares are bounded; reads only its directory.
 
-    Every reader of zip archives (zipfile, NumPy, torch) then finds the same members: there is one end, at the end,
-    and no name twice.
+    All readers of zip archives (zipfile, NumPy, torch) then find the same members: the directory is at the end, and no
+    name occurs twice.
 
     Args:
         file: open for reading; the caller closes it.
-        end: where the archive ends, if something that is no archive follows it; default: the file's end.
+        end: where the archive ends, if something else follows it; default: the file's end.
         members: how many there may be.
-        expanded: how many bytes all members together may have once they are expanded. None: none is compressed,
-            so that they have no more than the file.
+        expanded: how many bytes all members together may have once they are expanded. None: none may be compressed.
 
     Raises:
         ValueError: it is no such archive.
@@ -63,7 +62,7 @@ def opened(
 
 
 def _end_of_archive(file: BinaryIO, end: int) -> tuple[int, int]:
-    """The number of members and the length of the directory, as the records at the end declare them."""
+    """The number of members and the length of the directory, which the records at the end declare."""
     file.seek(max(end - 98, 0))
     tail = file.read(min(end, 98)).rjust(98, b"\0")
     wide, locator, record = tail[:56], tail[56:76], tail[76:]
@@ -78,7 +77,7 @@ def _end_of_archive(file: BinaryIO, end: int) -> tuple[int, int]:
     return count, directory
 
 
-# -- what torch.load would make of it --------------------------------------------------------------
+# -- what torch.load would make --------------------------------------------------------------------
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -100,12 +99,11 @@ OPCODES = """
 
 
 def check_pickled(archive: zipfile.ZipFile) -> None:
-    """Checks what torch.load would make of an archive, from what it declares, without making any tensor.
+    """Checks what torch.load would make of an archive, without making any tensor.
 
-    Accepted are numbers, texts, and dictionaries, lists and tuples of them and of dense tensors. Each tensor is
-    contiguous and has a storage of its own, which has the tensor's size. torch.load itself checks less: with
-    weights_only it makes subclasses, views, sparse, quantised and meta tensors and arrays of any length, and takes
-    the size of a storage from the pickle, whatever the file has of it.
+    Accepted are numbers, texts, dense tensors, and dictionaries, lists and tuples of them. Each tensor is contiguous
+    and has a storage of its own size. torch.load itself checks less: even with weights_only it makes subclasses, views,
+    sparse, quantised and meta tensors and arrays of any length, and believes the pickle about the size of a storage.
 
     Args:
         archive: from :func:`opened`, without compression.
@@ -165,7 +163,7 @@ class _State(OrderedDict):
 
 
 class _Declared(pickle.Unpickler):
-    """Unpickles with :class:`_Tensor` in the place of tensors, and nothing that is not listed here."""
+    """Unpickles with :class:`_Tensor` in the place of tensors; refuses everything that is not listed here."""
 
     def __init__(self, content: bytes, sizes: dict[str, int], folder: str):
         super().__init__(io.BytesIO(content))
@@ -215,7 +213,7 @@ class _Declared(pickle.Unpickler):
 
 
 def _check_nested(value: Any) -> None:
-    """Raises ValueError unless a value is nested plain data, without end and without an explosion of copies."""
+    """Raises ValueError unless a value is nested plain data of bounded size, and no tensor occurs twice."""
     waiting, items = [(value, 0)], 0
     seen: set[int] = set()
     while waiting:

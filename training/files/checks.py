@@ -1,9 +1,8 @@
 """What is accepted from a file: every reader asks here before it expands, allocates or uses anything.
 
-A file may come from a stranger or from a failing disk. So nothing in it is trusted: not the sizes that it
-declares, not the types, and not the values. Every function raises ValueError with one line that names what is
-wrong and says what is accepted; the caller names the file. On the way from a file to a network there are three
-steps:
+A file may come from a stranger or from a failing disk, so its sizes, types and values are all checked. Every function
+raises ValueError with one line that names what is wrong and says what is accepted; the caller names the file. From a
+file to a network there are three steps:
 
 1. :mod:`training.files.archives`, before a checkpoint or an .npz is opened: what it declares to hold.
 2. :func:`keys`, :func:`whole_number`, :func:`number`, :func:`text`: the fields, each of its type and in its range.
@@ -11,6 +10,7 @@ steps:
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -57,27 +57,34 @@ def time_steps(name: str, value: Any) -> int:
 
 
 def short(text: str, length: int = 100) -> str:
-    """The beginning of a text from a file, on one line, without what a terminal would obey."""
+    """The beginning of a text from a file, on one line, without control characters."""
     text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line that is never empty."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return short((text or type(error).__name__).splitlines()[0], 300)
 
 
 # -- tensors ---------------------------------------------------------------------------------------
 
 
 def tensor(name: str, value: Any, shape: Iterable[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``value``, if it is a plain tensor in memory that nothing but itself lives in.
+    """``value``, if it is a plain tensor with memory of its own.
 
-    Plain: of class Tensor or Parameter and no subclass, dense, on the CPU, contiguous, neither quantised nor the
-    conjugate or negative view of another; its storage holds its elements and nothing else. Floating-point elements
-    are finite.
+    Plain: of class Tensor or Parameter and no subclass, dense, on the CPU, contiguous, not quantised, and no view of
+    another tensor. Its storage holds its elements and nothing else. Floating-point elements are finite.
 
     Args:
         name: for the message.
         shape, dtype: what it has to have; None accepts any.
 
     Raises:
-        ValueError: it is not; the message says in what it differs.
+        ValueError: it is not; the message says how it differs.
     """
     if type(value) not in (Tensor, nn.Parameter):
         raise ValueError(f"{name} is of type {type(value).__name__}, not a tensor")
@@ -98,15 +105,15 @@ def tensor(name: str, value: Any, shape: Iterable[int] | None = None, dtype: tor
 
 
 def tensors(name: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Checks a network's state, or any tensors by name, against those that there should be.
+    """Checks a network's state, or any tensors by name.
 
     Args:
         name: of the whole, for the message.
         found: from a file.
-        expected: their names, shapes and dtypes; tensors on the device meta will do.
+        expected: tensors of the right names, shapes and dtypes, perhaps on the device meta.
 
     Raises:
-        ValueError: a name is missing or unknown, two names share their memory, or :func:`tensor` refuses one.
+        ValueError: a name is missing or unknown, two tensors share their memory, or :func:`tensor` refuses one.
     """
     keys(name, found, expected)
     owners: dict[int, str] = {}

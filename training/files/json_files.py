@@ -1,15 +1,15 @@
-"""JSON files: written whole, and read where they may be damaged or a stranger's, of bounded size and any content."""
+"""JSON files: written whole, and read where they may be damaged or come from a stranger; their size is bounded."""
 
 import json
 import math
-import os
 import stat
 from pathlib import Path
 from typing import Any
 
+from training.files.checks import reason as reason
 from training.files.writing import write_whole
 
-LARGEST = 1 << 24  # bytes of a JSON file or a line, many times what any run writes
+LARGEST = 1 << 24  # bytes of a file or a line, many times what any run writes
 
 
 def nested(entry: Any, *keys: str) -> dict[str, Any] | None:
@@ -29,12 +29,12 @@ def number(entry: Any, *keys: str) -> float:
 
 
 def printable(text: str) -> str:
-    """The text with what neither XML, a terminal nor UTF-8 can show replaced."""
+    """Replaces the characters that XML, a terminal or UTF-8 cannot show."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def shown(value: Any, most: int = 200) -> str:
-    """A text or a number as it is shown, cut to ``most`` characters; empty for anything else."""
+    """A text or a number to display, cut to ``most`` characters; empty for anything else."""
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
         return ""
     text = printable(str(value))
@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     """Reads a JSON object from a file; None where there is no file.
 
     Raises:
-        ValueError: it cannot be read, or holds something else; the text is the reason.
+        ValueError: it cannot be read or holds something else; the message is the reason.
     """
     try:
         return parse_object(read_file(path))
@@ -79,13 +79,6 @@ def parse_object(content: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's text, never empty."""
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def write(path: Path, content: Any) -> None:

@@ -11,22 +11,21 @@ import filelock
 
 from training import files
 
-# The errors of file systems and systems without locks.
+# The errors where there are no locks.
 NO_LOCKS = {getattr(errno, name) for name in ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL", "EPERM")}
 
 
 class Lock:
-    """Keeps a folder to one process, from :meth:`acquire` to :meth:`release` or the process's end, however it ends.
+    """Keeps a folder to one process, from :meth:`acquire` until :meth:`release` or the end of the process.
 
-    Where the folder's file system has no locks, a file in this machine's temporary folder is locked instead, and a
-    warning says that this does not keep out processes on other machines. If that fails too, it says that nothing is
-    locked.
+    Where the folder's file system has no locks, a file in this machine's temporary folder is locked instead. A warning
+    then says that processes on other machines are not kept out or, if that fails too, that nothing is locked.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "lock"
         self.descriptor: int | None = None
-        self.in_folder = False  # whether it is the folder's own file that is locked
+        self.in_folder = False  # whether the locked file is the folder's own
 
     def acquire(self) -> bool:
         """Takes the lock; False if another process, or another Lock of this one, has it.

@@ -1,7 +1,7 @@
-"""Saved states: written completely or not at all, in the background, and verified when they are read.
+"""Stores states: written completely or not at all, in the background, and verified when they are read.
 
-A stored file is a torch.save archive with a footer of fixed length behind it: the format, the number of
-bytes before the footer, and their SHA-256. ``torch.load`` reads such a file as if the footer were not there.
+A file is an archive of torch.save, followed by a footer of fixed length: the format, the number of bytes before the
+footer, and their SHA-256. ``torch.load`` ignores the footer.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
 
 
 class DamagedError(Exception):
-    """A file is not what was written to it, or was never written here; its text says what shows that."""
+    """A file was changed, or not written by this program; the message says how that shows."""
 
 
 class _HashingFile:
-    """What torch.save writes to: a file descriptor, with the count and the digest of the bytes written."""
+    """A file for torch.save to write to, which counts and digests the bytes."""
 
     def __init__(self, descriptor: int):
         self.descriptor, self.bytes, self.digest = descriptor, 0, hashlib.sha256()
@@ -63,7 +63,7 @@ def write(path: Path, state: Any) -> None:
     written completely: the new file takes its name only once all of it is on the disk.
 
     Raises:
-        OSError: the file cannot be written; what was stored before is as it was.
+        OSError: the file cannot be written; the last state can still be read.
     """
     temporary = temporary_of(path)
     try:
@@ -97,15 +97,14 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def read(path: Path, verify: bool = True) -> Any:
-    """Reads what :func:`write` stored, on the CPU, once its digest is verified.
+    """Verifies the digest of what :func:`write` stored, and reads it to the CPU.
 
-    Only plain tensors, numbers, texts and containers of them are read, and only once the sizes that they declare
-    are found to be those of the file (see :mod:`training.files.archives`): no code in it can run.
-    Without ``verify`` only the file's length is checked, and tensors are read from the disk as they are
-    used: for a quick look at some of them.
+    No code in the file can run: only plain tensors, numbers, texts and containers of them are read, and only after
+    the sizes that they declare were checked (see :mod:`training.files.archives`). Without ``verify``, for a quick look,
+    only the file's length is checked, and tensors are read from the disk when they are used.
 
     Raises:
-        DamagedError: the file is torn, changed, no regular file, or was not written by :func:`write`.
+        DamagedError: the file is cut short, changed, no regular file, or was not written by :func:`write`.
         OSError: the file cannot be read.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
@@ -131,21 +130,17 @@ def read(path: Path, verify: bool = True) -> Any:
             file.seek(0)
             return torch.load(file if verify else path, map_location="cpu", weights_only=True, mmap=not verify)
         except Exception as error:  # what is not an archive of plain data is refused by zipfile, pickle or torch
-            raise DamagedError(f"its content is not accepted ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return checks.short((str(error) or type(error).__name__).splitlines()[0].split(". ")[0], 300)
+            raise DamagedError(f"its content is not accepted ({checks.reason(error).split('. ')[0]})") from None
 
 
 def newest(path: Path) -> tuple[Any, list[str]]:
-    """Reads the newest good one of what :func:`write` stored last in ``path`` and before that.
+    """Reads ``path`` or, if it is damaged or missing, :func:`previous_of` it.
 
     Returns:
-        The state, None if nothing was ever stored, and what is wrong with files that were passed over.
+        The state, None if nothing was ever stored, and what is wrong with a file that was passed over.
 
     Raises:
-        DamagedError: something was stored, but nothing good is left; the text names each file.
+        DamagedError: no good file is left; the message names each.
     """
     complaints = []
     for candidate in (path, previous_of(path)):
@@ -161,7 +156,7 @@ def newest(path: Path) -> tuple[Any, list[str]]:
 
 
 def _copy(value: Any, into: Any) -> Any:
-    """Copies a state of nested containers to the CPU; tensors into those of ``into`` where they fit."""
+    """Copies nested containers to the CPU; where tensors of ``into`` have the right shape, into those."""
     if isinstance(value, Tensor):
         value = value.detach()
         if isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype:
@@ -178,9 +173,9 @@ def _copy(value: Any, into: Any) -> Any:
 
 
 class Writer:
-    """Stores states in the background: the caller waits only while a state is copied.
+    """Stores states in the background, one at a time: the caller waits only while a state is copied.
 
-    One state is written at a time. A failure is raised by the next call, once.
+    If that fails, the next call raises the error, once.
     """
 
     def __init__(self, path: Path):
@@ -190,16 +185,16 @@ class Writer:
         self._copied: Any = None
 
     def submit(self, state: Any, logs: Iterable[Path] = ()) -> None:
-        """Copies ``state`` and has it written, after the ``logs`` that it counts on are on the disk.
+        """Copies ``state`` and starts to write it, once the ``logs`` that belong to it are on the disk.
 
         Raises:
-            OSError: the state before could not be written.
+            OSError: the state before this one could not be written.
         """
         self.wait()
         self._copied = _copy(state, self._copied)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies to pinned memory do not wait
-        # a daemon: a process that is told to stop at once does not wait for it
+        # a daemon: a process that has to stop at once does not wait for it
         self._thread = threading.Thread(
             target=self._write, args=(self._copied, list(logs)), name="checkpoint writer", daemon=True
         )

@@ -1,7 +1,6 @@
-"""Files on any file system: written whole or not at all, synced where possible, and named when something fails.
+"""Writes files whole or not at all, on any file system.
 
-Not every file system can do all that is asked of it here. What only makes a file safer is then left out, with one
-line that says so; what a file needs raises an OSError that names it.
+Where a file system cannot sync, one warning says so. Where a file cannot be written, an OSError names it.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WINDOWS = os.name == "nt"
-# The errors of file systems for a request that they do not know or do not allow.
+# The errors of a file system that does not support a request.
 UNSUPPORTED = {
     getattr(errno, name)
     for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EPERM", "EACCES", "EBADF", "EISDIR", "ENOTTY", "EROFS")
@@ -29,7 +28,7 @@ _told: set[str] = set()
 
 
 def warn_once(what: str, message: str) -> None:
-    """Prints a warning, the first of its kind in this process."""
+    """Prints a warning, once for each ``what`` in this process."""
     if what not in _told:
         _told.add(what)
         print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -37,7 +36,7 @@ def warn_once(what: str, message: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Raises an OSError of its body as one that names the file, with the system's reason."""
+    """Adds the file's name to an OSError from its body."""
     try:
         yield
     except OSError as error:
@@ -45,7 +44,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path, with the home folder in the place of a leading ``~`` or ``~user``.
+    """Replaces a leading ``~`` or ``~user`` by the home folder.
 
     Raises:
         ValueError: there is no such home folder.
@@ -56,12 +55,25 @@ def expanded(path: str | Path) -> Path:
         raise ValueError(f"{path} begins with ~, but there is no such home folder") from None
 
 
-def sync(descriptor: int, path: Path) -> None:
-    """Makes an open file or folder survive a loss of power, if its file system can do that; else warns once."""
+@contextlib.contextmanager
+def _where_supported(path: Path) -> Iterator[None]:
+    """Makes one warning of the errors of a file system that cannot sync."""
     try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
-        _unsynced(path, error)
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(
+            "sync",
+            f"{path} cannot be synced ({os.strerror(error.errno)}): files there are written whole, but a loss of power "
+            "may cost the newest; a folder on a local disk keeps them",
+        )
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Makes an open file survive a loss of power, where the file system can."""
+    with _where_supported(path):
+        os.fsync(descriptor)
 
 
 def sync_file(path: Path) -> None:
@@ -74,32 +86,19 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a loss of power, where the file system can; else warns once."""
+    """Makes the names in a folder survive a loss of power, where the file system can."""
     if WINDOWS:
         return  # folders cannot be opened there
-    try:
+    with _where_supported(folder):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        _unsynced(folder, error)
-        return
-    try:
-        sync(descriptor, folder)
-    finally:
-        os.close(descriptor)
-
-
-def _unsynced(path: Path, error: OSError) -> None:
-    if error.errno not in UNSUPPORTED:
-        raise error
-    warn_once(
-        "sync",
-        f"{path} cannot be synced ({os.strerror(error.errno)}): files there are written whole, but a loss of power "
-        "may cost the newest; a folder on a local disk keeps them",
-    )
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace(source: Path, target: Path) -> None:
-    """os.replace; on Windows it waits a while if another process has the target open."""
+    """os.replace, which on Windows waits a while for another process that has the target open."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -112,7 +111,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 class _Replacement:
-    """A file to be replaced, and the temporary file, made here, that gives it its content."""
+    """A file to replace, and the temporary file for its new content."""
 
     def __init__(self, path: Path, parents: bool = False, ours: bool = False):
         with naming(path):
@@ -153,19 +152,19 @@ class _Replacement:
 
 @contextlib.contextmanager
 def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator[Path]:
-    """Yields a temporary file, empty at first; at the end its content becomes that of ``path``, all of it or nothing.
+    """Yields an empty temporary file, which replaces ``path`` at the end; on an error ``path`` is unchanged.
 
-    A link stays a link: the file that it leads to is replaced. A file that is not regular (a pipe, a device such as
-    /dev/null) stays what it is, and the content is written to it.
+    A link stays a link: the file that it leads to is replaced. The content is written into a file that is not regular
+    (a pipe, a device such as /dev/null).
 
     Args:
         path: the file to write.
         parents: make the folders above it that are missing.
-        ours: it is in a folder of ours, where one process writes at a time. Such a folder may come from somebody else:
-            a link or a pipe in it is not followed, but replaced like any file.
+        ours: it is in a folder that only this program writes to, one process at a time. The folder may be a
+            stranger's: links and pipes in it are replaced, never followed.
 
     Raises:
-        OSError: it cannot be written (found at the beginning if possible); it names ``path``.
+        OSError: it cannot be written, which shows at the beginning if possible; it names ``path``.
     """
     replacement = _Replacement(path, parents, ours)
     try:
@@ -182,10 +181,10 @@ def check_replacing(path: Path, parents: bool = False) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a small file of a folder of ours, a text in UTF-8, complete or not at all.
+    """Writes a small file in a folder of ours; a text in UTF-8.
 
     Raises:
-        OSError: it cannot be written; it names ``path``, which is as it was.
+        OSError: it cannot be written; it names ``path``, whose content is unchanged.
     """
     with replacing(path, ours=True) as temporary, naming(path):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
