@@ -12,7 +12,7 @@ from spiking import SpikingNetwork
 
 @dataclass(frozen=True)
 class Report:
-    """What a test finds out; every number by :meth:`lines` to read and by :meth:`record` to go on with.
+    """What a test finds out; :meth:`lines` gives every number to read, :meth:`record` to store.
 
     Attributes:
         epoch: how many epochs the network was trained.
@@ -123,7 +123,7 @@ def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]],
 
     Raises:
         ValueError: the network's operations cannot be counted, see :class:`measuring.energy.OperationCounter`,
-            or its layers are no chain, see :func:`training.paths.structural`.
+            or its layers are no chain, see :func:`measuring.paths.structural`.
     """
     with energy.OperationCounter(network) as counter:
         evaluation = measuring.evaluate(network, batches)

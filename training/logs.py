@@ -23,7 +23,7 @@ def log_files(folder: Path) -> list[Path]:
     """The files of a log folder that grow while a run goes on.
 
     Raises:
-        OSError: one of them is a link, or no regular file: what is cut and grows must be in the folder.
+        OSError: one of them is a link, or no regular file: the run would cut and write what is not in the folder.
     """
     paths = [path for path in sorted(folder.glob("*")) if is_log(path.name) and not stat.S_ISDIR(path.lstat().st_mode)]
     for path in paths:
@@ -33,7 +33,7 @@ def log_files(folder: Path) -> list[Path]:
 
 
 def rewind(folder: Path, lengths: dict[str, int]) -> None:
-    """Cuts the log files to the lengths that a checkpoint knows: what was logged after it goes."""
+    """Cuts the log files to the lengths that a checkpoint knows, and removes the files that are newer."""
     for path in log_files(folder):
         if path.name not in lengths:
             path.unlink()

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from measuring.energy import PICOJOULES_PER_AC as AC
 from measuring.energy import PICOJOULES_PER_MAC as MAC
 from measuring.report import percent
+from training.logs import RESULTS
 
 # when a number is recorded, or what shows it
 STEP, EPOCH, FULL, TEST, REPORT, GRID, EXPORT = "step", "epoch", "full", "test", "report", "grid", "export"
-FILES = {EPOCH: "results.jsonl", FULL: "results.jsonl", TEST: "test.json", REPORT: "report.html", GRID: "rows.csv"}
+FILES = {EPOCH: RESULTS, FULL: RESULTS, TEST: "test.json", REPORT: "report.html", GRID: "rows.csv"}
 SHARE, SECONDS, DISTRIBUTION = "share", "s", "distribution"  # units that are written in a way of their own
 FORMATS = {SHARE: percent, SECONDS: lambda seconds: f"{seconds:.1f} s"}
 LAYERS, NEURONS, DISTRIBUTIONS = "layers/{layer}/{key}", "neurons/{layer}/{key}", "distributions/{layer}/{key}"
@@ -96,21 +97,21 @@ METRICS: tuple[Metric, ...] = (
            "max over epochs of test_accuracy", words="best", also="report"),
     # the accuracy of a test
     Metric("accuracy", SHARE, (TEST,), "Accuracy on the test images, as test_accuracy.", "right / images",
-           also="printed"),
+           also="`-test`"),
     Metric("accuracy_interval", SHARE, (TEST,), "Wilson's 95 % score interval of the accuracy p of n images (Wilson "
-           "1927): its two ends.", "(p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96", also="printed"),
-    Metric("right", "images", (TEST,), "Test images classified correctly.", also="printed"),
-    Metric("images", "images", (TEST,), "All test images.", also="printed"),
+           "1927): its two ends.", "(p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96", also="`-test`"),
+    Metric("right", "images", (TEST,), "Test images classified correctly.", also="`-test`"),
+    Metric("images", "images", (TEST,), "All test images.", also="`-test`"),
     Metric("confusion", "images", (TEST,), "How many images of class i were taken for class j.",
-           "C[i, j] = #{label i, prediction j}", also="printed"),
+           "C[i, j] = #{label i, prediction j}", also="`-test`"),
     Metric("right, last column", SHARE, (TEST,), "Share of a class's images classified correctly.",
-           "C[i, i] / Σ_j C[i, j]", path="", also="printed"),
+           "C[i, i] / Σ_j C[i, j]", path="", also="`-test`"),
     # connections
     Metric("sparsity", SHARE, (EPOCH, TEST), "Share of prunable weights that are pruned.", "1 − connectivity",
-           tag="sparsity", tag_with_bn="sparsity/without bn", words="sparsity", also="printed"),
+           tag="sparsity", tag_with_bn="sparsity/without bn", words="sparsity", also="`-test`"),
     Metric("connectivity", SHARE, (EPOCH, TEST, GRID), "Share of prunable weights that are connected.",
            "#{w ≠ 0} / #w", tag="connectivity", words="connectivity",
-           also="`epochs.csv`, `table.md`, printed, report"),
+           also="`epochs.csv`, `table.md`, `-test`, report"),
     Metric("sparsity_with_bn", SHARE, (EPOCH,), "Sparsity with the parameters that are never pruned, such as "
            "BatchNorm's, counted as connected.", "#{w = 0} / (#w + #others)", tag_with_bn="sparsity/with bn"),
     Metric("connectivity_with_bn", SHARE, (EPOCH,), "Connectivity with the parameters that are never pruned counted as "
@@ -118,26 +119,26 @@ METRICS: tuple[Metric, ...] = (
     Metric("structural_connectivity", SHARE, (TEST, GRID), "Share of prunable weights that are connected and lie on "
            "some path from an input to an output through connected weights. The path's units are neurons of linear "
            "layers and channels of convolutions.",
-           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w", also="printed"),
+           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w", also="`-test`"),
     Metric("of the connected", SHARE, (TEST,), "Share of the connected weights that lie on such a path.",
-           "structural / connected", path="", also="printed"),
+           "structural / connected", path="", also="`-test`"),
     Metric("pruned", "weights", (EPOCH,), "Connections of the previous epoch that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", also="`epochs.csv`, report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the previous epoch did not have.",
            "#{w(e−1) = 0, w(e) ≠ 0}", also="`epochs.csv`, report"),
     Metric("layer_sparsity", SHARE, (TEST,), "Sparsity of the layer.", "1 − connectivity", "layer_sparsity/{layer}"),
     Metric("connected", "weights", (EPOCH, TEST), "Connected weights of the layer.", "#{w ≠ 0}", LAYERS,
-           also="printed, report, export"),
+           also="`-test`, report, export"),
     Metric("structural", "weights", (TEST,), "Connected weights of the layer that lie on a path from an input to an "
-           "output.", "structural_connectivity · #w", LAYERS, also="printed"),
+           "output.", "structural_connectivity · #w", LAYERS, also="`-test`"),
     Metric("weights", "weights", (EPOCH, TEST), "Prunable weights of the layer.", "#w", LAYERS,
-           also="printed, report, export"),
+           also="`-test`, report, export"),
     Metric("sparsity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are pruned.", "1 − connectivity",
-           LAYERS, tag="layer sparsity/{layer}", also="printed"),
+           LAYERS, tag="layer sparsity/{layer}", also="`-test`"),
     Metric("connectivity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are connected.", "#{w ≠ 0} / #w",
-           LAYERS, also="printed, report"),
+           LAYERS, also="`-test`, report"),
     Metric("structural_connectivity", SHARE, (TEST,), "Share of the layer's weights that are connected and lie on a "
-           "path from an input to an output.", "structural / #w", LAYERS, also="printed"),
+           "path from an input to an output.", "structural / #w", LAYERS, also="`-test`"),
     Metric("pruned", "weights", (EPOCH,), "Connections that the layer had in the previous epoch and that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", LAYERS, tag="prune_cnt/{layer}", also="report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the layer did not have in the previous epoch.",
@@ -159,32 +160,33 @@ METRICS: tuple[Metric, ...] = (
     # neurons and distributions
     Metric("firing_rate", "spikes", (FULL, TEST), "Spikes per neuron, image and time step of the LIF layer on the test "
            "set.", "spikes / (neurons · images · T)", NEURONS, tag="avg_firing_rate/{layer}", optional=True,
-           also="printed, report; of each neuron in `rate-<layer>-epoch-<epoch>.npy` after a test"),
+           also="`-test`, report; of each neuron in `rate-<layer>-epoch-<epoch>.npy` after a test"),
     Metric("silent", SHARE, (FULL, TEST), "Share of the LIF layer's neurons without a spike on the whole test set.",
-           "#{spikes = 0} / neurons", NEURONS, tag="nonfire_prop/{layer}", optional=True, also="printed, report"),
+           "#{spikes = 0} / neurons", NEURONS, tag="nonfire_prop/{layer}", optional=True, also="`-test`, report"),
     Metric("w", DISTRIBUTION, (FULL,), "Distribution of the layer's weights w: `edges` of the bins, `counts` between "
-           "them.", "counts_i = #{edge_i ≤ w < edge_(i+1)}", DISTRIBUTIONS, tag="{layer}-w", optional=True),
+           "them.", "counts_i = #{edge_i ≤ w < edge_(i+1)}", DISTRIBUTIONS, tag="{layer}-w", optional=True,
+           also="report, as density"),
     Metric("theta", DISTRIBUTION, (FULL,), "Distribution of the layer's synaptic parameters θ, where the method has "
-           "them.", "as of w", DISTRIBUTIONS, tag="{layer}-theta", optional=True),
+           "them.", "as of w", DISTRIBUTIONS, tag="{layer}-theta", optional=True, also="report, as density"),
     # the operations of a test
     Metric("kind", "", (TEST,), "What the layer's operations are: MAC, multiply-accumulates, in the first layer, which "
            "takes real numbers and runs once per image; SynOp, synaptic operations, in all others.", "–",
-           "operations/{layer}/kind", also="printed"),
+           "operations/{layer}/kind", also="`-test`"),
     Metric("operations_pruned", "per image", (TEST,), "SynOps: for every spike that arrives at the layer, the "
            "connected weights that it meets; weights of 0 and padding cost nothing. MACs: every input value times the "
            "connected weights that it meets.",
            "SynOps: Σ_i spikes_i · fan-out_i / images; MACs: Σ_i fan-out_i", "operations/{layer}/pruned",
-           also="printed"),
+           also="`-test`"),
     Metric("operations_dense", "per image", (TEST,), "The same spikes and input values, with every weight connected.",
-           "the same, with all weights in fan-out_i", "operations/{layer}/dense", also="printed, as all connected"),
+           "the same, with all weights in fan-out_i", "operations/{layer}/dense", also="`-test`, as “all connected”"),
     Metric("energy_pruned", "pJ per image", (TEST,), "Energy of this arithmetic, 32-bit float, 45 nm, without memory "
            f"access: {AC:g} pJ per accumulate, {MAC:g} pJ per multiply-accumulate (M. Horowitz, \"Computing's energy "
            "problem (and what we can do about it)\", ISSCC 2014).", f"{MAC:g} · MACs + {AC:g} · SynOps",
-           "energy/pruned", also="printed"),
+           "energy/pruned", also="`-test`"),
     Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.",
-           f"{MAC:g} · MACs + {AC:g} · SynOps", "energy/dense", also="printed, as all connected"),
+           f"{MAC:g} · MACs + {AC:g} · SynOps", "energy/dense", also="`-test`, as “all connected”"),
     Metric("of all", SHARE, (TEST,), "Operations or energy of the pruned network, as a share of the dense one's.",
-           "pruned / dense", path="", also="printed"),
+           "pruned / dense", path="", also="`-test`"),
     # shown by other commands, from what the above recorded
     Metric("density of w and θ", "per unit of value", (REPORT,), "The distributions of w and θ as the report draws "
            "them.", "counts_i / (Σ counts · (edge_(i+1) − edge_i))"),
@@ -254,14 +256,15 @@ TensorBoard, a percentage on the console.
 Console, `results.jsonl`, TensorBoard, `-test` and the report show the same numbers for the same epoch (a test compares
 them). An epoch's number says how many epochs are finished; a step's number says how many updates came before it.
 
-In a path or tag, `<layer>` is the name of a weight, as `fc.1.weight`, or of a LIF layer, as `fc.0`. A path names the
-keys of nested JSON objects, the outermost first.
+Under *where*, a file has the number under its name, or under the path that is given: the keys of nested JSON objects,
+the outermost first. `<layer>` is the name of a weight, such as `fc.1.weight`, or of a LIF layer, such as `fc.0`.
+*Console* is the line after an epoch; `-test` and *report* are what these commands show.
 """
 NOTES = {
-    TEST: "`test.json` has those of the numbers above that name it, too; what is *printed* is on the console.",
-    GRID: "`rows.csv` has those of the numbers above that name it, too, after the row's last epoch. `epochs.csv`, "
-    "`epochs.png` and `rewiring.png` show numbers after each epoch of a row; rows that were finished before that "
-    "file existed are not in it, nor in these figures.",
+    TEST: "`test.json` also has the numbers above that name it.",
+    GRID: "`rows.csv` also has the numbers above that name it, after the row's last epoch. `epochs.csv`, `epochs.png` "
+    "and `rewiring.png` show numbers after each epoch of a row, without the rows that were finished before `epochs.csv`"
+    " existed.",
 }
 
 

@@ -116,7 +116,7 @@ class Recorder:
     Args:
         folder: the log folder.
         lengths: of the log files at the checkpoint from which the run goes on, as :meth:`lengths` gave
-            them; what an interrupted run logged after it is taken back, to be logged again.
+            them; what an interrupted run logged after it is removed, and logged again.
         batch_norm: whether the network has parameters that are never pruned; some tags depend on it.
 
     Raises:
@@ -163,7 +163,7 @@ class Recorder:
                 rest = rest[file.write(rest) :]
 
     def recording(self, step: int, *moments: str) -> Recording:
-        """Of numbers that TensorBoard has as soon as they are recorded."""
+        """A recording that sends each number to TensorBoard at once."""
         return Recording(*moments, write=functools.partial(self._log, step))
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 from measuring.report import Report
 from training import files
 from training.files import json_files
-from training.metrics import TEST
+from training.metrics import FILES, TEST
 from training.recording import Recording
 
 
@@ -22,5 +22,5 @@ def store(folder: Path, report: Report) -> None:
         files.write_whole(folder / f"rate-{name}-epoch-{report.epoch}.npy", array.getvalue())
     record = Recording(TEST)
     report.record(record)
-    json_files.write(folder / "test.json", record.content())
-    print(f"\nfiring rates of every neuron and test.json are in {folder}")
+    json_files.write(folder / FILES[TEST], record.content())
+    print(f"\nfiring rates of every neuron and {FILES[TEST]} are in {folder}")
