@@ -132,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"its network  {dense:>11,} bytes  dense")
     print(f"the export   {size:>11,} bytes  {100 * size / dense:.1f} % of the network: {output}")
     if options.check:
-        dataset = data.load(snapshot.dataset, options.dataset_dir)
+        dataset = snapshot.source.load(options.dataset_dir)
         experiment = snapshot.about
-        normalisation = data.Normalisation(experiment.mean, experiment.std, torch.device("cpu"))
+        normalisation = snapshot.source.normalisation(torch.device("cpu"))
         test_set = data.TestBatches(dataset.test, experiment.test_batch_size, normalisation)
         differing, counted = differing_counts(snapshot.network(), load_pruned(output), test_set)
         print(f"{differing} of {counted} spike counts differ on the {len(dataset.test)} test images")

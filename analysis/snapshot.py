@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import measuring
 from analysis.experiments import EXPERIMENTS
 from spiking import LIFNode, SpikingNetwork
+from training.data.dataset import DataSource
 from training.defaults import torch_defaults
 from training.errors import Refusal
 from training.experiment import Experiment
@@ -43,12 +44,17 @@ class Snapshot:
     def about(self) -> Experiment:
         return EXPERIMENTS[self.experiment]
 
+    @property
+    def source(self) -> DataSource:
+        return self.about.dataset(self.dataset)
+
     def check(self) -> None:
         """Raises ValueError unless everything but the state is of its type and in its range."""
         if type(self.experiment) is not str or self.experiment not in EXPERIMENTS:
             raise ValueError(f"experiment is {str(self.experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
-        if type(self.dataset) is not str or self.dataset not in self.about.datasets:
-            raise ValueError(f"dataset is {str(self.dataset)[:100]!r}, not one of {', '.join(self.about.datasets)}")
+        datasets = [source.name for source in self.about.datasets]
+        if type(self.dataset) is not str or self.dataset not in datasets:
+            raise ValueError(f"dataset is {str(self.dataset)[:100]!r}, not one of {', '.join(datasets)}")
         checks.time_steps("T", self.T)
         checks.text("run", self.run)
         checks.whole_number("epoch", self.epoch)

@@ -47,10 +47,11 @@ class Execution:
         torch.manual_seed(seed)
         self.network, self.device, self.precision = experiment.network(T, step_mode).to(device), device, precision
         self.network.fused = fused
-        normalisation = data.Normalisation(experiment.mean, experiment.std, device)
+        source = experiment.datasets[0]
+        normalisation = source.normalisation(device)
         generator = torch.Generator().manual_seed(0)
         self.batches = loader or data.TrainingBatches(
-            dataset.train.to(device), batch_size, experiment.augmentation, normalisation, generator, fused=fused
+            dataset.train.to(device), batch_size, source.augmentation, normalisation, generator, fused=fused
         )
         self.test_set = data.TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
         optimizers = grad_r(self.network, fused, device)
@@ -81,7 +82,7 @@ class Execution:
 def torchvision_loader(dataset: data.Dataset, batch_size: int) -> DataLoader:
     """The plain way: per-image transforms of PIL images in two worker processes."""
     move = transforms.RandomAffine(degrees=30, translate=(0.15, 0.15), scale=(0.85, 1.11))
-    to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(MNIST.mean, MNIST.std)
+    to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(MNIST.datasets[0].mean, MNIST.datasets[0].std)
     transform = transforms.Compose([transforms.ToPILImage(), move, to_tensor, normalise])
 
     class Transformed(TensorDataset):

@@ -21,7 +21,6 @@ from analysis.packages import imported
 from analysis.sparse import BLOCK, event_driven
 from benchmarks.tables import in_turns, mnist_images, parser, run, table
 from mnist.model import MnistNet
-from training import data
 from training.command_line import command, file_path
 
 MNIST = EXPERIMENTS["mnist"]
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     imported("scipy.sparse", "this benchmark")
 
     def measure() -> list[dict]:
-        images = data.Normalisation(MNIST.mean, MNIST.std, CPU)(mnist_images(options.dataset_dir).test.images)
+        images = MNIST.datasets[0].normalisation(CPU)(mnist_images(options.dataset_dir).test.images)
         networks = {f"random, {100 * s:.0f} %": random_network(s) for s in SPARSITIES}
         networks |= {path.name: load_pruned(path) for path in options.runs}
         tables = bench_networks(networks, images, options.rounds)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from analysis.experiments import EXPERIMENTS
 from training import data
 from training.command_line import Parser, check_output, file_path, folder_path, output_file, whole_number
 from training.run_info import processor
@@ -63,7 +64,7 @@ def noise(n: int, shape: tuple[int, ...], generator: torch.Generator) -> data.Sp
 def mnist_images(folder: Path | None) -> data.Dataset:
     """Real MNIST, or noise of its size: speed does not depend on the pixels."""
     if folder:
-        return data.load("mnist", folder)
+        return EXPERIMENTS["mnist"].datasets[0].load(folder)
     generator = torch.Generator().manual_seed(0)
     return data.Dataset(*(noise(n, (1, 28, 28), generator) for n in (60_000, 10_000)))
 

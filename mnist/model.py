@@ -1,4 +1,4 @@
-"""The MNIST network: a spiking multilayer perceptron, 784-800-10."""
+"""The MNIST network: a spiking multilayer perceptron, 784-800-10 as published."""
 
 import torch
 from spikingjelly.activation_based import layer
@@ -10,16 +10,21 @@ from spiking_kernels import proof
 
 
 class MnistNet(SpikingNetwork):
-    """Maps images [N, 1, 28, 28] to spike counts [N, 10]; no biases. See :class:`spiking.SpikingNetwork`."""
+    """Maps images [N, 1, 28, 28] to spike counts [N, 10]; no biases.
 
-    def __init__(self, T: int = 8, step_mode: str = "m"):
+    Args:
+        T, step_mode: see :class:`spiking.SpikingNetwork`.
+        width: number of hidden neurons.
+    """
+
+    def __init__(self, T: int = 8, step_mode: str = "m", width: int = 800):
         super().__init__(T, step_mode)
-        self.static_fc = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 800, bias=False))
-        self.fc = nn.Sequential(lif(), layer.Linear(800, 10, bias=False), lif())
+        self.static_fc = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, width, bias=False))
+        self.fc = nn.Sequential(lif(), layer.Linear(width, 10, bias=False), lif())
         self.step_mode = step_mode
 
     def static(self, images: Tensor) -> Tensor:
-        return self.static_fc(images)  # [N, 800]
+        return self.static_fc(images)  # [N, width]
 
     def spiking(self, current: Tensor) -> Tensor:
         return self.fc(current)

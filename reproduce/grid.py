@@ -37,7 +37,7 @@ class Row:
     @cached_property
     def name(self) -> str:
         """Of the run's folders; rows that differ in the number of epochs only share it."""
-        return run_name(self.options, EXPERIMENTS[self.experiment])
+        return run_name(self.options)
 
     @property
     def epochs(self) -> int:

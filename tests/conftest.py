@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from analysis.experiments import EXPERIMENTS
+from c10 import c10
+from c10.data import CLASSES
+from c10.model import Cifar10Net
 from mnist import mnist
-from training.data import CIFAR10_CLASSES
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -75,7 +79,7 @@ def cifar_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def write_class_folders(folder: Path, classes=CIFAR10_CLASSES, size: int = 32) -> None:
+def write_class_folders(folder: Path, classes=CLASSES, size: int = 32) -> None:
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
         for number, name in enumerate(classes):
@@ -112,4 +116,7 @@ def form(request) -> str:
 @pytest.fixture
 def narrow(monkeypatch):
     """The CIFAR-10 network with 8 channels instead of 256."""
-    monkeypatch.setattr("c10.model.WIDTH", 8)
+    experiment = replace(c10.EXPERIMENT, width=8)
+    monkeypatch.setattr(c10, "EXPERIMENT", experiment)
+    monkeypatch.setitem(EXPERIMENTS, "c10", experiment)
+    monkeypatch.setattr(Cifar10Net.__init__, "__defaults__", (8, "m", 8))

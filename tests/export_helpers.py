@@ -66,7 +66,7 @@ def old_network() -> MnistNet:
 def snapshot_of(network: SpikingNetwork) -> Snapshot:
     experiment = "mnist" if isinstance(network, MnistNet) else "c10"
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return Snapshot(experiment, EXPERIMENTS[experiment].datasets[0], network.T, "a-run", 3, state)
+    return Snapshot(experiment, EXPERIMENTS[experiment].datasets[0].name, network.T, "a-run", 3, state)
 
 
 def images_for(network: SpikingNetwork, n: int = 16) -> torch.Tensor:
@@ -85,7 +85,7 @@ def assert_same_counts(one, other, n: int = 16) -> None:
 def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run") -> Path:
     """The checkpoint of a run, as training leaves it."""
     experiment = "mnist" if isinstance(network, MnistNet) else "c10"
-    arguments = {"experiment": experiment, "dataset": EXPERIMENTS[experiment].datasets[0], "T": network.T}
+    arguments = {"experiment": experiment, "dataset": EXPERIMENTS[experiment].datasets[0].name, "T": network.T}
     path = folder / "models" / name / "checkpoint.pt"
     path.parent.mkdir(parents=True)
     (folder / "logs" / name).mkdir(parents=True)

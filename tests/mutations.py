@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from export_helpers import OLD_EXPORTS, old_network
 
-import c10.model
 import measuring
 from analysis import formats
 from analysis.experiments import EXPERIMENTS
 from analysis.formats import nir
 from analysis.formats.description import digest
 from analysis.snapshot import Snapshot
+from c10.model import Cifar10Net
 from spiking import SpikingNetwork
 from training.files import storage
 
@@ -45,11 +45,12 @@ def a_network(experiment: str) -> SpikingNetwork:
 @contextlib.contextmanager
 def narrow() -> Iterator[None]:
     """The CIFAR-10 network with 4 channels instead of 256."""
-    width, c10.model.WIDTH = c10.model.WIDTH, 4
+    made = Cifar10Net.__init__
+    defaults, made.__defaults__ = made.__defaults__, (8, "m", 4)
     try:
         yield
     finally:
-        c10.model.WIDTH = width
+        made.__defaults__ = defaults
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def contents(form: str) -> list[tuple[SpikingNetwork, bytes]]:
     found = []
     for experiment in ("mnist",) if form == "nir" else ("mnist", "c10"):
         network = a_network(experiment)
-        dataset = EXPERIMENTS[experiment].datasets[0]
+        dataset = EXPERIMENTS[experiment].datasets[0].name
         snapshot = Snapshot(experiment, dataset, network.T, "a-run", 3, dict(network.state_dict()))
         if form == "checkpoint":
             arguments = {"experiment": experiment, "dataset": dataset, "T": network.T}

@@ -496,7 +496,7 @@ def test_a_checkpoint_from_before_an_option_goes_on_as_its_default(run, tmp_path
     run(*GRAD, "-N", "1", dump=tmp_path / "parts")
     path = the_checkpoint(tmp_path / "parts")
     state = storage.newest(path)[0]
-    for option in ("plain_gradient", "recipe", "connectivity"):
+    for option in ("plain_gradient", "recipe", "connectivity", "width"):
         del state["arguments"][option]
     del state["optimizers"][0]["param_groups"][0]["plain_gradient"]
     del state["optimizers"][0]["param_groups"][0]["prune"]

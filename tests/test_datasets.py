@@ -4,20 +4,25 @@ import gzip
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import write_class_folders
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
-from training import datasets
+from c10.data import CIFAR10, CLASSES
+from mnist.data import DIGITS, MNIST
+from training.data import Dataset, Split
 from training.errors import Refusal
+
+SOURCES = {source.name: source for source in (MNIST, DIGITS, CIFAR10)}
 
 
 def test_mnist_is_what_the_files_hold(mnist_folder):
-    dataset = datasets.load("mnist", mnist_folder)
+    dataset = MNIST.load(mnist_folder)
     raw = mnist_folder / "MNIST" / "raw"
     for split, part, n in ((dataset.train, "train", 40), (dataset.test, "t10k", 20)):
         assert split.images.shape == (n, 1, 28, 28)
@@ -26,7 +31,7 @@ def test_mnist_is_what_the_files_hold(mnist_folder):
 
 
 def test_real_mnist(real_data):
-    dataset = datasets.load("mnist", real_data)
+    dataset = MNIST.load(real_data)
     assert dataset.train.images.shape == (60_000, 1, 28, 28)
     assert dataset.test.images.shape == (10_000, 1, 28, 28)
     assert dataset.train.labels[:5].tolist() == [5, 0, 4, 1, 9]
@@ -36,7 +41,7 @@ def test_digits_are_scikit_learns_with_a_fixed_split(tmp_path):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    dataset = datasets.load("digits", tmp_path)
+    dataset = DIGITS.load(tmp_path)
     assert (len(dataset.train), len(dataset.test)) == (1498, 299)
     assert dataset.train.images.shape[1:] == (1, 28, 28)
     assert dataset.train.images.dtype == torch.uint8
@@ -48,11 +53,11 @@ def test_digits_are_scikit_learns_with_a_fixed_split(tmp_path):
         expected = small[:, 4 * rows : 4 * (rows + 1)].mean((1, 2))
         assert (large - expected).abs().max() < 12
     assert dataset.train.images.max() == 255
-    assert datasets.load("digits", tmp_path).fingerprint() == dataset.fingerprint()
+    assert DIGITS.load(tmp_path).fingerprint() == dataset.fingerprint()
 
 
 def test_class_folders(cifar_folder):
-    dataset = datasets.load("cifar10", cifar_folder)
+    dataset = CIFAR10.load(cifar_folder)
     for split, part in ((dataset.train, "train"), (dataset.test, "test")):
         assert split.images.shape == (10, 3, 32, 32)
         assert split.labels.tolist() == list(range(10))
@@ -63,13 +68,13 @@ def test_class_folders(cifar_folder):
 def test_data_are_on_the_cpu_whatever_torchs_default(cifar_folder, mnist_folder):
     for name, folder in (("cifar10", cifar_folder), ("mnist", mnist_folder), ("digits", mnist_folder)):
         with torch.device("meta"):
-            dataset = datasets.load(name, folder)
+            dataset = SOURCES[name].load(folder)
         for split in (dataset.train, dataset.test):
             assert (split.images.device.type, split.labels.device.type) == ("cpu", "cpu")
 
 
 def test_cifar10_by_torchvision(tmp_path, monkeypatch):
-    class Fake(CIFAR10):
+    class Fake(torchvision.datasets.CIFAR10):
         def __init__(self, root, train, download):
             assert (root, download) == (tmp_path, True)
             n = 4 if train else 2
@@ -77,7 +82,7 @@ def test_cifar10_by_torchvision(tmp_path, monkeypatch):
             self.targets = list(range(n))
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    dataset = datasets.load("cifar10", tmp_path)
+    dataset = CIFAR10.load(tmp_path)
     assert dataset.train.images.shape == (4, 3, 32, 32)
     assert torch.equal(dataset.train.images[1, 2], torch.from_numpy(Fake(tmp_path, True, True).data[1, :, :, 2]))
     assert dataset.test.labels.tolist() == [0, 1]
@@ -90,7 +95,7 @@ def test_data_that_cannot_be_had_are_refused_with_the_ways_out(tmp_path, monkeyp
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(Refusal) as refusal:
-        datasets.load(name, tmp_path)
+        SOURCES[name].load(tmp_path)
     text = str(refusal.value)
     assert "--dataset-dir" in text
     assert str(tmp_path) in text
@@ -100,26 +105,26 @@ def test_data_that_cannot_be_had_are_refused_with_the_ways_out(tmp_path, monkeyp
 
 
 def test_class_folders_that_are_not_cifar10_are_refused(tmp_path):
-    names = [*datasets.CIFAR10_CLASSES[:9], "lorry"]
+    names = [*CLASSES[:9], "lorry"]
     write_class_folders(tmp_path / "names", names)
-    with pytest.raises(Refusal, match=r"must hold CIFAR-10's ten class folders.*truck.*found: .*lorry"):
-        datasets.load("cifar10", tmp_path / "names")
+    with pytest.raises(Refusal, match=r"must hold the 10 class folders .*truck.*found: .*lorry"):
+        CIFAR10.load(tmp_path / "names")
     write_class_folders(tmp_path / "sizes", size=33)
     with pytest.raises(Refusal, match=r"0000\.\w+ cannot be read as .*: it is 33x33, not 32x32"):
-        datasets.load("cifar10", tmp_path / "sizes")
+        CIFAR10.load(tmp_path / "sizes")
     write_class_folders(tmp_path / "no test")
     shutil.rmtree(tmp_path / "no test" / "test")
-    with pytest.raises(Refusal, match=r"test must hold CIFAR-10's ten class folders.*found: none"):
-        datasets.load("cifar10", tmp_path / "no test")
+    with pytest.raises(Refusal, match=r"test must hold the 10 class folders .*found: none"):
+        CIFAR10.load(tmp_path / "no test")
     write_class_folders(tmp_path / "damaged")
     (tmp_path / "damaged" / "train" / "cat" / "0001.png").write_bytes(b"not an image")
     with pytest.raises(Refusal, match=r"0001.png cannot be read as .*: it is damaged, or neither PNG nor JPEG"):
-        datasets.load("cifar10", tmp_path / "damaged")
+        CIFAR10.load(tmp_path / "damaged")
     for part in ("train", "test"):
-        for name in datasets.CIFAR10_CLASSES:
+        for name in CLASSES:
             (tmp_path / "empty" / part / name).mkdir(parents=True)
     with pytest.raises(Refusal, match="holds no PNG or JPEG images"):
-        datasets.load("cifar10", tmp_path / "empty")
+        CIFAR10.load(tmp_path / "empty")
 
 
 HTML = b"<!DOCTYPE html><html>Moved</html>"
@@ -152,7 +157,7 @@ def test_files_in_place_of_mnists_are_refused_by_name(mnist_folder, tmp_path, fi
     path = folder / "MNIST" / "raw" / f"t10k-{file}-ubyte"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(Refusal, match="--dataset-dir") as refusal:
-        datasets.load("mnist", folder)
+        MNIST.load(folder)
     text = str(refusal.value)
     assert reason in text
     assert "\n" not in text
@@ -166,14 +171,14 @@ def test_files_that_are_not_as_published_are_named(tmp_path, monkeypatch):
         raise AssertionError  # which has no text
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    raw, base = tmp_path / "MNIST" / "raw", tmp_path / CIFAR10.base_folder
+    raw, base = tmp_path / "MNIST" / "raw", tmp_path / torchvision.datasets.CIFAR10.base_folder
     raw.mkdir(parents=True)
     base.mkdir()
     (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"odd"))
     (base / "data_batch_3").write_bytes(HTML)
     for name, path in (("mnist", raw / "train-images-idx3-ubyte.gz"), ("cifar10", base / "data_batch_3")):
         with pytest.raises(Refusal) as refusal:
-            datasets.load(name, tmp_path)
+            SOURCES[name].load(tmp_path)
         assert f"({path} not as published; AssertionError)" in str(refusal.value)
 
 
@@ -186,12 +191,14 @@ def test_a_pickle_that_is_not_cifar10s_is_never_opened(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    base = tmp_path / CIFAR10.base_folder
+    base = tmp_path / torchvision.datasets.CIFAR10.base_folder
     base.mkdir()
-    for name in [name for name, _ in CIFAR10.train_list + CIFAR10.test_list] + ["batches.meta"]:
+    for name in [
+        name for name, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list
+    ] + ["batches.meta"]:
         (base / name).write_bytes(pickle.dumps(Code()))
     with pytest.raises(Refusal, match=r"data_batch_1.*batches\.meta not as published"):
-        datasets.load("cifar10", tmp_path)
+        CIFAR10.load(tmp_path)
     assert not (tmp_path / "has run").exists()
 
 
@@ -209,33 +216,33 @@ def test_no_image_of_a_class_folder_is_left_out_in_silence(tmp_path, name, reaso
     for harmless in ("._0000.png", ".DS_Store", "notes.txt"):
         (folder / harmless).write_text("no image")
     (tmp_path / "train" / ".cache").mkdir()
-    assert len(datasets.load("cifar10", tmp_path).test) == 10
+    assert len(CIFAR10.load(tmp_path).test) == 10
     (folder / name).mkdir() if name == "more" else (folder / name).write_bytes(b"BM")
     with pytest.raises(Refusal, match=f"argument --dataset-dir: .*{reason}"):
-        datasets.load("cifar10", tmp_path)
+        CIFAR10.load(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_refused(cifar_folder, monkeypatch):
     def forbidden(self):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(datasets.Path, "iterdir", forbidden)
+    monkeypatch.setattr(Path, "iterdir", forbidden)
     with pytest.raises(Refusal, match=r"--dataset-dir: .* cannot be read: .*Permission denied"):
-        datasets.load("cifar10", cifar_folder)
+        CIFAR10.load(cifar_folder)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_a_folder_that_may_not_even_be_looked_into_is_refused(tmp_path, name):
     folder = tmp_path / ("x" * 300)  # as without permission, the system answers with an error, to whomever
     with pytest.raises(Refusal, match=r"argument --dataset-dir: .*x{300}"):
-        datasets.load(name, folder)
+        SOURCES[name].load(folder)
 
 
 def test_fingerprints_tell_data_sets_apart(mnist_folder):
-    dataset = datasets.load("mnist", mnist_folder)
+    dataset = MNIST.load(mnist_folder)
     images = dataset.test.images.clone()
     images[3, 0, 5, 5] ^= 1
-    changed = datasets.Dataset(dataset.train, datasets.Split(images, dataset.test.labels))
+    changed = Dataset(dataset.train, Split(images, dataset.test.labels))
     labels = dataset.train.labels.flip(0)
-    relabelled = datasets.Dataset(datasets.Split(dataset.train.images, labels), dataset.test)
+    relabelled = Dataset(Split(dataset.train.images, labels), dataset.test)
     assert len({d.fingerprint() for d in (dataset, changed, relabelled)}) == 3

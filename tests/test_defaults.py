@@ -12,6 +12,7 @@ from analysis.export import export, load_pruned
 from analysis.snapshot import from_checkpoint
 from analysis.sparse import event_driven
 from mnist import mnist
+from mnist.data import MNIST
 from mnist.model import MnistNet
 from training import data
 from training.command_line import command
@@ -99,7 +100,7 @@ def test_batches_and_what_a_network_makes_of_them(kind, fused):
     def results():
         normalise = data.Normalisation((0.1307,), (0.3081,), torch.device("cpu"))
         generator = torch.Generator("cpu").manual_seed(3)
-        batches = data.TrainingBatches(split, 8, mnist.EXPERIMENT.augmentation, normalise, generator, fused=fused)
+        batches = data.TrainingBatches(split, 8, MNIST.augmentation, normalise, generator, fused=fused)
         made = list(batches)
         network.zero_grad()
         with measuring.SpikeCounter(network) as spikes:

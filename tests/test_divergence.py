@@ -7,10 +7,9 @@ import torch
 from run_helpers import load, results, same
 from torch import nn
 
-from mnist import mnist
+from mnist.data import MNIST
 from mnist.model import MnistNet
-from training.data import Normalisation, TrainingBatches
-from training.data import load as load_data
+from training.data import TrainingBatches
 from training.divergence import FiniteCheck
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8", "-N", "3"]
@@ -100,9 +99,8 @@ def test_a_run_that_diverges_stops_before_its_last_good_checkpoint(
     kept = json.loads(path.read_text())
     # the indices are those of the third batch of the second epoch
     generator = torch.Generator().manual_seed(2020)
-    recipe = mnist.EXPERIMENT
-    data = load_data("mnist", mnist_folder).train
-    batches = TrainingBatches(data, 8, recipe.augmentation, Normalisation(recipe.mean, recipe.std, CPU), generator)
+    data = MNIST.load(mnist_folder).train
+    batches = TrainingBatches(data, 8, MNIST.augmentation, MNIST.normalisation(CPU), generator)
     for _ in range(2):
         images = [labels for _, labels in batches]
     assert kept["indices"] == batches.indices(2).tolist()

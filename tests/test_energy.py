@@ -10,7 +10,6 @@ from spikingjelly.activation_based import functional, layer
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 from torch import nn
 
-import c10.model
 import measuring
 import spiking_kernels
 from c10.model import Cifar10Net
@@ -241,9 +240,8 @@ def test_spikes_in_bfloat16_are_counted_exactly(step_mode):
 
 
 @modes
-def test_operations_of_a_narrow_cifar10_network(monkeypatch, step_mode):
-    monkeypatch.setattr(c10.model, "WIDTH", 4)
-    network = prune(Cifar10Net(2, step_mode), 0.5, 1).double()
+def test_operations_of_a_narrow_cifar10_network(step_mode):
+    network = prune(Cifar10Net(2, step_mode, width=4), 0.5, 1).double()
     images = grid_images(2, 3, 32, 32).double()
     expected = expected_operations(network, lambda net: (net.static_conv, [*net.conv, *net.fc]), images)
     operations = counted(network, [images]).operations()

@@ -13,11 +13,10 @@ from torch import nn
 
 import measuring
 from c10.model import Cifar10Net
-from mnist.mnist import EXPERIMENT
+from mnist.data import MNIST
 from mnist.model import MnistNet
 from spiking import StepwiseBatchNorm2d
-from training.data import Normalisation, load
-from training.optimizers import build
+from training.methods import METHODS
 
 UNIT = 2.0**-24  # of rounding, in float32
 
@@ -251,8 +250,8 @@ def mnist_network(facts, execution="m"):
 
 
 def mnist_batches(facts, real_data):
-    train = load("mnist", real_data).train
-    normalise = Normalisation(EXPERIMENT.mean, EXPERIMENT.std, torch.device("cpu"))
+    train = MNIST.load(real_data).train
+    normalise = MNIST.normalisation(torch.device("cpu"))
     return ((normalise(train.images[index]), train.labels[index]) for index in torch.tensor(facts["idx"]))
 
 
@@ -292,7 +291,7 @@ def test_golden_mnist_training(golden, real_data, mode, execution):
         compile=execution == "fused",
         device=torch.device("cpu"),
     )
-    optimizers = build(network, options)
+    optimizers = METHODS[options.mode].build(network, options)
     losses = []
     for images, labels in mnist_batches(facts, real_data):
         counts = network(images)

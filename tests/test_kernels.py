@@ -15,9 +15,11 @@ import spiking_kernels
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from mnist import mnist
+from mnist.data import MNIST
 from spiking import lif
 from spiking_kernels import build
 from training import data
+from training.options import parse
 
 needs_kernels = pytest.mark.skipif(
     spiking_kernels.unavailable() is not None, reason=f"no fused kernels: {spiking_kernels.unavailable()}"
@@ -70,10 +72,10 @@ def test_lif_linear_lif(T, n, h, o):
 @pytest.mark.parametrize("size", [28, 17])
 def test_affine_lookup_is_bitwise_the_plain_path(size):
     images = torch.randint(0, 256, (300, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    matrices = mnist.EXPERIMENT.augmentation.draw(images, torch.Generator().manual_seed(1))
+    matrices = MNIST.augmentation.draw(images, torch.Generator().manual_seed(1))
     index = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:128]
     normalise = data.Normalisation((0.1307,), (0.3081,), torch.device("cpu"))
-    expected = normalise(mnist.EXPERIMENT.augmentation.apply(images[index], matrices[:128]))
+    expected = normalise(MNIST.augmentation.apply(images[index], matrices[:128]))
     assert torch.equal(spiking_kernels.affine_lookup(images, index, matrices[:128], normalise.table()), expected)
 
 
@@ -87,7 +89,7 @@ def test_fused_batches_are_bitwise_the_plain_ones(monkeypatch):
     epochs = []
     for fused in (True, False):
         generator = torch.Generator().manual_seed(3)
-        batches = data.TrainingBatches(split, 8, mnist.EXPERIMENT.augmentation, normalise, generator, fused=fused)
+        batches = data.TrainingBatches(split, 8, MNIST.augmentation, normalise, generator, fused=fused)
         epochs.append([*batches, *batches])
     assert len(calls) == 12
     for (x, y), (a, b) in zip(*epochs, strict=True):
@@ -831,7 +833,7 @@ def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
     for cached in (build.library, build.unavailable):
         cached.cache_clear()
     try:
-        options = mnist.parse(mnist.EXPERIMENT, ["--dump-dir", str(tmp_path / "runs")])
+        options = parse(mnist.EXPERIMENT, ["--dump-dir", str(tmp_path / "runs")])
         assert not options.compile
         out = capsys.readouterr().out
         assert out.splitlines()[-1] == (

@@ -33,14 +33,8 @@ CIFAR10_KEYS = [
 
 def narrow_cifar10(step_mode, seed=0):
     """The CIFAR-10 network with 8 channels instead of 256, and weights that make all layers spike."""
-    import c10.model
-
-    width, c10.model.WIDTH = c10.model.WIDTH, 8
-    try:
-        torch.manual_seed(seed)
-        network = Cifar10Net(T=4, step_mode=step_mode)
-    finally:
-        c10.model.WIDTH = width
+    torch.manual_seed(seed)
+    network = Cifar10Net(T=4, step_mode=step_mode, width=8)
     with torch.no_grad():
         network.fc[2].weight *= 12
         network.fc[4].weight *= 12

@@ -36,10 +36,32 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     common |= dict(compile=spiking_kernels.unavailable() is None)
     common |= dict(dataset_dir=tmp_path / "data", device=torch.device("cpu"))
     for recipe, own in (
-        (MNIST, dict(batch_size=128, epoch=512, interval_test=32, dataset="mnist", name="lr-1e-4-b-128-T-8-no_prune")),
-        (C10, dict(batch_size=16, epoch=2048, interval_test=128, dataset="cifar10", name="lr-1e-4-b-16-T-8-no_prune")),
+        (
+            MNIST,
+            dict(
+                batch_size=128,
+                epoch=512,
+                interval_test=32,
+                width=800,
+                dataset="mnist",
+                name="lr-1e-4-b-128-T-8-no_prune",
+            ),
+        ),
+        (
+            C10,
+            dict(
+                batch_size=16,
+                epoch=2048,
+                interval_test=128,
+                width=256,
+                dataset="cifar10",
+                name="lr-1e-4-b-16-T-8-no_prune",
+            ),
+        ),
     ):
-        assert vars(parse(recipe, [])) == {
+        options = vars(parse(recipe, []))
+        del options["defaults"]
+        assert options == {
             **common,
             **own,
             "experiment": recipe.name,
@@ -101,6 +123,17 @@ def test_both_spellings(run_options):
         (
             "--recipe fast -m grad --connectivity 0.05 -s 0.8 -lr 1e-3",
             "lr-1e-3-b-512-T-8-connectivity-5e-2-s-0.8-grad-fast-N-20",
+        ),
+        ("--width 64", "lr-1e-4-b-128-T-8-no_prune-width-64"),
+        ("--width 800", "lr-1e-4-b-128-T-8-no_prune"),
+        ("--dataset digits --width 64", "lr-1e-4-b-128-T-8-no_prune-digits-width-64"),
+        (
+            "-m deep -s 0.9 -temperature 1e-3 --seed 3 --precision bf16",
+            "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-deep-seed-3-temperature-1e-3-bf16",
+        ),
+        (
+            "-m grad -s 0.9 --plain-gradient --seed 3",
+            "lr-1e-4-b-128-T-8-penalty-1e-3-s-0.9-grad-plain-gradient-seed-3",
         ),
         ("--seed 7 --dataset digits", "lr-1e-4-b-128-T-8-no_prune-seed-7-digits"),
         ("--seed 2020 --dataset mnist -N 3 -i1 4 -i2 5", "lr-1e-4-b-128-T-8-no_prune"),
@@ -388,6 +421,7 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-b",
             "-lr",
             "-T",
+            "--width",
             "-N",
             "--seed",
             "-gpu",
@@ -400,7 +434,7 @@ def test_help_explains_every_option_with_its_default(capsys):
             "-test",
         ]:
             assert f" {option}" in text
-        assert text.count("(default: ") == 24
+        assert text.count("(default: ") == 25
         assert re.search(rf"-N.*{recipe.paper.epochs}; fast: {recipe.fast.epochs}\)", text)
 
 

@@ -41,8 +41,7 @@ def call(tmp_path, mnist_folder, cifar_folder, capsys, monkeypatch):
     def call(name, mode, *argv, narrow=False):
         argv = [*MODES[mode], *argv, "--dataset-dir", str(folders[name]), "--dump-dir", str(tmp_path / "runs")]
         if narrow:  # in this process, with 8 channels
-            monkeypatch.setattr("c10.model.WIDTH", 8)
-            status = c10.main(argv)
+            status = c10.main([*argv, "--width", "8"])
             out, err = capsys.readouterr()
             return subprocess.CompletedProcess(argv, status, out, err)
         command, cwd = WAYS[mode](name, tmp_path)
@@ -72,7 +71,7 @@ def test_smoke(call, tmp_path, name, narrow, mode):
     assert "epoch 1/1  test accuracy " in out
     (path,) = tmp_path.glob("runs/models/*/checkpoint.pt")
     assert path.parent.name.startswith("soft-lr-1e-4-b-" if mode == "soft-deep" else "lr-1e-4-b-")
-    assert path.parent.name.endswith("-temperature-1e-3" if "deep" in mode else mode)
+    assert path.parent.name.removesuffix("-width-8").endswith("-temperature-1e-3" if "deep" in mode else mode)
     (log,) = tmp_path.glob("runs/logs/*")
     assert log.name == path.parent.name
     assert list(log.glob("events.out.tfevents.*"))

@@ -11,9 +11,8 @@ import spiking_kernels
 from analysis.sparse import BLOCK, EventDrivenMnist, event_driven
 from benchmarks import sparse as bench
 from c10.model import Cifar10Net
-from mnist.mnist import EXPERIMENT
+from mnist.data import MNIST
 from mnist.model import MnistNet
-from training.data import Normalisation, load
 
 CPU = torch.device("cpu")
 
@@ -213,7 +212,7 @@ def test_how_a_network_is_run_changes_no_spike():
 
 @torch.no_grad()
 def test_real_images(real_data):
-    images = Normalisation(EXPERIMENT.mean, EXPERIMENT.std, CPU)(load("mnist", real_data).test.images[:2000])
+    images = MNIST.normalisation(CPU)(MNIST.load(real_data).test.images[:2000])
     for sparsity in bench.SPARSITIES:
         network = bench.random_network(sparsity)
         dense = network(images)

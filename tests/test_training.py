@@ -18,16 +18,22 @@ from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from measuring.report import percent
 from mnist import mnist
+from mnist.data import MNIST
 from mnist.model import MnistNet
 from training import loop
+from training.methods import METHODS
 from training.metrics import EPOCH, FULL
-from training.optimizers import build
+from training.options import parse
 from training.recording import Recorder, record_distributions
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]
 
 
 # -- optimizers --------------------------------------------------------------------------------------
+
+
+def build(network, given):
+    return METHODS[given.mode].build(network, given)
 
 
 def options(**settings):
@@ -140,7 +146,7 @@ def test_recorded_values_are_those_of_the_network(run, tmp_path, mnist_folder):
     # the first loss is that of the initial network on the first batch
     torch.manual_seed(2020)
     network = MnistNet()
-    dataset = mnist.load("mnist", mnist_folder)
+    dataset = MNIST.load(mnist_folder)
     run_ = loop.Trainer(mnist.EXPERIMENT, make_options(tmp_path), network, [], dataset, SimpleNamespace(saved=None))
     images, labels = next(iter(run_.training))
     counts = network(images)
@@ -149,7 +155,7 @@ def test_recorded_values_are_those_of_the_network(run, tmp_path, mnist_folder):
 
 
 def make_options(folder):
-    return mnist.parse(mnist.EXPERIMENT, [*GRAD, "--dump-dir", str(folder)])
+    return parse(mnist.EXPERIMENT, [*GRAD, "--dump-dir", str(folder)])
 
 
 def test_batch_norm_counts_in_one_of_two_sparsities(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from training import dump_dir, fit
@@ -18,12 +19,10 @@ from training.errors import Refusal
 from training.files import checks, storage
 from training.files.locks import Lock
 from training.logs import log_files, log_folder
-from training.options import OPTION_NAMES, RECORDING_OPTIONS, arguments
+from training.options import RECORDING_OPTIONS, arguments, spelled
 
 FORMAT = 2
 
-# Options that older checkpoints lack, with the value that their runs had.
-LATER_OPTIONS = {"plain_gradient": False, "recipe": "paper", "connectivity": None}
 LATER_CONTENT = {"schedule": {}}  # what older checkpoints lack, as they would have had it
 
 
@@ -162,10 +161,11 @@ def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) ->
     """
     present = arguments(options)
     for key in sorted((present.keys() | saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
-        was, now = (side.get(key, LATER_OPTIONS.get(key, "absent")) for side in (saved, present))
+        # an older checkpoint lacks the options that were added since; its run was as their defaults are
+        was, now = (side.get(key, options.defaults.get(key, "absent")) for side in (saved, present))
         if type(was) is not type(now) or was != now:
             raise Refusal(
-                f"argument {OPTION_NAMES.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
+                f"argument {spelled(key)}: the run in {folder} was made with {was}, not {now}; "
                 "use the same, or another --dump-dir"
             )
 
@@ -179,7 +179,7 @@ def _check_logs(logs: Path, saved: dict[str, Any]) -> None:
         if theirs[key] != saved[key]:
             found = checks.short(str(theirs[key]), 60)
             raise Refusal(
-                f"{logs} has the logs of another run, with {OPTION_NAMES.get(key, key)} {found}, "
+                f"{logs} has the logs of another run, with {spelled(key)} {found}, "
                 f"not {saved[key]}: move them away; the run goes on without its earlier logs, too"
             )
 
@@ -194,6 +194,12 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, saved in state["state"].items():  # torch casts all but `step` to the parameter's dtype
+        loaded = optimizer.state[parameters[index]]
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device, copy=True)
 
 
 def versions() -> dict[str, str]:

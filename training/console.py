@@ -9,9 +9,9 @@ from pathlib import Path
 
 from training import device
 from training.command_line import either
+from training.methods import METHODS
 from training.naming import format_number
 
-METHODS = {"no_prune": "Dense training", "grad": "Grad R", "deep": "Deep R"}
 UNITS = (  # of durations: the name, its seconds, and the number from which the next unit is used
     ("second", 1.0, 100),
     ("minute", 60.0, 100),
@@ -24,7 +24,7 @@ LONG = 86400.0  # seconds; a run that takes longer is told what would be shorter
 
 def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     """What runs, where, and what its -s means."""
-    method = f"Soft {METHODS['deep']}" if options.soft else METHODS[options.mode]
+    method = METHODS[options.mode]
     settings = [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
     settings += [counted(options.T, "time step"), counted(options.epoch, "epoch"), f"seed {options.seed}"]
     if options.temperature:
@@ -32,27 +32,11 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     if options.penalty is not None:
         settings.insert(0, f"penalty {format_number(options.penalty)}")
     recipe = " by the fast recipe" if options.recipe == "fast" else ""
-    plain = " without its redefined gradient" if options.plain_gradient else ""
-    lines = [
-        f"{method}{plain} on {options.dataset}{recipe}: {', '.join(settings)}.",
+    return [
+        f"{method.title(options)} on {options.dataset}{recipe}: {', '.join(settings)}.",
         f"On {device.name(options.device)}, in {options.precision_used}; logs go to {logs}, the model to {model}.",
+        *method.explain(options),
     ]
-    if options.connectivity is not None:
-        lines.append(
-            f"The penalty is scheduled to leave {100 * options.connectivity:g} % of the connections at the end."
-        )
-    elif options.mode == "grad" or options.soft:
-        others = "-penalty, -lr and -N" if options.mode == "grad" else "-penalty, -temperature, -lr and -N"
-        lines.append(
-            f"-s {options.sparsity} is the target of the prior, not the sparsity that is reached, which depends on "
-            f"{others}; --connectivity sets it, with -m grad --recipe fast."
-        )
-    elif options.mode == "deep":
-        lines.append(
-            f"-s {options.sparsity} is the maximum sparsity, not the sparsity that is reached: connections pruned "
-            "beyond it are re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
-        )
-    return lines
 
 
 def epoch_line(epoch: int, epochs: int, numbers: str, left: float | None) -> str:

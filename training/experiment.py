@@ -1,14 +1,14 @@
-"""What an experiment is."""
+"""What an experiment is: a network, the data sets that it takes, and its defaults for the options."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from spiking import SpikingNetwork
+from training.data.dataset import DataSource
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The defaults of an experiment's options that --recipe decides on."""
+    """The defaults of the options that --recipe decides on."""
 
     batch_size: int
     learning_rate: float
@@ -17,23 +17,33 @@ class Pace:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment fixes, and its defaults for the options.
+    """A network, the data sets that it takes, and its defaults for the options.
 
-    ``paper`` and ``fast`` are the defaults with either --recipe.
-    ``datasets`` are the names that --dataset accepts, the first being the default. ``mean`` and ``std`` are
-    those of the normalisation, per channel, of pixels in [0, 1]. ``augmentation`` is one of training.data's.
-    ``test_batch_size`` bounds the memory of an evaluation and has no influence on its result.
-    ``histograms`` are the weights whose distribution is recorded, None for all that are pruned.
+    Attributes:
+        name: of its folder and its script.
+        label: in titles.
+        network: made by ``network(T, width=width)``.
+        width: default of --width, the size of the network's layers.
+        width_is: what the width counts, for --help.
+        datasets: what --dataset accepts, its default first.
+        paper, fast: the defaults with either --recipe.
+        interval_test: default of -i1.
+        test_batch_size: bounds the memory of an evaluation; has no influence on its result.
+        histograms: the weights whose distribution is recorded; None for all that are pruned.
     """
 
     name: str
+    label: str
     network: type[SpikingNetwork]
-    datasets: tuple[str, ...]
+    width: int
+    width_is: str
+    datasets: tuple[DataSource, ...]
     paper: Pace
     fast: Pace
     interval_test: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmentation: Any
     test_batch_size: int
     histograms: tuple[str, ...] | None = None
+
+    def dataset(self, name: str) -> DataSource:
+        """One of :attr:`datasets`, by its name."""
+        return next(source for source in self.datasets if source.name == name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from measuring import connected, pack, prunable
 from rewiring import RewiringOptimizer
@@ -43,8 +43,6 @@ FINGERPRINT = re.compile(r"(\d{1,12})\+\d{1,12} images, crc32 [0-9a-f]{8}")
 EXACT = 2**24  # the most steps that a float32 can count; an optimizer's count stays there
 # Settings of an optimizer that say how it is executed: these depend on the machine.
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
-# Settings that the optimizers of older checkpoints lack, with the value that they had.
-LATER_SETTINGS = {"plain_gradient": False, "prune": True}
 
 
 # -- what can be told without the run --------------------------------------------------------------------
@@ -125,6 +123,9 @@ def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[O
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     for state, optimizer in zip(saved["optimizers"], optimizers, strict=True):
         for name, parameter, of_parameter, group in _states(state, optimizer, names, stepped=saved["step"] > 0):
+            if not _is_adam(optimizer):
+                _check_values(name, of_parameter)
+                continue
             _check_moments(name, of_parameter, parameter, group["amsgrad"], saved["step"])
             if isinstance(optimizer, RewiringOptimizer):
                 _check_connections(name, of_parameter, saved["network"][name], optimizer.own_state(group))
@@ -155,7 +156,8 @@ def _states(
     parameters = []
     for old, new, group in zip(groups, present["param_groups"], optimizer.param_groups, strict=True):
         _dictionary(f"a parameter group of {kind}", old)
-        old = {**{key: value for key, value in LATER_SETTINGS.items() if key in new}, **old}
+        later = getattr(optimizer, "LATER", {})  # settings that the optimizers of older checkpoints lack
+        old = {**{key: value for key, value in later.items() if key in new and key not in EXECUTION}, **old}
         checks.keys(kind, old, new)
         for key in new:
             if key in EXECUTION:
@@ -165,15 +167,37 @@ def _states(
                 raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not {_shown(new[key])}")
         parameters += [(parameter, group) for parameter in group["params"]]
     states = _dictionary(f"{kind}'s state", saved["state"])
-    checks.keys(f"{kind}'s state", states, range(len(parameters)) if stepped else ())
+    if _is_adam(optimizer):
+        checks.keys(f"{kind}'s state", states, range(len(parameters)) if stepped else ())
+    elif unknown := states.keys() - range(len(parameters)):
+        raise ValueError(f"{kind}'s state is of parameter {_shown(next(iter(unknown)))}, of {len(parameters)}")
     for index, state in states.items():
         parameter, group = parameters[index]
         name = names[id(parameter)]
+        _dictionary(f"{kind}'s state of {name}", state)
+        if not _is_adam(optimizer):
+            yield name, parameter, state, group
+            continue
         expected = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
         if isinstance(optimizer, RewiringOptimizer):
             expected |= optimizer.own_state(group)
-        checks.keys(f"{kind}'s state of {name}", _dictionary(f"{kind}'s state of {name}", state), expected)
+        checks.keys(f"{kind}'s state of {name}", state, expected)
         yield name, parameter, state, group
+
+
+def _is_adam(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's state is known to be Adam's, with what ours add to it."""
+    return isinstance(optimizer, (Adam, RewiringOptimizer))
+
+
+def _check_values(name: str, state: dict[Any, Any]) -> None:
+    """Checks a parameter's state of any other optimizer: plain values, and tensors that are finite."""
+    for key, value in state.items():
+        checks.text(f"a key of the state of {name}", key)
+        if isinstance(value, Tensor):
+            checks.tensor(f"{key} of {name}", value)
+        else:
+            _check_plain(f"{key} of {name}", value)
 
 
 def _check_moments(name: str, state: dict[str, Tensor], parameter: Tensor, amsgrad: bool, steps: int) -> None:

@@ -16,7 +16,7 @@ import measuring
 from measuring import report
 from spiking import SpikingNetwork
 from training import checkpoint, console, fit, logs, randomness, recording, run_info, schedule, testing
-from training.data import Dataset, Normalisation, TestBatches, TrainingBatches
+from training.data import Dataset, TestBatches, TrainingBatches
 from training.errors import DivergedError, Interrupted, Refusal
 from training.experiment import Experiment
 from training.files import json_files
@@ -59,12 +59,13 @@ class Trainer:
         self.store, self.folder = store, logs.log_folder(options)
         self.fingerprint = dataset.fingerprint()
         device = options.device
-        normalisation = Normalisation(experiment.mean, experiment.std, device)
+        source = experiment.dataset(options.dataset)
+        normalisation = source.normalisation(device)
         self.generator = torch.Generator("cpu").manual_seed(options.seed)
         self.training = TrainingBatches(
             dataset.train.to(device),
             options.batch_size,
-            experiment.augmentation,
+            source.augmentation,
             normalisation,
             self.generator,
             fused=options.compile,

@@ -1,41 +1,31 @@
 """The name of a run, after all options that change its outcome."""
 
 import argparse
-from decimal import Decimal
 
-from training.experiment import Experiment
-
-
-def format_number(value: float) -> str:
-    """Writes a number as run names do, shortest digits in powers of ten: 0.001 is 1e-3, 0.00025 is 2.5e-4."""
-    if value == 0:
-        return "0"
-    exponent = Decimal(repr(value)).adjusted()
-    mantissa = Decimal(repr(value)).scaleb(-exponent).normalize()
-    return f"{mantissa:f}e{exponent}"
+from training import methods
+from training.command_line.types import format_number
 
 
-def run_name(options: argparse.Namespace, experiment: Experiment) -> str:
+def run_name(options: argparse.Namespace) -> str:
     """Names a run after every option that changes its outcome, but the number of epochs of the paper's recipe."""
-    parts = ["soft"] if options.soft else []
+
+    def of_method(place: str) -> list[str]:
+        return [part for option in methods.options() if option.place == place for part in option.parts(options)]
+
+    parts = of_method("first")
     parts += ["lr", format_number(options.learning_rate), "b", str(options.batch_size), "T", str(options.T)]
-    if options.connectivity is not None:
-        parts += ["connectivity", format_number(options.connectivity)]
-    if options.penalty is not None:
-        parts += ["penalty", format_number(options.penalty)]
-    if options.sparsity is not None:
-        parts += ["s", repr(options.sparsity)]
+    parts += of_method("settings")
     parts += [options.mode]
     if options.recipe != "paper":
         parts += [options.recipe, "N", str(options.epoch)]  # the schedule is that of the number of epochs
-    if options.plain_gradient:
-        parts += ["plain-gradient"]
-    if options.seed != 2020:
+    parts += of_method("after")
+    if options.seed != options.defaults["seed"]:
         parts += ["seed", str(options.seed)]
-    if options.temperature:
-        parts += ["temperature", format_number(options.temperature)]
+    parts += of_method("last")
     if options.precision:
         parts += [options.precision]
-    if options.dataset != experiment.datasets[0]:
+    if options.dataset != options.defaults["dataset"]:
         parts += [options.dataset]
+    if options.width != options.defaults["width"]:
+        parts += ["width", str(options.width)]
     return "-".join(parts)

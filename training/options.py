@@ -3,30 +3,24 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from training import device, dump_dir
-from training.command_line import Parser, check_writable, folder_path, number, whole_number
-from training.errors import Refusal
+from training import device, dump_dir, methods
+from training.command_line import Parser, check_writable, either, folder_path, format_number, number, whole_number
 from training.experiment import Experiment
 from training.files import checks
-from training.naming import format_number, run_name
+from training.naming import run_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Every option, with its spellings on the command line; those of the published scripts have a single dash.
+# Every option that does not belong to a method, with its spellings; those of the published scripts have a single dash.
 SPELLINGS = {
     "mode": ("-m", "--mode"),
-    "sparsity": ("-s", "--sparsity"),
-    "penalty": ("-penalty", "--penalty"),
-    "soft": ("-soft", "--soft"),
-    "temperature": ("-temperature", "--temperature"),
-    "plain_gradient": ("--plain-gradient",),
     "recipe": ("--recipe",),
-    "connectivity": ("--connectivity",),
     "batch_size": ("-b", "--batch-size"),
     "learning_rate": ("-lr", "--learning-rate"),
     "T": ("-T",),
+    "width": ("--width",),
     "epoch": ("-N", "--epoch"),
     "seed": ("--seed",),
     "gpu": ("-gpu", "--gpu"),
@@ -41,11 +35,10 @@ SPELLINGS = {
     "interval_test": ("-i1", "--interval-test"),
     "interval_train": ("-i2", "--interval-train"),
 }
-OPTION_NAMES = {option: "/".join(spellings) for option, spellings in SPELLINGS.items()}  # in messages
 
 # Options that say where a run happens or what to do with it, and do not change what it computes.
 PLACE_OPTIONS = {
-    *("compile", "deterministic", "checkpoint_minutes", "test", "name"),
+    *("compile", "deterministic", "checkpoint_minutes", "test", "name", "defaults"),
     *("gpu", "device", "precision_used", "dataset_dir", "dump_dir"),
 }
 # Options that change what is recorded, not what is computed: a checkpoint holds them, and need not agree on them.
@@ -61,53 +54,29 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     def add(option: str, **settings: Any) -> None:
         parser.add_argument(*SPELLINGS[option], dest=option, **settings)
 
-    least_one, at_least_zero = whole_number(1), number(">= 0", lambda x: x >= 0)
+    least_one = whole_number(1)
     paper, fast = experiment.paper, experiment.fast
+    modes = [f"{name} ({method.about})" for name, method in sorted(methods.METHODS.items())]
     add(
         "mode",
-        choices=("deep", "grad", "no_prune"),
-        default="no_prune",
-        help="how to prune: deep (Deep R), grad (Grad R) or no_prune (default: %(default)s)",
+        choices=sorted(methods.METHODS),
+        default=methods.DEFAULT,
+        help=f"method: {either(modes)} (default: %(default)s)",
     )
-    add(
-        "sparsity",
-        type=number("from 0 to 1", lambda x: 0 <= x <= 1, share=True),
-        metavar="S",
-        help="target of the prior of grad, in [0.5, 1), and of soft deep, in [0, 1]: not the sparsity that is reached, "
-        "which --connectivity sets; maximum sparsity of deep, in [0, 1] (default: none; grad and deep require it)",
-    )
-    add(
-        "penalty",
-        type=at_least_zero,
-        metavar="P",
-        help="strength of the prior (grad: alpha) or L1 penalty (deep: l1), >= 0 (default: 1e-3)",
-    )
-    add("soft", action="store_true", help="soft Deep R instead of Deep R, with -m deep (default: off)")
-    add(
-        "temperature",
-        type=at_least_zero,
-        metavar="T",
-        help="temperature of Deep R's noise, with -m deep: sqrt(2 T) in the Deep R paper's symbols (default: 0)",
-    )
-    add(
-        "plain_gradient",
-        action="store_true",
-        help="Grad R without its redefined gradient, with -m grad: pruned connections get no gradient, for ablations "
-        "(default: off)",
-    )
+    for option, takers in methods.options().items():
+        kind = {"action": "store_true"} if option.type is None else {"type": option.type, "metavar": option.metavar}
+        texts = [f"{method.name}: {method.options[option]}" for method in takers]
+        if len(takers) == 1:
+            texts = [f"{takers[0].options[option]}, with -m {takers[0].name}"]
+        parser.add_argument(
+            *option.spellings, dest=option.name, help=f"{'; '.join(texts)} (default: {option.default})", **kind
+        )
     add(
         "recipe",
         choices=("paper", "fast"),
         default="paper",
         help="paper: as published; fast: fewer epochs of larger batches with one cycle of the learning rate, whose "
         "number -N fixes (default: %(default)s)",
-    )
-    add(
-        "connectivity",
-        type=number("above 0, at most 1", lambda x: 0 < x <= 1, share=True),
-        metavar="C",
-        help="share of the connections that is left at the end, with -m grad --recipe fast: schedules the penalty "
-        "(default: none, a constant penalty)",
     )
     add(
         "batch_size",
@@ -123,6 +92,13 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         f"(default: {format_number(paper.learning_rate)}; fast: {format_number(fast.learning_rate)})",
     )
     add("T", type=whole_number(1, checks.T_LIMIT), default=8, help="number of time steps (default: %(default)s)")
+    add(
+        "width",
+        type=whole_number(1, checks.WIDTH_LIMIT),
+        default=experiment.width,
+        metavar="W",
+        help=f"number of {experiment.width_is} (default: %(default)s)",
+    )
     add(
         "epoch",
         type=least_one,
@@ -142,13 +118,9 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         metavar="ID",
         help="id of the GPU to use (default: the first GPU; the CPU where there is none)",
     )
-    digits = "; digits: scikit-learn's 1797 small digits, which need no download" * ("digits" in experiment.datasets)
-    add(
-        "dataset",
-        choices=experiment.datasets,
-        default=experiment.datasets[0],
-        help=f"data set{digits} (default: %(default)s)",
-    )
+    names = [source.name for source in experiment.datasets]
+    about = "".join(f"; {source.name}: {source.about}" for source in experiment.datasets if source.about)
+    add("dataset", choices=names, default=names[0], help=f"data set{about} (default: %(default)s)")
     add(
         "dataset_dir",
         type=folder_path,
@@ -214,21 +186,27 @@ def read(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.
     """Parses the command line, and checks as much of it as needs no device and no folder.
 
     Returns:
-        The options by their long names; ``dump_dir`` is None where none is given.
+        The options by their long names, with ``experiment``, its name, and ``defaults``, those of the options;
+        ``dump_dir`` is None where none is given.
 
     Raises:
         Refusal: an option is not accepted, or contradicts another.
     """
-    options = _parser(experiment).parse_args(argv)
+    parser = _parser(experiment)
+    options = parser.parse_args(argv)
     options.experiment = experiment.name
+    options.defaults = {action.dest: action.default for action in parser._actions}
     pace = experiment.fast if options.recipe == "fast" else experiment.paper
     given = (options.batch_size, options.learning_rate, options.epoch)
     defaults = (pace.batch_size, pace.learning_rate, pace.epochs)
     options.batch_size, options.learning_rate, options.epoch = (
         default if value is None else value for value, default in zip(given, defaults, strict=True)
     )
-    _check_connectivity(options)
-    _check_mode(options)
+    method = methods.METHODS[options.mode]
+    for option, takers in methods.options().items():
+        if method not in takers and getattr(options, option.name) != options.defaults[option.name]:
+            option.refuse(f"needs {either([f'-m {taker.name}' for taker in takers])}{option.beside}")
+    method.check(options)
     return options
 
 
@@ -243,52 +221,17 @@ def parse(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse
     """
     options = read(experiment, argv)
     device.choose(options)
-    options.name = run_name(options, experiment)
+    options.name = run_name(options)
     if options.dump_dir is None:
         options.dump_dir = dump_dir.default(REPOSITORY / "runs", experiment.name, options.name)
     check_writable("--dump-dir", options.dump_dir)
     return options
 
 
-def _refuse(option: str, text: str) -> NoReturn:
-    raise Refusal(f"argument {OPTION_NAMES[option]}: {text}")
-
-
-def _check_connectivity(options: argparse.Namespace) -> None:
-    """Checks --connectivity, and gives -s a default that fits it."""
-    if options.connectivity is None:
-        return
-    if options.mode != "grad" or options.recipe != "fast":
-        _refuse("connectivity", "needs -m grad and --recipe fast")
-    if options.penalty is not None:
-        _refuse("penalty", "not allowed with --connectivity, which schedules the penalty")
-    if options.sparsity is None:
-        options.sparsity = min(max(round(1 - options.connectivity, 9), 0.5), 0.9999)
-
-
-def _check_mode(options: argparse.Namespace) -> None:
-    mode = options.mode
-    if mode == "no_prune":
-        for option in ("sparsity", "penalty"):
-            if getattr(options, option) is not None:
-                _refuse(option, "needs a pruning mode, -m grad or -m deep")
-    if mode != "deep":
-        if options.soft:
-            _refuse("soft", "needs -m deep")
-        if options.temperature is not None:
-            _refuse("temperature", "needs -m deep")
-    if options.plain_gradient and mode != "grad":
-        _refuse("plain_gradient", "needs -m grad")
-    if mode != "no_prune":
-        accepted = "in [0.5, 1)" if mode == "grad" else "in [0, 1]"
-        if options.sparsity is None:
-            _refuse("sparsity", f"required by -m {mode}, a number {accepted}")
-        if mode == "grad" and not 0.5 <= options.sparsity < 1:
-            _refuse("sparsity", f"-m grad accepts a number {accepted}, not {options.sparsity}")
-        if options.penalty is None and options.connectivity is None:
-            options.penalty = 1e-3
-    if mode == "deep" and options.temperature is None:
-        options.temperature = 0.0
+def spelled(name: str) -> str:
+    """An option as it is written on the command line, for a message; the name itself where there is none."""
+    of_methods = {option.name: option.spellings for option in methods.options()}
+    return "/".join({**SPELLINGS, **of_methods}.get(name, [name]))
 
 
 def arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def describe(snapshot: Snapshot, layers: dict[str, Any]) -> str:
 
 
 def _normalisation(snapshot: Snapshot) -> dict[str, Any]:
-    return {"mean": list(snapshot.about.mean), "std": list(snapshot.about.std)}
+    return {"mean": list(snapshot.source.mean), "std": list(snapshot.source.std)}
 
 
 def digest(text: str, arrays: Mapping[str, NDArray]) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 
 from training import files
@@ -51,6 +52,15 @@ def number(accepted: str, condition: Callable[[float], bool], share: bool = Fals
         return value
 
     return parse
+
+
+def format_number(value: float) -> str:
+    """Writes a number as run names do, shortest digits in powers of ten: 0.001 is 1e-3, 0.00025 is 2.5e-4."""
+    if value == 0:
+        return "0"
+    exponent = Decimal(repr(value)).adjusted()
+    mantissa = Decimal(repr(value)).scaleb(-exponent).normalize()
+    return f"{mantissa:f}e{exponent}"
 
 
 def _float(text: str) -> float:

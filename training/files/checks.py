@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 T_LIMIT = 4096  # time steps; results need tens of them, and memory grows with them
+WIDTH_LIMIT = 2**14  # of a network's layers; the weights of the wider one would take 500 GB
 
 # -- fields ----------------------------------------------------------------------------------------
 

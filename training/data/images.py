@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
+from training.errors import Refusal
+
 LARGEST = 1 << 24  # bytes of a file: a small picture with all that cameras and editors write beside it
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # whose values are 8-bit RGB, or lead to it by a table
 SRGB = {  # what PNG's chunks gAMA and cHRM say of sRGB
@@ -98,3 +100,14 @@ def _check_profile(image: Image.Image) -> None:
     difference = np.asarray(shown, dtype=int) - np.asarray(values.convert("RGB"), dtype=int)
     if np.abs(difference).max() > 1:
         raise ValueError(f"its colours are not sRGB: its profile is {name!r}")
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file in a class folder is to be read; Refusal for an image, or a folder, that would be left out."""
+    suffix = path.suffix.lower()
+    if path.name.startswith(".") or (suffix not in Image.registered_extensions() and not path.is_dir()):
+        return False
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        what = "a folder in a class folder" if path.is_dir() else "an image, but not .png, .jpg or .jpeg"
+        raise Refusal(f"argument --dataset-dir: {path} is {what}; move it away, or convert it")
+    return True

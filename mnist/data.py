@@ -1,0 +1,57 @@
+"""The data sets of the MNIST network: MNIST, and scikit-learn's small digits."""
+
+from pathlib import Path
+
+import torch
+
+from training.data.dataset import Dataset, DataSource, Split
+from training.data.readers import read_idx, torchvision_parts
+from training.data.transforms import RandomAffine
+from training.errors import Refusal
+
+
+def read_mnist(folder: Path) -> Dataset:
+    from torchvision.datasets import MNIST
+
+    raw = folder / "MNIST" / "raw"
+    parts = [[raw / f"{part}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")] for part in ("train", "t10k")]
+    if not all(path.is_file() for part in parts for path in part):
+        published = ((raw / name, md5) for name, md5 in MNIST.resources)
+        torchvision_parts(MNIST, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte", published)
+    # torchvision checks the MD5 of downloads only, and what it then reads with assertions that have no text
+    return Dataset(
+        *(Split(read_idx(images, (28, 28)).unsqueeze(1), read_idx(labels).long()) for images, labels in parts)
+    )
+
+
+def read_digits(folder: Path) -> Dataset:
+    """scikit-learn's digits: 1797 images of 8x8 pixels, part of the UCI Optical Recognition of Handwritten Digits.
+
+    Scaled to 28x28 (bilinear) so that they fit MNIST's network. Every sixth image is a test image; the
+    same people wrote both parts, so the accuracy is not to be set beside MNIST's.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise Refusal("argument --dataset: digits needs the package scikit-learn (pip install scikit-learn)") from None
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)  # [1797, 1, 8, 8]
+    images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear").round().to(torch.uint8)
+    labels = torch.from_numpy(digits.target).long()
+    is_test = torch.arange(len(labels), device="cpu") % 6 == 5
+    return Dataset(Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test]))
+
+
+AUGMENTATION = RandomAffine(degrees=30, translate=(0.15, 0.15), scale=(0.85, 1.11))
+
+MNIST = DataSource("mnist", read_mnist, (1, 28, 28), mean=(0.1307,), std=(0.3081,), augmentation=AUGMENTATION)
+
+DIGITS = DataSource(
+    "digits",
+    read_digits,
+    (1, 28, 28),
+    mean=(0.1307,),  # MNIST's: the digits stand in for it
+    std=(0.3081,),
+    augmentation=AUGMENTATION,
+    about="scikit-learn's 1797 small digits, which need no download",
+)

@@ -1,0 +1,99 @@
+"""Batches of a data set: order, augmentation and normalisation."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Generator, Tensor
+
+import spiking_kernels
+from spiking_kernels.tensors import flaw
+from training.data.dataset import Split
+from training.data.transforms import Normalisation, RandomAffine, RandomCropFlip
+from training.errors import Refusal
+
+
+class TrainingBatches:
+    """The batches of training epochs: shuffled, augmented, normalised, the last incomplete one dropped.
+
+    Args:
+        split: the training part, on the device of the network.
+        batch_size: at most the number of images.
+        augmentation: :class:`RandomAffine` or :class:`RandomCropFlip`.
+        normalisation: from uint8 to the network's input.
+        generator: of the order and of the augmentation, on the CPU; each epoch draws from it once, at its start.
+        fused: let a fused kernel make the batches where there is one, bitwise the same.
+
+    Raises:
+        Refusal: the training part is smaller than a batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        augmentation: RandomAffine | RandomCropFlip,
+        normalisation: Normalisation,
+        generator: Generator,
+        fused: bool = False,
+    ):
+        if batch_size > len(split):
+            raise Refusal(
+                f"argument -b/--batch-size: must be at most {len(split)}, the training images, not {batch_size}"
+            )
+        self.split, self.batch_size, self.generator = split, batch_size, generator
+        self.augmentation, self.normalisation = augmentation, normalisation
+        self.fused = fused and self._kernel_applies()
+        self.table = normalisation.table() if self.fused else None
+
+    def __len__(self) -> int:
+        return len(self.split) // self.batch_size
+
+    def _kernel_applies(self) -> bool:
+        """Whether affine_lookup computes what _inputs does otherwise."""
+        images, parts = self.split.images, (self.augmentation, self.normalisation)
+        known = [type(part) for part in parts] == [RandomAffine, Normalisation]
+        as_made = not any(hasattr(type(part), key) for part in parts for key in vars(part))
+        takes = flaw(images, torch.uint8) is None and images.dim() == 4 and images.shape[1] == 1
+        return known and as_made and takes and spiking_kernels.unavailable() is None
+
+    def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
+        """The images of one batch, as the network takes them."""
+        if self.fused:
+            return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.table)
+        return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
+
+    def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the (images, labels) of one epoch from batch ``start`` on: float32 [B, C, H, W] and int64 [B]."""
+        device = self.split.images.device
+        self.order = torch.randperm(len(self.split), generator=self.generator, device="cpu")
+        order = self.order.to(device)
+        transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
+        labels = self.split.labels[order]
+        for step in range(start, len(self)):
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            yield self._inputs(order[batch], transforms[batch]), labels[batch]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch()
+
+    def indices(self, step: int) -> Tensor:
+        """Which training images the batch ``step`` of the epoch begun has, int64 [B]."""
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+class TestBatches:
+    """All images of a split in their order, normalised: (images, labels), the last batch as it comes."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+    def __init__(self, split: Split, batch_size: int, normalisation: Normalisation):
+        self.split, self.batch_size, self.normalisation = split, batch_size, normalisation
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split) / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.split), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            yield self.normalisation(self.split.images[batch]), self.split.labels[batch]

@@ -1,0 +1,96 @@
+"""Data sets: what an experiment can train on, and its images in memory."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.data.transforms import Normalisation, RandomAffine, RandomCropFlip
+from training.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The training and the test part of a data set."""
+
+    train: Split
+    test: Split
+
+    def fingerprint(self) -> str:
+        """A checksum of all images and labels, to tell one data set from another."""
+        checksum = 0
+        for split in (self.train, self.test):
+            for tensor in (split.images, split.labels):
+                checksum = zlib.crc32(tensor.contiguous().cpu().numpy(), checksum)
+        return f"{len(self.train)}+{len(self.test)} images, crc32 {checksum:08x}"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set that an experiment can train on: where its images come from, and how they enter the network.
+
+    Attributes:
+        name: what --dataset takes.
+        read: reads the data set from a folder (--dataset-dir), or downloads it there; raises Refusal.
+        shape: of an image: channels, height, width.
+        mean, std: of the pixels, which are scaled to [0, 1], for each channel; images are normalised with them.
+        augmentation: of the training images.
+        about: for --help, where the name alone does not say enough.
+        classes: labels are from 0 to classes - 1.
+    """
+
+    name: str
+    read: Callable[[Path], Dataset]
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: RandomAffine | RandomCropFlip
+    about: str = ""
+    classes: int = 10
+
+    def normalisation(self, device: torch.device) -> Normalisation:
+        return Normalisation(self.mean, self.std, device)
+
+    def load(self, folder: Path) -> Dataset:
+        """Reads the data set from a folder, and checks it.
+
+        Raises:
+            Refusal: the data cannot be loaded, or are not what they should be.
+        """
+        place = f"argument --dataset-dir: {self.name} in {folder}"
+        try:
+            dataset = self.read(folder)
+        except OSError as error:  # a folder that may not even be looked into
+            raise Refusal(f"{place} cannot be read: {one_line(error)}") from None
+        for split in (dataset.train, dataset.test):
+            if split.images.shape[1:] != self.shape or split.images.dtype != torch.uint8:
+                found, right = ("x".join(map(str, shape)) for shape in (split.images.shape[1:], self.shape))
+                kind = str(split.images.dtype).removeprefix("torch.")
+                raise Refusal(f"{place} has images {found} {kind}, not {right} uint8")
+            if len(split) == 0 or len(split.images) != len(split.labels):
+                raise Refusal(f"{place} has {len(split.images)} images and {len(split)} labels")
+            if not 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.classes:
+                raise Refusal(f"{place} has labels outside 0 to {self.classes - 1}")
+        return dataset
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,69 @@
+"""Deep R: Deep Rewiring, hard and soft (Bellec et al., ICLR 2018)."""
+
+from argparse import Namespace
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deeprewire import DeepRewiring
+from training.command_line import number
+from training.methods.method import PENALTY, SPARSITY, Method, Option, execution
+
+SOFT = Option("soft", ("-soft", "--soft"), "soft", place="first")
+TEMPERATURE = Option(
+    "temperature",
+    ("-temperature", "--temperature"),
+    "temperature",
+    number(">= 0", lambda x: x >= 0),
+    "T",
+    default="0",
+    place="last",
+    unnamed=0.0,
+)
+
+
+class DeepR(Method):
+    name = "deep"
+    label = "Deep R"
+    about = "Deep R"
+    options: ClassVar = {
+        PENALTY: "L1 penalty (l1), >= 0",
+        SPARSITY: "maximum sparsity, in [0, 1]; with -soft the target of the prior, not the sparsity that is reached",
+        SOFT: "soft Deep R instead of Deep R",
+        TEMPERATURE: "temperature of the noise: sqrt(2 T) in the Deep R paper's symbols",
+    }
+    penalty = "l1"
+
+    def check(self, options: Namespace) -> None:
+        if options.sparsity is None:
+            SPARSITY.refuse("required by -m deep, a number in [0, 1]")
+        if options.penalty is None:
+            options.penalty = 1e-3
+        if options.temperature is None:
+            options.temperature = 0.0
+
+    def title(self, options: Namespace) -> str:
+        return f"Soft {self.label}" if options.soft else self.label
+
+    def explain(self, options: Namespace) -> list[str]:
+        if options.soft:
+            return [
+                f"-s {options.sparsity} is the target of the prior, not the sparsity that is reached, which depends on "
+                "-penalty, -temperature, -lr and -N; --connectivity sets it, with -m grad --recipe fast."
+            ]
+        return [
+            f"-s {options.sparsity} is the maximum sparsity, not the sparsity that is reached: connections pruned "
+            "beyond it are re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
+        ]
+
+    def optimizer(self, weights: list[Tensor], options: Namespace) -> Optimizer:
+        return DeepRewiring(
+            weights,
+            lr=options.learning_rate,
+            l1=options.penalty,
+            max_s=options.sparsity,
+            T=options.temperature,
+            soft=options.soft,
+            **execution(options),
+        )

@@ -1,0 +1,73 @@
+"""Grad R: Grad Rewiring (Chen et al., IJCAI 2021)."""
+
+from argparse import Namespace
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradrewire import GradRewiring
+from training.command_line import number
+from training.methods.method import PENALTY, SPARSITY, Method, Option, execution
+
+CONNECTIVITY = Option(
+    "connectivity",
+    ("--connectivity",),
+    "connectivity",
+    number("above 0, at most 1", lambda x: 0 < x <= 1, share=True),
+    "C",
+    default="none, a constant penalty",
+    place="settings",
+    beside=" and --recipe fast",
+)
+PLAIN_GRADIENT = Option("plain_gradient", ("--plain-gradient",), "plain-gradient")
+
+
+class GradR(Method):
+    name = "grad"
+    label = "Grad R"
+    about = "Grad R"
+    options: ClassVar = {
+        CONNECTIVITY: "share of the connections that is left at the end, with --recipe fast: schedules the penalty",
+        PENALTY: "strength of the prior (alpha), >= 0",
+        SPARSITY: "target of the prior, in [0.5, 1): not the sparsity that is reached, which --connectivity sets",
+        PLAIN_GRADIENT: "Grad R without its redefined gradient: pruned connections get no gradient; for ablations",
+    }
+    penalty = "alpha"
+
+    def check(self, options: Namespace) -> None:
+        if options.connectivity is not None:
+            if options.recipe != "fast":
+                CONNECTIVITY.refuse(f"needs -m grad{CONNECTIVITY.beside}")
+            if options.penalty is not None:
+                PENALTY.refuse("not allowed with --connectivity, which schedules the penalty")
+            if options.sparsity is None:
+                options.sparsity = min(max(round(1 - options.connectivity, 9), 0.5), 0.9999)
+        elif options.penalty is None:
+            options.penalty = 1e-3
+        if options.sparsity is None:
+            SPARSITY.refuse("required by -m grad, a number in [0.5, 1)")
+        if not 0.5 <= options.sparsity < 1:
+            SPARSITY.refuse(f"-m grad accepts a number in [0.5, 1), not {options.sparsity}")
+
+    def title(self, options: Namespace) -> str:
+        return f"{self.label} without its redefined gradient" if options.plain_gradient else self.label
+
+    def explain(self, options: Namespace) -> list[str]:
+        if options.connectivity is not None:
+            left = f"{100 * options.connectivity:g} %"
+            return [f"The penalty is scheduled to leave {left} of the connections at the end."]
+        return [
+            f"-s {options.sparsity} is the target of the prior, not the sparsity that is reached, which depends on "
+            "-penalty, -lr and -N; --connectivity sets it, with -m grad --recipe fast."
+        ]
+
+    def optimizer(self, weights: list[Tensor], options: Namespace) -> Optimizer:
+        return GradRewiring(
+            weights,
+            lr=options.learning_rate,
+            alpha=0.0 if options.penalty is None else options.penalty,  # --connectivity schedules it
+            s=options.sparsity,
+            plain_gradient=options.plain_gradient,
+            **execution(options),
+        )
