@@ -15,7 +15,9 @@
 
 #define BLOCK 64  /* neurons at a time: their state stays in the first-level cache */
 #define STEPS 8   /* time steps at a time */
-#define SHORT 254 /* up to so many steps, sums by period fit the stack, and the cache */
+#define SAMPLES 4 /* at a time: their additions need not wait for each other */
+#define SHORT 30  /* up to so many steps, the sums by period of so many samples fit the cache */
+#define LONG 254  /* and those of one */
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -35,9 +37,9 @@ static void transpose(const float *w, float *wt, int H, int O, int P) {
 
 /* Periods of H neurons with constant currents: the step of the first spike; T + 1 where there is none; 0 where the
  * current is infinite, for a spike at step 1 alone. */
-static void find_periods(const float *current, uint16_t *period, int H, int T) {
-    for (int start = 0; start < H; start += BLOCK) {
-        int n = smaller(BLOCK, H - start);
+static void find_periods(const float *current, uint16_t *period, size_t H, int T) {
+    for (size_t start = 0; start < H; start += BLOCK) {
+        int n = H - start < BLOCK ? (int)(H - start) : BLOCK;
         const float *x = current + start;
         float v[BLOCK];
         int32_t k[BLOCK];
@@ -54,6 +56,27 @@ static void find_periods(const float *current, uint16_t *period, int H, int T) {
     }
 }
 
+/* Sums by period: sums [samples][T + 2][LANES] of the weights wt [H][LANES] from the neurons with each period, of some
+ * samples whose neurons have the periods k [samples][H]. Row T + 1, for neurons that do not spike, is left out. */
+static inline __attribute__((always_inline)) void sum_by_period(const uint16_t *k, const float *wt, float *sums,
+                                                                int samples, int H, int T) {
+    float lanes[samples][4][T + 2][LANES];
+    memset(lanes, 0, sizeof(lanes));
+    for (int h = 0; h < H; h++) {
+        const float *from = wt + (size_t)h * LANES;
+        for (int i = 0; i < samples; i++) {
+            float *to = lanes[i][h & 3][k[(size_t)i * H + h]];
+            SIMD
+            for (int o = 0; o < LANES; o++) to[o] += from[o];
+        }
+    }
+    for (int i = 0; i < samples; i++)
+        for (int j = 0; j <= T; j++)
+            for (int o = 0; o < LANES; o++)
+                sums[((size_t)i * (T + 2) + j) * LANES + o] =
+                    (lanes[i][0][j][o] + lanes[i][1][j][o]) + (lanes[i][2][j][o] + lanes[i][3][j][o]);
+}
+
 /* Spikes of N x H neurons with constant currents, through weights [O][H], for T steps (at most 65534).
  * wt [H][P] and sums [N][T + 2][P] are scratch; period [N][H] (uint16) is kept for the backward pass;
  * out [T][N][O]; spikes [H] (int64), unless null, is increased by each neuron's spikes.
@@ -63,30 +86,29 @@ int constant_lif_linear_forward(const float *current, const float *w, float *wt,
     if (!all_finite(w, (size_t)O * H)) return 1;
     transpose(w, wt, H, O, P);
     THREADED
-    for (int n = 0; n < N; n++) {
-        uint16_t *k = period + (size_t)n * H;
-        float *sum = sums + (size_t)n * (T + 2) * P;
-        find_periods(current + (size_t)n * H, k, H, T);
-        memset(sum, 0, sizeof(float) * (T + 2) * P);
-        if (P == LANES && T <= SHORT) {
-            float lanes[4][T + 2][LANES]; /* so that additions need not wait for each other */
-            memset(lanes, 0, sizeof(lanes));
-            for (int h = 0; h < H; h++) {
-                float *to = lanes[h & 3][k[h]];
-                const float *from = wt + (size_t)h * LANES;
-                SIMD
-                for (int o = 0; o < LANES; o++) to[o] += from[o];
-            }
-            for (int j = 0; j <= T; j++)
-                for (int o = 0; o < LANES; o++)
-                    sum[j * LANES + o] = (lanes[0][j][o] + lanes[1][j][o]) + (lanes[2][j][o] + lanes[3][j][o]);
+    for (int first = 0; first < N; first += SAMPLES) {
+        const int samples = smaller(SAMPLES, N - first);
+        uint16_t *k = period + (size_t)first * H;
+        float *sum = sums + (size_t)first * (T + 2) * P;
+        find_periods(current + (size_t)first * H, k, (size_t)samples * H, T);
+        if (P == LANES && T <= SHORT && samples == SAMPLES) {
+            sum_by_period(k, wt, sum, SAMPLES, H, T);
+        } else if (P == LANES && T <= LONG) {
+            for (int i = 0; i < samples; i++)
+                sum_by_period(k + (size_t)i * H, wt, sum + (size_t)i * (T + 2) * P, 1, H, T);
         } else {
-            for (int h = 0; h < H; h++) {
-                float *to = sum + (size_t)k[h] * P;
-                SIMD
-                for (int o = 0; o < P; o++) to[o] += wt[(size_t)h * P + o];
-            }
+            memset(sum, 0, sizeof(float) * samples * (T + 2) * P);
+            for (int i = 0; i < samples; i++)
+                for (int h = 0; h < H; h++) {
+                    float *to = sum + ((size_t)i * (T + 2) + k[(size_t)i * H + h]) * P;
+                    SIMD
+                    for (int o = 0; o < P; o++) to[o] += wt[(size_t)h * P + o];
+                }
         }
+    }
+    THREADED
+    for (int n = 0; n < N; n++) {
+        const float *sum = sums + (size_t)n * (T + 2) * P;
         memcpy(out + (size_t)n * O, sum, sizeof(float) * O); /* period 0 */
         for (int t = 2; t <= T; t++) memset(out + ((size_t)(t - 1) * N + n) * O, 0, sizeof(float) * O);
         for (int j = 1; j <= T; j++)
@@ -140,6 +162,20 @@ static inline __attribute__((always_inline)) void constant_lif_gradient(const fl
     }
 }
 
+/* Adds to the gradients gwt [m][P] of m neurons' weights what each sample's sums have for the neurons' periods. */
+static inline __attribute__((always_inline)) void add_sums(float *gwt, const float *sums, const uint16_t *k,
+                                                           int samples, int m, int H, int P, int T) {
+    for (int i = 0; i < m; i++) {
+        SIMD
+        for (int o = 0; o < P; o++) {
+            float total = gwt[(size_t)i * P + o];
+            for (int n = 0; n < samples; n++)
+                total += sums[((size_t)n * (T + 2) + k[(size_t)n * H + i]) * P + o];
+            gwt[(size_t)i * P + o] = total;
+        }
+    }
+}
+
 /* After the spike of an infinite current x, v is NaN, and so is all that depends on it: the gradients of H currents. */
 static void after_infinity(const float *x, float *grad, int H) {
     int found = 0;
@@ -183,22 +219,13 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
     for (int start = 0; start < H; start += BLOCK) {
         int m = smaller(BLOCK, H - start);
         memset(gwt + (size_t)start * P, 0, sizeof(float) * m * P);
-        for (int n = 0; n < N; n++) {
+        for (int n = 0; n < N; n += SAMPLES) {
             const float *sum = sums + (size_t)n * (T + 2) * P;
             const uint16_t *k = period + (size_t)n * H + start;
-            if (P == LANES) {
-                for (int i = 0; i < m; i++) {
-                    float *to = gwt + (size_t)(start + i) * LANES;
-                    const float *from = sum + k[i] * LANES;
-                    SIMD
-                    for (int o = 0; o < LANES; o++) to[o] += from[o];
-                }
-            } else {
-                for (int i = 0; i < m; i++) {
-                    SIMD
-                    for (int o = 0; o < P; o++) gwt[(size_t)(start + i) * P + o] += sum[(size_t)k[i] * P + o];
-                }
-            }
+            if (P == LANES && N - n >= SAMPLES)
+                add_sums(gwt + (size_t)start * P, sum, k, SAMPLES, m, H, LANES, T);
+            else
+                add_sums(gwt + (size_t)start * P, sum, k, smaller(SAMPLES, N - n), m, H, P, T);
         }
         for (int o = 0; o < O; o++)
             for (int i = 0; i < m; i++) grad_w[(size_t)o * H + start + i] = gwt[(size_t)(start + i) * P + o];
