@@ -66,7 +66,7 @@ class Report:
             _with_total(self.structural), _with_total(self.connected), strict=True
         ):
             share = _share(layer.connected, connected.connected)
-            rows.append([name, percent(layer.connectivity), f"{layer.connected:,}", _percent_or_dash(share)])
+            rows.append([name, percent(layer.connectivity), f"{layer.connected:,}", share])
         return _table(rows)
 
     def _confusion_lines(self) -> list[str]:
@@ -74,7 +74,7 @@ class Report:
         rows = [["true class / predicted", *map(str, range(len(matrix))), "right"]]
         for label, row in enumerate(matrix):
             cells = [str(n) if n or label == predicted else "." for predicted, n in enumerate(row)]
-            rows.append([str(label), *cells, _percent_or_dash(_share(row[label], sum(row)))])
+            rows.append([str(label), *cells, _share(row[label], sum(row))])
         return _table(rows)
 
     def _operation_lines(self) -> list[str]:
@@ -82,9 +82,9 @@ class Report:
         for name, layer in self.operations.items():
             share = _share(layer.pruned, layer.dense)
             per_image = [f"{n / layer.images:,.1f}" for n in (layer.dense, layer.pruned)]
-            rows.append([name, f"{layer.kind}s", *per_image, _percent_or_dash(share)])
+            rows.append([name, f"{layer.kind}s", *per_image, share])
         total = energy.energy_per_image(self.operations.values())
-        share = _percent_or_dash(_share(total.pruned, total.dense))
+        share = _share(total.pruned, total.dense)
         unit, picojoules = ("µJ", 1e6) if total.dense >= 1e6 else ("nJ", 1e3)
         rows.append(["energy per image", unit, *(f"{e / picojoules:,.3f}" for e in (total.dense, total.pruned)), share])
         return [
@@ -150,12 +150,8 @@ def _with_total(layers: dict[str, Connections]) -> list[tuple[str, Connections]]
     return [*layers.items(), ("total", measuring.total(layers))]
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def _percent_or_dash(share: float | None) -> str:
-    return "-" if share is None else percent(share)
+def _share(part: float, whole: float) -> str:
+    return percent(part / whole) if whole else "-"
 
 
 def _table(rows: list[list[str]]) -> list[str]:
