@@ -1,5 +1,6 @@
 """The network of a run at the end of an epoch: its weights, and what is needed to build it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from training.experiment import Experiment
 from training.files import checks, storage
 
 CHECKPOINT = "checkpoint.pt"
+FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch")  # of a snapshot, but for its state
 NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 
 
@@ -29,16 +31,38 @@ class Unreadable(Refusal, ValueError):
 class Snapshot:
     """A network at the end of an epoch.
 
-    ``state`` is its state_dict, float32 on the CPU; ``T`` the number of time steps; ``experiment`` one of
-    :data:`analysis.experiments.EXPERIMENTS`; ``dataset``, ``run`` and ``epoch`` say where it comes from.
+    ``state`` is its state_dict, float32 on the CPU; ``T`` the number of time steps; ``width`` the size of its layers;
+    ``experiment`` one of :data:`analysis.experiments.EXPERIMENTS`; ``dataset``, ``run`` and ``epoch`` say where it
+    comes from.
     """
 
     experiment: str
     dataset: str
     T: int
+    width: int
     run: str
     epoch: int
     state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], state: dict[str, Tensor]) -> "Snapshot":
+        """Makes a snapshot of fields from a file. Older files lack the width: their networks have the default.
+
+        Raises:
+            ValueError: a field is missing, of another type or out of range.
+        """
+        experiment = fields.get("experiment")
+        if type(experiment) is not str or experiment not in EXPERIMENTS:
+            raise ValueError(f"experiment is {str(experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
+        fields = {"width": EXPERIMENTS[experiment].width, **fields}
+        dataset, datasets = fields.get("dataset"), [source.name for source in EXPERIMENTS[experiment].datasets]
+        if type(dataset) is not str or dataset not in datasets:
+            raise ValueError(f"dataset is {str(dataset)[:100]!r}, not one of {', '.join(datasets)}")
+        checks.time_steps("T", fields.get("T"))
+        checks.whole_number("width", fields["width"], 1, checks.WIDTH_LIMIT)
+        checks.text("run", fields.get("run"))
+        checks.whole_number("epoch", fields.get("epoch"))
+        return cls(**{key: fields[key] for key in FIELDS}, state=state)
 
     @property
     def about(self) -> Experiment:
@@ -48,21 +72,10 @@ class Snapshot:
     def source(self) -> DataSource:
         return self.about.dataset(self.dataset)
 
-    def check(self) -> None:
-        """Raises ValueError unless everything but the state is of its type and in its range."""
-        if type(self.experiment) is not str or self.experiment not in EXPERIMENTS:
-            raise ValueError(f"experiment is {str(self.experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
-        datasets = [source.name for source in self.about.datasets]
-        if type(self.dataset) is not str or self.dataset not in datasets:
-            raise ValueError(f"dataset is {str(self.dataset)[:100]!r}, not one of {', '.join(datasets)}")
-        checks.time_steps("T", self.T)
-        checks.text("run", self.run)
-        checks.whole_number("epoch", self.epoch)
-
     def plan(self) -> SpikingNetwork:
         """The network without its tensors, which are on the device meta. Draws no random number."""
         with torch.device("meta"):
-            return self.about.network(self.T)
+            return self.about.network(self.T, width=self.width)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight that can be pruned: that of this program's network, whatever a file says."""
@@ -135,9 +148,7 @@ def from_checkpoint(path: Path) -> Snapshot:
             raise ValueError("no network")
         arguments, state = checkpoint["arguments"], dict(checkpoint["network"])
         run = "".join(c if c.isprintable() else "?" for c in path.resolve().parent.name)
-        names = (arguments.get("experiment"), arguments.get("dataset"), arguments.get("T"))
-        snapshot = Snapshot(*names, run, checkpoint.get("epoch"), state)
-        snapshot.check()
+        snapshot = Snapshot.of({**arguments, "run": run, "epoch": checkpoint.get("epoch")}, state)
         snapshot.network()
     except (storage.DamagedError, ValueError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None

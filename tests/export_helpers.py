@@ -1,6 +1,7 @@
 """Small pruned networks to export, their runs, and what has to be the same."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,16 +31,16 @@ def pruned(network: SpikingNetwork, sparsities, gain: float) -> SpikingNetwork:
     return network.eval()
 
 
-def mnist(first=0.9, second=0.5, T=8) -> MnistNet:
+def mnist(first=0.9, second=0.5, T=8, width=800) -> MnistNet:
     torch.manual_seed(1)
-    return pruned(MnistNet(T), (first, second), gain=4)
+    return pruned(MnistNet(T, width=width), (first, second), gain=4)
 
 
 @torch.no_grad()
-def cifar10(sparsities=(0.0, 0.3, 0.5, 0.7, 0.9, 0.8, 0.95, 0.5), T=4) -> Cifar10Net:
+def cifar10(sparsities=(0.0, 0.3, 0.5, 0.7, 0.9, 0.8, 0.95, 0.5), T=4, width=8) -> Cifar10Net:
     """With running statistics, weights and biases of BatchNorm that all matter."""
     torch.manual_seed(1)
-    network = pruned(Cifar10Net(T), sparsities, gain=3)
+    network = pruned(Cifar10Net(T, width=width), sparsities, gain=3)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -63,10 +64,16 @@ def old_network() -> MnistNet:
     return network.eval()
 
 
+def about(network: SpikingNetwork) -> dict[str, Any]:
+    """What a checkpoint's arguments and an export's description say of a network."""
+    experiment = EXPERIMENTS["mnist" if isinstance(network, MnistNet) else "c10"]
+    width = len(next(iter(measuring.prunable(network).values())))  # the first layer's units
+    return {"experiment": experiment.name, "dataset": experiment.datasets[0].name, "T": network.T, "width": width}
+
+
 def snapshot_of(network: SpikingNetwork) -> Snapshot:
-    experiment = "mnist" if isinstance(network, MnistNet) else "c10"
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return Snapshot(experiment, EXPERIMENTS[experiment].datasets[0].name, network.T, "a-run", 3, state)
+    return Snapshot(**about(network), run="a-run", epoch=3, state=state)
 
 
 def images_for(network: SpikingNetwork, n: int = 16) -> torch.Tensor:
@@ -84,11 +91,9 @@ def assert_same_counts(one, other, n: int = 16) -> None:
 
 def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run") -> Path:
     """The checkpoint of a run, as training leaves it."""
-    experiment = "mnist" if isinstance(network, MnistNet) else "c10"
-    arguments = {"experiment": experiment, "dataset": EXPERIMENTS[experiment].datasets[0].name, "T": network.T}
     path = folder / "models" / name / "checkpoint.pt"
     path.parent.mkdir(parents=True)
     (folder / "logs" / name).mkdir(parents=True)
-    state = {"format": 1, "arguments": arguments, "epoch": 3, "network": network.state_dict(), "optimizers": []}
+    state = {"format": 1, "arguments": about(network), "epoch": 3, "network": network.state_dict(), "optimizers": []}
     storage.write(path, state)
     return path.parent

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mutations import contents, mutation, narrow
+from mutations import contents, mutation
 
 import measuring
 from analysis.export import load_pruned
@@ -129,7 +129,7 @@ def fuzz(
         load: the reader.
     """
     outcome, whole = Outcome(), contents(form)
-    with narrow(), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for number in range(first, first + mutations):
             network, content = whole[number // 2 % len(whole)]
             content, change = mutation(form, number, content)

@@ -10,21 +10,18 @@ import struct
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from export_helpers import OLD_EXPORTS, old_network
+from export_helpers import OLD_EXPORTS, about, old_network, snapshot_of
 
 import measuring
 from analysis import formats
 from analysis.experiments import EXPERIMENTS
 from analysis.formats import nir
 from analysis.formats.description import digest
-from analysis.snapshot import Snapshot
-from c10.model import Cifar10Net
 from spiking import SpikingNetwork
 from training.files import storage
 
@@ -33,43 +30,28 @@ from training.files import storage
 
 @torch.no_grad()
 def a_network(experiment: str) -> SpikingNetwork:
-    """A pruned network, with connections of every layout."""
+    """A pruned network, with connections of every layout; that of CIFAR-10 has 4 channels."""
     generator = torch.Generator().manual_seed(1)
-    network = EXPERIMENTS[experiment].network(T=3)
+    network = EXPERIMENTS[experiment].network(T=3, width={"mnist": 800, "c10": 4}[experiment])
     for number, weight in enumerate(measuring.prunable(network).values()):
         weight.copy_(torch.randn(weight.shape, generator=generator))
         weight.masked_fill_(torch.rand(weight.shape, generator=generator) >= (0.01, 0.5, 1)[number % 3], 0)
     return network.eval()
 
 
-@contextlib.contextmanager
-def narrow() -> Iterator[None]:
-    """The CIFAR-10 network with 4 channels instead of 256."""
-    made = Cifar10Net.__init__
-    defaults, made.__defaults__ = made.__defaults__, (8, "m", 4)
-    try:
-        yield
-    finally:
-        made.__defaults__ = defaults
-
-
 @functools.cache
-@narrow()
 def contents(form: str) -> list[tuple[SpikingNetwork, bytes]]:
-    """Networks, the second one :func:`narrow`, and whole files of them."""
+    """Networks, the second one narrow, and whole files of them."""
     if form == "gaps":
         return [(old_network(), OLD_EXPORTS["safetensors"].read_bytes())]
     found = []
     for experiment in ("mnist",) if form == "nir" else ("mnist", "c10"):
         network = a_network(experiment)
-        dataset = EXPERIMENTS[experiment].datasets[0].name
-        snapshot = Snapshot(experiment, dataset, network.T, "a-run", 3, dict(network.state_dict()))
         if form == "checkpoint":
-            arguments = {"experiment": experiment, "dataset": dataset, "T": network.T}
-            content = signed({"format": 2, "arguments": arguments, "epoch": 3, "network": network.state_dict()})
+            state = {"format": 2, "arguments": about(network), "epoch": 3, "network": network.state_dict()}
+            found.append((network, signed(state)))
         else:
-            content = formats.WRITERS[form](snapshot)
-        found.append((network, content))
+            found.append((network, formats.WRITERS[form](snapshot_of(network))))
     return found
 
 

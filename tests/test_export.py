@@ -42,7 +42,7 @@ def test_mnist_comes_back_to_the_bit(form, tmp_path, first, second):
 
 
 @packed_forms
-def test_cifar10_comes_back_with_the_same_spikes(form, tmp_path, narrow):
+def test_cifar10_comes_back_with_the_same_spikes(form, tmp_path):
     network = cifar10()
     export(snapshot_of(network), form, tmp_path / "file")
     loaded = load_pruned(tmp_path / "file")
@@ -90,7 +90,7 @@ def test_nir_by_a_general_importer_spikes_the_same_at_every_step(form, tmp_path)
     assert torch.equal(spikes.sum(0), counts)
 
 
-def test_csr_is_plain_numpy_and_scipy(tmp_path, narrow):
+def test_csr_is_plain_numpy_and_scipy(tmp_path):
     """The file as its description tells to read it, BatchNorm as scale and shift after the convolution."""
     network = cifar10()
     export(snapshot_of(network), "csr", tmp_path / "file.npz")
@@ -130,7 +130,7 @@ def test_load_pruned_takes_runs_checkpoints_and_exports(tmp_path):
         assert_same_counts(network, load_pruned(path))
 
 
-def test_a_loaded_network_is_ready(tmp_path, narrow):
+def test_a_loaded_network_is_ready(tmp_path):
     """In eval mode, without gradients, from rest, in no debt to the random numbers of who loads it."""
     torch.manual_seed(3)
     models = write_run(tmp_path, cifar10())
@@ -155,7 +155,7 @@ def test_two_loads_share_nothing(tmp_path):
 
 
 @packed_forms
-def test_no_tensor_is_read_only(form, tmp_path, narrow, monkeypatch):
+def test_no_tensor_is_read_only(form, tmp_path, monkeypatch):
     """Training goes on in the tensors of a file; torch writes to read-only memory without a word."""
     export(snapshot_of(cifar10()), form, tmp_path / "file")
     seen, from_numpy = [], torch.from_numpy
@@ -316,15 +316,18 @@ def test_models_folder_from_within(tmp_path, monkeypatch):
     assert from_checkpoint(models_folder(Path(".")) / "checkpoint.pt").run == "a-run"
 
 
-def test_a_real_run(tmp_path, mnist_folder, capsys):
-    """From the training script's own checkpoint."""
+@pytest.mark.parametrize(("width", "weights"), [([], 800 * 794), (["--width", "50"], 50 * 794)])
+def test_a_real_run(width, weights, tmp_path, mnist_folder, capsys):
+    """From the training script's own checkpoint, in the default format."""
     from mnist.mnist import main as train
 
-    argv = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "20", "-N", "2", "-T", "3"]
+    argv = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "20", "-N", "2", "-T", "3", *width]
     assert train([*argv, "--dataset-dir", str(mnist_folder), "--dump-dir", str(tmp_path)]) == 0
     (models,) = (tmp_path / "models").iterdir()
     capsys.readouterr()
-    assert main([str(models), "--format", "csr", "--check", "--dataset-dir", str(mnist_folder)]) == 0
+    assert main([str(models), "--check", "--dataset-dir", str(mnist_folder)]) == 0
     out = capsys.readouterr().out
+    assert f" of {weights} connections" in out
     assert "T 3" in out
+    assert (models / "export.npz").read_bytes()[:2] == b"PK"
     assert "0 of 200 spike counts differ" in out

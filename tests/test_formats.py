@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -31,11 +32,12 @@ from export_helpers import (
 import measuring
 from analysis import formats
 from analysis.export import export, load_pruned
-from analysis.formats import description, hdf5, layouts, nir, npz, packed, safetensors
+from analysis.formats import description, hdf5, layouts, nir, packed, safetensors
 from analysis.snapshot import Unreadable
+from c10.model import Cifar10Net
 from spiking import lif
 from training.errors import Refusal
-from training.files import storage
+from training.files import checks, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
@@ -221,7 +223,14 @@ def test_a_foreign_safetensors_file(tmp_path):
 
 CHANGES = {
     "another program's": lambda d: d.update(format="another"),
-    "a later version": lambda d: d.update(version=3),
+    "a later version": lambda d: d.update(version=4),
+    "version 2 with a width": lambda d: d.update(version=2),
+    "no width": lambda d: d.pop("width"),
+    "another width": lambda d: d.update(width=801),
+    "a width of 0": lambda d: d.update(width=0),
+    "a float for the width": lambda d: d.update(width=800.0),
+    "text for the width": lambda d: d.update(width="800"),
+    "a huge width": lambda d: d.update(width=10**9),
     "a version with a digest said to have none": lambda d: d.update(version=1),
     "an unknown experiment": lambda d: d.update(experiment="imagenet"),
     "an unhashable experiment": lambda d: d.update(experiment=["mnist"]),
@@ -244,12 +253,13 @@ CHANGES = {
     "an extra key": lambda d: d.update(extra=1),
     "a list": lambda d: d.clear(),
 }
+NOT_FITTING = ("other neurons", "other layers", "a huge T", "another width")  # in every format
 
 
 @pytest.mark.parametrize(
     ("form", "change"),
     [("safetensors", change) for change in CHANGES]
-    + [(form, change) for form in ("npz", "csr", "nir") for change in ("other neurons", "other layers", "a huge T")],
+    + [(form, change) for form in ("npz", "csr", "nir") for change in NOT_FITTING],
     indirect=["form"],
 )
 def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
@@ -265,7 +275,7 @@ def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
     refused(tmp_path / "file")
 
 
-@pytest.mark.parametrize("twice", ['"T": 8, "T"', '"version": 2, "version"', '"layers": {}, "layers"'])
+@pytest.mark.parametrize("twice", ['"T": 8, "T"', '"version": 3, "version"', '"layers": {}, "layers"'])
 @packed_forms
 def test_descriptions_that_say_one_thing_twice(form, twice, tmp_path, monkeypatch):
     key = twice.split('"')[1]
@@ -405,7 +415,7 @@ LAST = ("fc.1.weight/data.npy", "fc.1.weight.values.npy")  # in csr, in npz
         (lambda m: [*m, ("more.npy", b"")], "unknown more"),
         (lambda m: [*m, *((f"{n}", b"") for n in range(5000))], " members in a directory of "),
         (lambda m: [(n, c + bytes((1 << 20) * (n in LAST))) for n, c in m], "more than 32000"),
-        (lambda m: [*m, ("bomb", bytes(npz.EXPANDED))], "once expanded, more than"),
+        (lambda m: [*m, ("bomb", bytes(1 << 22))], "once expanded, more than"),
         (
             lambda m: [(n, re.sub(rb"'shape': \(\d", b"'shape': (9", c) if n in LAST else c) for n, c in m],
             "bytes for float32 [9",
@@ -416,7 +426,8 @@ LAST = ("fc.1.weight/data.npy", "fc.1.weight.values.npy")  # in csr, in npz
     ],
 )
 def test_archives_that_do_not_fit(form, change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "EXPANDED", 1 << 22)
+    monkeypatch.setattr(description, "SMALL", 1 << 22)
+    monkeypatch.setattr(description, "EXPANSION", 1)
     path = changed_members(tmp_path / "file", form, change)
     if message is None:  # an array of one axis is in Fortran's order as well
         assert_same_counts(mnist(), load_pruned(path))
@@ -567,6 +578,85 @@ def test_hdf5_in_a_process_of_its_own(does, message, tmp_path, monkeypatch):
         hdf5.read(tmp_path / "file")
 
 
+# -- networks of another width ---------------------------------------------------------------------
+
+
+@forms
+@pytest.mark.parametrize("width", [1, 5, 1000])
+def test_the_width_is_kept(form, width, tmp_path):
+    network = mnist(0.5, 0.2, width=width)
+    export(snapshot_of(network), form, tmp_path / "file")
+    loaded = load_pruned(tmp_path / "file")
+    assert loaded.static_fc[1].weight.shape == (width, 784)
+    for name, weight in measuring.prunable(network).items():
+        assert torch.equal(loaded.get_parameter(name), weight)
+
+
+def test_the_width_of_a_checkpoint(tmp_path):
+    network = mnist(width=5)
+    path = write_run(tmp_path, network) / "checkpoint.pt"
+    assert torch.equal(load_pruned(path).fc[1].weight, network.fc[1].weight)
+    state = torch.load(path, weights_only=True)
+    del state["arguments"]["width"]  # as before there was the option: the width is the default
+    storage.write(path, state)
+    assert "float32 [5, 784], not float32 [800, 784]" in refused(path)
+    path = write_run(tmp_path, mnist(), "b-run") / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["arguments"]["width"]
+    storage.write(path, state)
+    assert_same_counts(mnist(), load_pruned(path))
+
+
+@packed_forms
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [(checks.WIDTH_LIMIT, "its network of width "), (300, "float32 [8], not float32 [300]"), (8, None)],
+)
+def test_a_width_takes_no_memory(form, width, message, tmp_path, monkeypatch):
+    """Before the arrays are found to be as large; the layers agree with the width."""
+    path, network, describe = tmp_path / "file", cifar10(width=8), description.describe
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in measuring.prunable(Cifar10Net(width=width)).items()}
+
+    def wider(snapshot, layers):
+        text = json.loads(describe(snapshot, layers)) | {"width": width}
+        for name, shape in shapes.items():
+            text["layers"][name]["shape"] = list(shape)
+        return json.dumps(text)
+
+    monkeypatch.setattr(packed, "describe", wider)
+    path.write_bytes(formats.WRITERS[form](snapshot_of(network)))
+    if message is None:  # the counterpart: it is the width that is refused
+        assert_same_counts(network, load_pruned(path))
+        return
+    tracemalloc.start()
+    try:
+        assert message in refused(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_network_has_a_large_file(tmp_path, monkeypatch):
+    """What a file may hold grows with its size."""
+    path = tmp_path / "file"
+    export(snapshot_of(mnist()), "npz", path)
+    monkeypatch.setattr(description, "SMALL", 0)
+    monkeypatch.setattr(description, "EXPANSION", -(-4 * 635_200 // path.stat().st_size))
+    assert_same_counts(mnist(), load_pruned(path))
+    monkeypatch.setattr(description, "EXPANSION", 4 * 635_200 // path.stat().st_size)
+    assert "its network of width 800 has 2540800 bytes" in refused(path)
+
+
+def test_nir_takes_networks_of_bounded_size(tmp_path, monkeypatch):
+    pytest.importorskip("nir")
+    pytest.importorskip("nirtorch")
+    monkeypatch.setattr(hdf5, "BYTES", 2 * 794 * 4 * 5)
+    assert formats.write_nir(snapshot_of(mnist(width=5)))
+    with pytest.raises(Refusal, match=r"takes at most 15,880 bytes of weights, not 19,056; use npz"):
+        export(snapshot_of(mnist(width=6)), "nir", tmp_path / "file")
+
+
 # -- exports of earlier versions -------------------------------------------------------------------
 
 
@@ -631,6 +721,7 @@ def version_1(form: str, path: Path, change=lambda arrays: None) -> Path:
         with h5py.File(path, "r+") as file:
             del file["node/metadata/sha256"]
             text = json.loads(file["node/metadata/network"][()]) | {"version": 1}
+            del text["width"]
             replaced(file, "node/metadata/network", json.dumps(text))
     return path
 
@@ -799,7 +890,7 @@ def test_checkpoints_that_do_not_fit(message, tmp_path):
     assert message in refused(path)
 
 
-def test_batch_norms_that_do_not_fit(tmp_path, narrow):
+def test_batch_norms_that_do_not_fit(tmp_path):
     network = cifar10()
     network.conv[2].running_var[3] = -1
     path = write_run(tmp_path, network) / "checkpoint.pt"
@@ -813,7 +904,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert "is not a file" in refused(tmp_path / "pipe")
 
 
-def test_nir_has_no_max_pooling(tmp_path, narrow):
+def test_nir_has_no_max_pooling(tmp_path):
     with pytest.raises(Refusal, match="max pooling"):
         export(snapshot_of(cifar10()), "nir", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []

@@ -138,7 +138,6 @@ def test_the_table(capsys, monkeypatch):
     assert "checkpoint 0 (" in capsys.readouterr().out
 
 
-@mutations.narrow()
 def test_a_whole_file_is_the_same(tmp_path):
     """Otherwise a reader that refuses everything would pass."""
     for form in ("npz", "safetensors", "gaps", "csr", "checkpoint"):

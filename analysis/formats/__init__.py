@@ -2,8 +2,8 @@
 
 Every file carries a description, JSON text named ``network``, and beside it a digest, ``sha256``::
 
-    {"format": "gradrewire network", "version": 2, "experiment": "mnist", "dataset": "mnist",
-     "T": 8, "run": "lr-1e-4-...", "epoch": 512,
+    {"format": "gradrewire network", "version": 3, "experiment": "mnist", "dataset": "mnist",
+     "T": 8, "width": 800, "run": "lr-1e-4-...", "epoch": 512,
      "neuron": {"tau": 2.0, "v_threshold": 1.0, "v_reset": 0.0, "decay_input": true},
      "normalisation": {"mean": [0.1307], "std": [0.3081]},
      "layers": {"fc.1.weight": {"shape": [10, 800], "layout": "bitmap"}, ...}}
@@ -42,9 +42,10 @@ again, and some spikes then differ; ``scipy.sparse.diags(scale) @ W`` is the pro
 representation", Nature Communications 15, 2024): Flatten, Linear, LIF, Linear, LIF, with ``network`` in the metadata.
 A time step is :data:`analysis.formats.nir.DT` seconds. Dense weights, gzipped. Needs the packages nir and nirtorch.
 
-Older exports are still read: version 1 without a digest, with a warning; and the layout ``gaps`` of safetensors, with
-``<name>.gaps`` in the place of the bitmap. A byte b < 255 passes over b weights to the next connection; 255 passes over
-255 weights, and no connection follows it: ``positions = (cumsum(g + (g < 255)) - 1)[g < 255]``, with g as integers.
+Older exports are still read. Before version 3 they have no width, and the network has the default one. Those of
+version 1 have no digest, and a warning says so. In safetensors there may be the layout ``gaps``, with ``<name>.gaps``
+in the place of the bitmap. A byte b < 255 passes over b weights to the next connection. 255 passes over 255 weights,
+and no connection follows it: ``positions = (cumsum(g + (g < 255)) - 1)[g < 255]``, with g as integers.
 """
 
 from collections.abc import Callable

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 import measuring
-from analysis.snapshot import Snapshot
+from analysis.snapshot import FIELDS, Snapshot
 from training.files import checks
 
-FORMAT, VERSION = "gradrewire network", 2
+FORMAT, VERSION = "gradrewire network", 3
+SMALL, EXPANSION = 1 << 30, 1000  # bytes; deflate makes nothing smaller than a thousandth
 LENGTH = 1 << 16  # characters of a description; it has a few hundred
 
 
@@ -25,11 +26,7 @@ def describe(snapshot: Snapshot, layers: dict[str, Any]) -> str:
     description = {
         "format": FORMAT,
         "version": VERSION,
-        "experiment": snapshot.experiment,
-        "dataset": snapshot.dataset,
-        "T": snapshot.T,
-        "run": snapshot.run,
-        "epoch": snapshot.epoch,
+        **{key: getattr(snapshot, key) for key in FIELDS},
         "neuron": snapshot.neuron(),
         "normalisation": _normalisation(snapshot),
         "layers": layers,
@@ -71,11 +68,16 @@ def parse(text: str) -> Any:
     return json.loads(text, object_pairs_hook=members, parse_constant=constant)
 
 
+def largest(path: Path) -> int:
+    """How many bytes a file may be expanded to: so a small file takes little memory, whatever it declares."""
+    return max(SMALL, EXPANSION * path.stat().st_size)
+
+
 def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict[str, Any]]:
     """A snapshot without its tensors, and the layers, from an export's description.
 
     Args:
-        path: the export, for the warning about version 1.
+        path: the export, whose size bounds that of the network.
         text: the description.
         sha256: the digest beside it, None where there is none.
     """
@@ -85,18 +87,21 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     if type(description) is not dict or description.get("format") != FORMAT:
         raise ValueError(f"it has no description of a {FORMAT}")
     checks.whole_number("its version", description.get("version"), 1, VERSION)
-    names = ("format", "version", "experiment", "dataset", "T", "run", "epoch", "neuron", "normalisation", "layers")
-    checks.keys("its description", description, names)
-    if (description["version"] == 1) != (sha256 is None):
-        raise ValueError(f"its version is {description['version']}, {'without' if sha256 is None else 'with'} a digest")
-    snapshot = Snapshot(*(description[key] for key in ("experiment", "dataset", "T", "run", "epoch")), state={})
-    snapshot.check()
+    version = description["version"]
+    fields = [key for key in FIELDS if key != "width" or version >= 3]
+    checks.keys("its description", description, {"format", "version", *fields, "neuron", "normalisation", "layers"})
+    if (version == 1) != (sha256 is None):
+        raise ValueError(f"its version is {version}, {'without' if sha256 is None else 'with'} a digest")
+    snapshot = Snapshot.of({key: description[key] for key in fields}, state={})
+    size, most = sum(tensor.nbytes for tensor in snapshot.plan().state_dict().values()), largest(path)
+    if size > most:
+        raise ValueError(f"its network of width {snapshot.width} has {size} bytes; a file of this size may hold {most}")
     for key, there in (("neuron", snapshot.neuron()), ("normalisation", _normalisation(snapshot))):
         if json.dumps(description[key], sort_keys=True) != json.dumps(there, sort_keys=True):  # 1.0 is not true
             raise ValueError(
                 f"its {key} is {checks.short(str(description[key]), 200)}, but that of this network is {there}"
             )
-    if description["version"] == 1:
+    if version == 1:
         warnings.warn(
             f"{path} is an export of version 1, which has no digest: a changed byte may go unnoticed; "
             "if you still have the run, export it again",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 SECONDS = 1.0  # of processor time; the network takes 0.02
 WALL_SECONDS = 120.0  # for a process that does not even start
 MEMORY = 1 << 28  # bytes beyond those of the Python process with h5py in it
-LINKS, DEPTH, BYTES = 100, 4, 1 << 24  # the network has some 45 names, 3 groups deep, and 2.6 MB
+LINKS, DEPTH, BYTES = 100, 4, 1 << 25  # the network has some 45 names, 3 groups deep, and, of width 800, 2.6 MB
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32"}  # with their numbers in HDF5
 
 

@@ -49,6 +49,9 @@ def write_nir(snapshot: Snapshot) -> bytes:
 
     for name in snapshot.state.keys() - set(WEIGHTS.values()):
         raise Refusal(f"argument --format: nir has no place for {name}; npz has")
+    size, most = sum(weight.nbytes for weight in snapshot.state.values()), hdf5.BYTES // 2  # the rest is far smaller
+    if size > most:
+        raise Refusal(f"argument --format: nir takes at most {most:,} bytes of weights, not {size:,}; use npz")
     graph = export_to_nir(one_step(snapshot), torch.zeros(1, *IMAGE, dtype=torch.float32, device="cpu"), dt=DT)
     text = describe(snapshot, {})
     arrays = {name: tensor.numpy() for name, tensor in snapshot.state.items()}

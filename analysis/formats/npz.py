@@ -11,12 +11,11 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from analysis.formats import packed
-from analysis.formats.description import LENGTH
+from analysis.formats.description import LENGTH, largest
 from analysis.formats.layouts import Stored
 from analysis.snapshot import Snapshot
 from training.files import archives, checks
 
-EXPANDED = 1 << 29  # bytes of all members together; the dense CIFAR-10 network has 294 MB in csr
 TEXTS = {"network": LENGTH, "sha256": 64}  # with their lengths
 HEADER = 1024  # bytes; an array's header has 128
 
@@ -30,7 +29,7 @@ def write(layout: str, snapshot: Snapshot) -> bytes:
 
 def read_npz(path: Path) -> Snapshot:
     """Reads npz and csr."""
-    with open(path, "rb") as file, archives.opened(file, expanded=EXPANDED) as archive:
+    with open(path, "rb") as file, archives.opened(file, expanded=largest(path)) as archive:
         for name in archive.namelist():
             if not name.endswith(".npy"):
                 raise ValueError(f"it has the unknown {checks.short(name)}")

@@ -38,7 +38,7 @@ def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callab
     """Reads an export. Nothing is expanded before the names and sizes are known to be those of the network.
 
     Args:
-        path: of the file, for a warning.
+        path: of the file.
         texts: the description and, if there is one, the digest, by name.
         names: of the arrays.
         get: reads an array by its name; raises ValueError unless it is what it has to be.
