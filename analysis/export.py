@@ -57,15 +57,12 @@ def export(snapshot: Snapshot, form: str, path: str | Path) -> int:
         content = WRITERS[form](snapshot)
         with files.naming(path):
             temporary.write_bytes(content)
-        _check_same(snapshot, read(temporary))
+        written = read(temporary)
+        weights, others = (measuring.prunable(one.network()) for one in (snapshot, written))
+        different = [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
+        if different or snapshot.T != written.T:
+            raise RuntimeError(f"the export does not read back as it was written: {', '.join(different) or 'T'}")
     return len(content)
-
-
-def _check_same(snapshot: Snapshot, other: Snapshot) -> None:
-    weights, others = (measuring.prunable(s.network()) for s in (snapshot, other))
-    different = [name for name, weight in weights.items() if not torch.equal(weight, others[name])]
-    if different or snapshot.T != other.T:
-        raise RuntimeError(f"the export does not read back as it was written: {', '.join(different) or 'T'}")
 
 
 @torch.no_grad()

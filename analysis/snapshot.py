@@ -58,7 +58,7 @@ class Snapshot:
         dataset, datasets = fields.get("dataset"), [source.name for source in EXPERIMENTS[experiment].datasets]
         if type(dataset) is not str or dataset not in datasets:
             raise ValueError(f"dataset is {str(dataset)[:100]!r}, not one of {', '.join(datasets)}")
-        checks.time_steps("T", fields.get("T"))
+        checks.whole_number("T", fields.get("T"), 1, checks.T_LIMIT)
         checks.whole_number("width", fields["width"], 1, checks.WIDTH_LIMIT)
         checks.text("run", fields.get("run"))
         checks.whole_number("epoch", fields.get("epoch"))

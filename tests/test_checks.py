@@ -16,8 +16,8 @@ from training.files import checks
 @pytest.mark.parametrize("value", [0, -1, checks.T_LIMIT + 1, 10**9, 8.0, True, "8", None, [8], math.nan])
 def test_time_steps_are_whole_numbers_in_their_range(value):
     with pytest.raises(ValueError, match=rf"^T is .*, not a whole number from 1 to {checks.T_LIMIT}$"):
-        checks.time_steps("T", value)
-    assert checks.time_steps("T", 8) == 8
+        checks.whole_number("T", value, 1, checks.T_LIMIT)
+    assert checks.whole_number("T", 8, 1, checks.T_LIMIT) == 8
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1.0", None, 2.5, 1j, torch.ones(())])

@@ -96,11 +96,8 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     size, most = sum(tensor.nbytes for tensor in snapshot.plan().state_dict().values()), largest(path)
     if size > most:
         raise ValueError(f"its network of width {snapshot.width} has {size} bytes; a file of this size may hold {most}")
-    for key, there in (("neuron", snapshot.neuron()), ("normalisation", _normalisation(snapshot))):
-        if json.dumps(description[key], sort_keys=True) != json.dumps(there, sort_keys=True):  # 1.0 is not true
-            raise ValueError(
-                f"its {key} is {checks.short(str(description[key]), 200)}, but that of this network is {there}"
-            )
+    check_same("neuron", description["neuron"], snapshot.neuron())
+    check_same("normalisation", description["normalisation"], _normalisation(snapshot))
     if version == 1:
         warnings.warn(
             f"{path} is an export of version 1, which has no digest: a changed byte may go unnoticed; "
@@ -110,10 +107,11 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     return snapshot, description["layers"]
 
 
-def check_layers(layers: Any, expected: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError unless a description's layers are those of the network, as the format writes them."""
-    if json.dumps(layers, sort_keys=True) != json.dumps(expected, sort_keys=True):
-        raise ValueError(f"its layers are {checks.short(str(layers), 200)}, not those of this network")
+def check_same(key: str, found: Any, expected: dict[str, Any]) -> None:
+    """Raises ValueError unless a part of a description is as this program writes it."""
+    if json.dumps(found, sort_keys=True) != json.dumps(expected, sort_keys=True):  # 1.0 is not true
+        found, expected = (checks.short(str(value), 200) for value in (found, expected))
+        raise ValueError(f"its {key} is {found}, but that of this network is {expected}")
 
 
 def arrays_of(snapshot: Snapshot) -> tuple[dict[str, NDArray], dict[str, NDArray]]:

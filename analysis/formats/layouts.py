@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import measuring
-
-LAYOUTS = ("dense", "bitmap", "gaps", "csr")
+from training.files import checks
 
 
 class Stored(NamedTuple):
@@ -34,7 +33,11 @@ class Stored(NamedTuple):
 
 
 def parts(layout: str, shape: tuple[int, ...]) -> dict[str, Stored]:
-    """The arrays of a weight; each has the weight's name, followed by the key."""
+    """The arrays of a weight; each has the weight's name, followed by the key.
+
+    Raises:
+        ValueError: there is no such layout.
+    """
     size = math.prod(shape)
     values = Stored("float32", (size,), or_shorter=True)
     if layout == "dense":
@@ -43,8 +46,10 @@ def parts(layout: str, shape: tuple[int, ...]) -> dict[str, Stored]:
         return {".bitmap": Stored("uint8", (-(-size // 8),)), ".values": values}
     if layout == "gaps":  # a byte for each connection, and one for every 255 weights passed over
         return {".gaps": Stored("uint8", (size + size // 255,), or_shorter=True), ".values": values}
-    integers = {"/indices": Stored("int32", (size,), or_shorter=True), "/indptr": Stored("int32", (shape[0] + 1,))}
-    return {"/data": values, **integers, "/shape": Stored("int64", (2,))}
+    if layout == "csr":
+        indices, indptr = Stored("int32", (size,), or_shorter=True), Stored("int32", (shape[0] + 1,))
+        return {"/data": values, "/indices": indices, "/indptr": indptr, "/shape": Stored("int64", (2,))}
+    raise ValueError(f"layout {checks.short(repr(layout))} is not one of dense, bitmap, gaps, csr")
 
 
 def pack(layout: str, weight: NDArray[np.float32]) -> dict[str, NDArray]:

@@ -13,7 +13,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 from analysis.formats import hdf5
-from analysis.formats.description import check_digest, check_layers, complete, describe, described, digest
+from analysis.formats.description import check_digest, check_same, complete, describe, described, digest
 from analysis.packages import imported
 from analysis.snapshot import Snapshot
 from training.errors import Refusal
@@ -72,7 +72,7 @@ def read_nir(path: Path) -> Snapshot:
     snapshot, layers = described(path, text, sha256)
     if snapshot.experiment != "mnist":
         raise ValueError(f"it has a network of {snapshot.experiment}, which nir cannot hold")
-    check_layers(layers, {})
+    check_same("layers", layers, {})
     stored = {name: found.pop(f"node/nodes/{node}/weight", None) for node, name in WEIGHTS.items()}
     for name, shape in snapshot.shapes().items():
         weight = stored[name]

@@ -30,9 +30,8 @@ def write(layout: str, snapshot: Snapshot) -> bytes:
 def read_npz(path: Path) -> Snapshot:
     """Reads npz and csr."""
     with open(path, "rb") as file, archives.opened(file, expanded=largest(path)) as archive:
-        for name in archive.namelist():
-            if not name.endswith(".npy"):
-                raise ValueError(f"it has the unknown {checks.short(name)}")
+        if others := [name for name in archive.namelist() if not name.endswith(".npy")]:
+            raise ValueError(f"it has the unknown {checks.short(others[0])}")
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         texts = {name: _text(archive, name, length) for name, length in TEXTS.items() if name in names}
         return packed.read(path, texts, names - TEXTS.keys(), partial(_get, archive))

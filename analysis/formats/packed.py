@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from analysis.formats import layouts
-from analysis.formats.description import arrays_of, check_digest, check_layers, complete, describe, described, digest
-from analysis.formats.layouts import LAYOUTS, Stored
+from analysis.formats.description import arrays_of, check_digest, check_same, complete, describe, described, digest
+from analysis.formats.layouts import Stored
 from analysis.snapshot import Snapshot
 from training.errors import Refusal
 from training.files import checks
@@ -46,8 +46,8 @@ def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callab
     text, sha256 = texts["network"], texts.get("sha256")
     snapshot, layers = described(path, text, sha256)
     network, shapes = snapshot.plan(), snapshot.shapes()
-    chosen = {name: _layout(name, layers[name]) for name in shapes}
-    check_layers(layers, {name: _layer(shape, chosen[name]) for name, shape in shapes.items()})
+    chosen = {name: layers[name].get("layout", "csr") for name in shapes}
+    check_same("layers", layers, {name: _layer(shape, chosen[name]) for name, shape in shapes.items()})
     others = {
         name: Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in network.state_dict().items()
@@ -75,13 +75,6 @@ def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callab
 
 def _layer(shape: Iterable[int], layout: str) -> dict[str, Any]:
     return {"shape": list(shape)} | ({} if layout == "csr" else {"layout": layout})
-
-
-def _layout(name: str, layer: dict[str, Any]) -> str:
-    layout = layer.get("layout", "csr")
-    if layout not in LAYOUTS:
-        raise ValueError(f"the layout of {name} is {checks.short(repr(layout))}, not one of {', '.join(LAYOUTS)}")
-    return layout
 
 
 # -- BatchNorm folded ------------------------------------------------------------------------------

@@ -52,11 +52,6 @@ def text(name: str, value: Any, length: int = 1000) -> str:
     return value
 
 
-def time_steps(name: str, value: Any) -> int:
-    """``value``, if it is a number of time steps that a network may have; raises ValueError otherwise."""
-    return whole_number(name, value, 1, T_LIMIT)
-
-
 def short(text: str, length: int = 100) -> str:
     """The beginning of a text from a file, on one line, without control characters."""
     text = "".join(c if c.isprintable() else "?" for c in text[: length + 1])

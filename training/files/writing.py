@@ -110,46 +110,6 @@ def replace(source: Path, target: Path) -> None:
             time.sleep(0.05)
 
 
-class _Replacement:
-    """A file to replace, and the temporary file for its new content."""
-
-    def __init__(self, path: Path, parents: bool = False, ours: bool = False):
-        with naming(path):
-            self.target = path if ours else Path(os.path.realpath(path))
-            try:
-                mode = os.stat(path, follow_symlinks=not ours).st_mode
-            except FileNotFoundError:
-                mode = None
-                if parents:
-                    self.target.parent.mkdir(parents=True, exist_ok=True)
-            if mode is not None and stat.S_ISDIR(mode):
-                raise IsADirectoryError(errno.EISDIR, "it is a folder")
-            regular = mode is not None and stat.S_ISREG(mode)
-            self.special = mode is not None and not regular and not ours
-            self.permissions = stat.S_IMODE(mode) if regular else None
-            folder = Path(tempfile.gettempdir()) if self.special else self.target.parent
-            # not the whole name of the target: that may already be as long as a name can be
-            name = f"{path.name[:50]}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp"
-            self.temporary = folder / name
-            self.temporary.unlink(missing_ok=True)  # of a process that was killed
-            self.temporary.touch(0o600 if self.special else 0o666, exist_ok=False)
-
-    def finish(self) -> None:
-        if self.special:
-            with open(self.temporary, "rb") as source, open(self.target, "wb") as out:
-                shutil.copyfileobj(source, out)
-            return
-        if self.permissions is not None:
-            with contextlib.suppress(OSError):  # not all file systems have them
-                os.chmod(self.temporary, self.permissions)
-        sync_file(self.temporary)
-        replace(self.temporary, self.target)
-
-    def clean_up(self) -> None:
-        with contextlib.suppress(OSError):  # the first of two failures is the one to report
-            self.temporary.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator[Path]:
     """Yields an empty temporary file, which replaces ``path`` at the end; on an error ``path`` is unchanged.
@@ -166,18 +126,48 @@ def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator
     Raises:
         OSError: it cannot be written, which shows at the beginning if possible; it names ``path``.
     """
-    replacement = _Replacement(path, parents, ours)
+    with naming(path):
+        target = path if ours else Path(os.path.realpath(path))
+        try:
+            mode = os.stat(path, follow_symlinks=not ours).st_mode
+        except FileNotFoundError:
+            mode = None
+            if parents:
+                target.parent.mkdir(parents=True, exist_ok=True)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        regular = mode is not None and stat.S_ISREG(mode)
+        special = mode is not None and not regular and not ours
+        folder = Path(tempfile.gettempdir()) if special else target.parent
+        # not the whole name of the target: that may already be as long as a name can be
+        temporary = folder / (f"{path.name[:50]}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary.touch(0o600 if special else 0o666, exist_ok=False)
     try:
-        yield replacement.temporary
+        yield temporary
         with naming(path):
-            replacement.finish()
+            if special:
+                with open(temporary, "rb") as source, open(target, "wb") as out:
+                    shutil.copyfileobj(source, out)
+            else:
+                if regular:
+                    with contextlib.suppress(OSError):  # not all file systems have permissions
+                        os.chmod(temporary, stat.S_IMODE(mode))
+                sync_file(temporary)
+                replace(temporary, target)
     finally:
-        replacement.clean_up()
+        with contextlib.suppress(OSError):  # the first of two failures is the one to report
+            temporary.unlink(missing_ok=True)
+
+
+class _Unchanged(Exception):
+    """Leaves :func:`replacing` without a new file."""
 
 
 def check_replacing(path: Path, parents: bool = False) -> None:
     """Raises the OSError that :func:`replacing` would begin with; it names ``path``."""
-    _Replacement(path, parents).clean_up()
+    with contextlib.suppress(_Unchanged), replacing(path, parents):
+        raise _Unchanged
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
