@@ -88,6 +88,14 @@ def test_npz_as_it_is_documented(tmp_path):
         np.testing.assert_array_equal(found, weight.detach())
 
 
+@pytest.mark.parametrize("form", ["npz", "csr"])
+def test_some_formats_need_no_package(form, tmp_path, monkeypatch):
+    for package in ("safetensors", "nir", "nirtorch", "h5py", "scipy", "scipy.sparse"):
+        monkeypatch.setitem(sys.modules, package, None)
+    export(snapshot_of(mnist()), form, tmp_path / "file")
+    assert_same_counts(mnist(), load_pruned(tmp_path / "file"))
+
+
 def test_safetensors_has_the_smaller_layout_for_each_layer(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     sizes = []

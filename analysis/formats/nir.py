@@ -19,8 +19,8 @@ from analysis.snapshot import Snapshot
 from training.errors import Refusal
 from training.files import checks
 
-DT = 1e-4  # what NIR's frameworks take for a step; tau * DT and back is exact
-NODES = ("flatten", "static_fc_1", "fc_0", "fc_1", "fc_2")  # after the layers of MnistNet
+DT = 1e-4  # seconds per time step, as in NIR's frameworks; tau * DT / DT is exact
+NODES = ("flatten", "static_fc_1", "fc_0", "fc_1", "fc_2")  # named after the layers of MnistNet
 WEIGHTS = {"static_fc_1": "static_fc.1.weight", "fc_1": "fc.1.weight"}
 ENDS = ("Input", "Output")
 IMAGE = (1, 28, 28)
@@ -62,7 +62,7 @@ def write_nir(snapshot: Snapshot) -> bytes:
 
 
 def read_nir(path: Path) -> Snapshot:
-    """Reads the graph that :func:`write_nir` makes, and no other, as data: a general importer makes code of it."""
+    """Reads a graph of :func:`write_nir`, and no other, as data: a general importer would make modules of it."""
     imported("h5py", "this format")
     found = hdf5.read(path)
     texts = [found.pop(f"node/metadata/{key}", None) for key in ("network", "sha256")]
@@ -84,7 +84,7 @@ def read_nir(path: Path) -> Snapshot:
 
 
 def _check_graph(snapshot: Snapshot, found: dict[str, NDArray]) -> None:
-    """Raises ValueError unless all in a file but the weights is as :func:`write_nir` writes it."""
+    """Raises ValueError unless everything but the weights is as :func:`write_nir` writes it."""
     found.pop("version", None)  # of the package that wrote it
     others = {path.split("/")[2] for path in found if path.startswith("node/nodes/")} - set(NODES)
     ends = [
