@@ -1,0 +1,197 @@
+"""What is added is one file and one entry: a method, a data set, an experiment; the files are in examples/."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from examples import magnitude, shallow
+from examples.stripes import STRIPES
+from run_helpers import assert_same_run, load, results, store
+
+import measuring
+from analysis import report
+from analysis.experiments import EXPERIMENTS
+from analysis.export import export, load_pruned
+from analysis.snapshot import from_checkpoint
+from mnist import mnist
+from mnist.model import MnistNet
+from reproduce import entries, grid, outcome, records
+from training.errors import Refusal
+from training.methods import METHODS
+
+KEEP = ["-m", "magnitude", "--keep", "0.1", "-lr", "1e-2", "-b", "8"]
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The entry in the table of methods."""
+    monkeypatch.setitem(METHODS, "magnitude", magnitude.Magnitude())
+
+
+def the_page(tmp_path, capsys, monkeypatch, *folders):
+    """The text of the HTML report, and the table on the console."""
+    pytest.importorskip("jinja2")
+    assert report.main([*map(str, folders), "-o", str(tmp_path / "report.html")]) == 0
+    return (tmp_path / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+
+
+# -- a method ----------------------------------------------------------------------------------------
+
+
+def test_a_method_is_trained_stopped_resumed_and_tested(run, added, tmp_path, monkeypatch):
+    one, stopped = tmp_path / "one", tmp_path / "stopped"
+    result = run(*KEEP, "-N", "3", dump=one)
+    assert result.status == 0
+    assert result.out.splitlines()[1].startswith("magnitude on mnist: ")
+    forward, passes = MnistNet.forward, []
+
+    def forward_and_stop(self, images):
+        passes.append(self.training)
+        if passes.count(True) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MnistNet, "forward", forward_and_stop)
+        assert run(*KEEP, "-N", "3", dump=stopped).status == 128 + signal.SIGTERM
+    state = load(stopped)
+    assert state["step"] == 8
+    # the optimizer's own tensors are among the state, and keep their type
+    (first, second) = state["optimizers"][0]["state"].values()
+    assert first["age"].dtype == torch.int16
+    assert first["age"].max() > 1
+    assert run(*KEEP, "-N", "3", dump=stopped).status == 0
+    assert_same_run(one, stopped)
+    # the result is what the method is for
+    last = results(one)[-1]
+    assert last["connectivity"] == pytest.approx(0.1, abs=1e-4)
+    assert last["penalty"] is None
+    result = run(*KEEP, "-test", dump=one)
+    assert result.status == 0
+    (tested,) = one.glob("logs/*/test.json")
+    assert tested.parent.name == "lr-1e-2-b-8-T-8-keep-1e-1-magnitude"
+    assert json.loads(tested.read_text())["connectivity"] == last["connectivity"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("age", torch.full((800, 784), float("nan"))),
+        ("momentum_buffer", [1.0]),
+        ("momentum_buffer", torch.full((800, 784), float("inf"))),
+        ("a\nkey", torch.zeros(1)),
+    ],
+)
+def test_the_state_of_any_optimizer_is_checked(run, added, tmp_path, key, value):
+    run(*KEEP, "-N", "1")
+    state = load(tmp_path)
+    state["optimizers"][0]["state"][0][key] = value
+    store(tmp_path, state)
+    result = run(*KEEP, "-N", "2")
+    assert result.status == 2
+    assert "does not fit" in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_state_of_a_parameter_that_is_not_there_is_refused(run, added, tmp_path):
+    run(*KEEP, "-N", "1")
+    state = load(tmp_path)
+    state["optimizers"][0]["state"][2] = {}
+    store(tmp_path, state)
+    assert "MagnitudeSGD's state is of parameter 2, of 2" in run(*KEEP, "-N", "2").err
+
+
+def test_the_options_of_a_method_are_its_own(run, added, capsys):
+    assert "argument --keep: needs -m magnitude" in run("--keep", "0.1").err
+    assert "argument --keep: required by -m magnitude" in run("-m", "magnitude").err
+    assert "argument -s/--sparsity: needs -m grad or -m deep" in run(*KEEP, "-s", "0.9").err
+    with pytest.raises(SystemExit):
+        mnist.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "magnitude (SGD that keeps the largest weights)" in text
+    assert "share of the weights of each layer to keep, with -m magnitude (default: none; required)" in text
+
+
+def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, monkeypatch):
+    run(*KEEP, "-N", "1", dump=tmp_path / "runs")
+    run("-lr", "1e-2", "-b", "8", "-N", "1", dump=tmp_path / "runs")
+    html, table = the_page(tmp_path, capsys, monkeypatch, tmp_path / "runs")
+    assert "magnitude" in [line.split()[1] for line in table.splitlines() if line.startswith("lr-")]
+    assert ">magnitude<" in html
+    # a grid of the two
+    (tmp_path / "mnist.toml").write_text(
+        'options = "-lr 1e-2 -b 8"\nepochs = 1\nseeds = [2020]\n'
+        '[[group]]\ntitle = "dense"\nvariants = [""]\n'
+        '[[group]]\ntitle = "magnitude"\nmethod = "-m magnitude"\nvariants = ["--keep 0.1"]\n'
+    )
+    rows = grid.load("mnist", tmp_path)
+    assert [row.name for row in rows] == ["lr-1e-2-b-8-T-8-no_prune", "lr-1e-2-b-8-T-8-keep-1e-1-magnitude"]
+    for row in rows:
+        records.write(tmp_path / "runs", row)
+    (dense, kept) = entries.collect(tmp_path / "runs", rows, tmp_path / "outcome")
+    assert (dense.variant, kept.variant) == ("-lr 1e-2", "--keep 1e-1 -lr 1e-2")
+    assert kept.numbers["connectivity"] == pytest.approx(0.1, abs=1e-4)
+    files = outcome.write(tmp_path / "runs", rows, tmp_path / "outcome")
+    assert "| magnitude | `--keep 1e-1 -lr 1e-2` | 1 | 1 |" in (tmp_path / "outcome" / "table.md").read_text()
+    assert {path.name for path in files} >= {"plane.png", "rows.csv", "rewiring.png"}
+
+
+# -- a data set --------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_trained_on_and_tested(run, tmp_path, monkeypatch):
+    experiment = replace(mnist.EXPERIMENT, datasets=(*mnist.EXPERIMENT.datasets, STRIPES))  # the entry
+    monkeypatch.setattr(mnist, "EXPERIMENT", experiment)
+    monkeypatch.setitem(EXPERIMENTS, "mnist", experiment)
+    argv = ["--dataset", "stripes", "-b", "8", "-lr", "1e-2", "-N", "1"]
+    assert run(*argv).status == 0
+    assert run(*argv, "-test").status == 0
+    (folder,) = tmp_path.glob("models/*")
+    assert folder.name == "lr-1e-2-b-8-T-8-no_prune-stripes"
+    # it has its own mean and std, not those of the experiment's first data set
+    snapshot = from_checkpoint(folder / "checkpoint.pt")
+    export(snapshot, "npz", tmp_path / "network.npz")
+    dataset = STRIPES.read(tmp_path)
+    normalised = STRIPES.normalisation(torch.device("cpu"))(dataset.test.images)
+    assert sorted(normalised.unique().tolist()) == [-2.0, 2.0]
+    (tested,) = tmp_path.glob("logs/*/test.json")
+    network = load_pruned(tmp_path / "network.npz")
+    assert int((network(normalised).argmax(1) == dataset.test.labels).sum()) == json.loads(tested.read_text())["right"]
+    assert snapshot.source is STRIPES
+
+
+@pytest.mark.parametrize("change", [dict(shape=(1, 28, 29)), dict(shape=(3, 28, 28)), dict(classes=9)])
+def test_a_data_set_that_is_not_as_its_entry_says_is_refused(tmp_path, change):
+    with pytest.raises(Refusal, match=r"^argument --dataset-dir: stripes in .* has (images 1x28x28|labels outside)"):
+        replace(STRIPES, **change).load(tmp_path)
+
+
+# -- a network ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [None, 3])
+def test_an_experiment_is_trained_resumed_tested_exported_and_reported(tmp_path, capsys, monkeypatch, width):
+    monkeypatch.setitem(EXPERIMENTS, "shallow", shallow.EXPERIMENT)  # the entry
+    argv = ["-m", "grad", "-s", "0.9", "-penalty", "1", *(["--width", str(width)] if width else [])]
+    one, parts = (["--dump-dir", str(tmp_path / name)] for name in ("one", "parts"))
+    assert shallow.main([*argv, *one]) == 0
+    assert shallow.main([*argv, *parts, "-N", "1"]) == 0
+    assert shallow.main([*argv, *parts]) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+    assert shallow.main([*argv, *one, "-test"]) == 0
+    (folder,) = (tmp_path / "one").glob("models/*")
+    assert folder.name.endswith(f"-grad-width-{width}" if width else "-grad")
+    other = [word for word in argv if word not in ("--width", "3")] if width else [*argv, "--width", "3"]
+    assert shallow.main([*other, *one, "-test"]) == 2  # it is another run
+    network = load_pruned(folder)
+    assert type(network) is shallow.ShallowNet
+    assert network.static_fc[1].out_features == 10 * (width or 4)
+    export(from_checkpoint(folder / "checkpoint.pt"), "npz", tmp_path / "network.npz")
+    for name, weight in measuring.prunable(load_pruned(tmp_path / "network.npz")).items():
+        assert torch.equal(weight, measuring.prunable(network)[name])
+    capsys.readouterr()
+    html, _ = the_page(tmp_path, capsys, monkeypatch, tmp_path / "one")
+    assert "shallow network on stripes" in html
