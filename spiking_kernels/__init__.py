@@ -8,13 +8,8 @@ A file for each thing computed holds its interface, and beside it lies its C cod
 To add a kernel, add such a pair; :data:`build.ARGUMENTS` names the C functions.
 """
 
-from spiking_kernels.build import Unavailable as Unavailable
-from spiking_kernels.build import unavailable as unavailable
-from spiking_kernels.images import affine_lookup as affine_lookup
-from spiking_kernels.neurons import MAX_T as MAX_T
-from spiking_kernels.neurons import lif_linear_lif as lif_linear_lif
-from spiking_kernels.tensors import Unfit as Unfit
-from spiking_kernels.updates import NOISE_GROUP as NOISE_GROUP
-from spiking_kernels.updates import deep_rewiring_draws as deep_rewiring_draws
-from spiking_kernels.updates import deep_rewiring_step as deep_rewiring_step
-from spiking_kernels.updates import grad_rewiring_step as grad_rewiring_step
+from spiking_kernels.build import Unavailable, unavailable
+from spiking_kernels.images import affine_lookup
+from spiking_kernels.neurons import MAX_T, lif_linear_lif
+from spiking_kernels.tensors import Unfit
+from spiking_kernels.updates import NOISE_GROUP, deep_rewiring_draws, deep_rewiring_step, grad_rewiring_step
