@@ -60,7 +60,7 @@ def test_a_method_is_trained_stopped_resumed_and_tested(run, added, tmp_path, mo
     state = load(stopped)
     assert state["step"] == 8
     # the optimizer's own tensors are among the state, and keep their type
-    (first, second) = state["optimizers"][0]["state"].values()
+    (first, _) = state["optimizers"][0]["state"].values()
     assert first["age"].dtype == torch.int16
     assert first["age"].max() > 1
     assert run(*KEEP, "-N", "3", dump=stopped).status == 0
@@ -129,6 +129,7 @@ def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, m
     )
     rows = grid.load("mnist", tmp_path)
     assert [row.name for row in rows] == ["lr-1e-2-b-8-T-8-no_prune", "lr-1e-2-b-8-T-8-keep-1e-1-magnitude"]
+    (tmp_path / "runs" / "rows").mkdir()
     for row in rows:
         records.write(tmp_path / "runs", row)
     (dense, kept) = entries.collect(tmp_path / "runs", rows, tmp_path / "outcome")

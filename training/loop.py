@@ -21,6 +21,7 @@ from training.errors import DivergedError, Interrupted, Refusal
 from training.experiment import Experiment
 from training.files import json_files
 from training.interrupt import Signals, StopRequested
+from training.methods import METHODS
 from training.options import arguments
 from training.step import TrainingStep, autocast, set_precision
 
@@ -296,7 +297,7 @@ class Trainer:
             measuring.record_connections(record, measuring.count(self.masks), self.others)
             measuring.record_rewired(record, measuring.rewired(before, self.masks))
             record("learning_rate", float(group["lr"]))
-            record("penalty", group.get("alpha", group.get("l1")))
+            record("penalty", group.get(METHODS[self.options.mode].penalty))
             if full:
                 measuring.record_neurons(record, spikes.rates())
                 recording.record_distributions(record, self.network, self.optimizers, self.experiment.histograms)

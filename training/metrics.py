@@ -148,7 +148,8 @@ METRICS: tuple[Metric, ...] = (
     # settings and time
     Metric("learning_rate", "", (EPOCH,), "Learning rate of the first optimizer in the epoch's last step.",
            "as set, or scheduled by `--recipe fast`", also="report"),
-    Metric("penalty", "", (EPOCH,), "Grad R's alpha or Deep R's l1 in the epoch's last step; null without pruning.",
+    Metric("penalty", "", (EPOCH,), "The method's penalty in the epoch's last step: Grad R's alpha, Deep R's l1; null "
+           "without one.",
            "as set, or scheduled by `--connectivity`"),
     Metric("train_seconds", SECONDS, (EPOCH,), "Wall time of the epoch's training, checkpoints excluded."),
     Metric("test_seconds", SECONDS, (EPOCH,), "Wall time of the test and of counting and recording after the epoch."),
