@@ -8,7 +8,6 @@ if not __package__:  # run as a file: its folder, where `c10` would be this scri
 
 from c10.data import CIFAR10
 from c10.model import Cifar10Net
-from training import script
 from training.command_line import command
 from training.experiment import Experiment, Pace
 
@@ -29,6 +28,8 @@ EXPERIMENT = Experiment(
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    from training import script  # which loading a network does not need
+
     return script.run(EXPERIMENT, argv)
 
 

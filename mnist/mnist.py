@@ -8,7 +8,6 @@ if not __package__:  # run as a file: its folder, where `mnist` would be this sc
 
 from mnist.data import DIGITS, MNIST
 from mnist.model import MnistNet
-from training import script
 from training.command_line import command
 from training.experiment import Experiment, Pace
 
@@ -28,6 +27,8 @@ EXPERIMENT = Experiment(
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    from training import script  # which loading a network does not need
+
     return script.run(EXPERIMENT, argv)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from examples.stripes import STRIPES
 from mnist.data import MNIST
 from spiking import SpikingNetwork, lif
-from training import script
 from training.command_line import command
 from training.experiment import Experiment, Pace
 
@@ -47,6 +46,8 @@ EXPERIMENT = Experiment(
 
 @command
 def main(argv: list[str] | None = None) -> int:
+    from training import script  # which loading a network does not need
+
     return script.run(EXPERIMENT, argv)
 
 
