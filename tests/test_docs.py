@@ -1,5 +1,6 @@
 """What README and docs say: examples run, commands parse, options and results are those of the program."""
 
+import ast
 import csv
 import re
 import shlex
@@ -22,6 +23,7 @@ from training.options import _parser, parse
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))), "benchmarks/README.md"]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+ADDING = TEXTS["docs/adding.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -37,10 +39,10 @@ def blocks(page, language):
 
 
 def test_every_block_is_run_or_parsed():
-    assert {name for page in PAGES for name, _ in BLOCK.findall(TEXTS[page])} == {"", "python"}
+    assert {name for page in PAGES for name, _ in BLOCK.findall(TEXTS[page])} == {"", "python", "diff"}
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/adding.md"])
 def test_the_examples_run(page, tmp_path):
     """As a stranger would run them, one after the other."""
     for module in COPIED.get(page, []):
@@ -57,6 +59,24 @@ def test_the_examples_run(page, tmp_path):
 
 def _in_repository(program):
     return f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{program}"
+
+
+def test_the_files_of_the_page_on_adding_are_those_that_tests_add():
+    shown = re.findall(r"^<!-- (tests/\S+) -->\n```python\n(.*?)^```\n<!-- end -->", ADDING, re.MULTILINE | re.DOTALL)
+    assert len(shown) == len(blocks("docs/adding.md", "python")) == 3
+    assert [file for file, text in shown if (ROOT / file).read_text() != text] == []
+
+
+def test_the_entries_of_the_page_on_adding_fit():
+    """Each change is of the file named before it, and leaves a table with one more entry."""
+    changes = re.findall(r"`([\w/]+\.py)`:\n\n```diff\n(.*?)^```", ADDING, re.MULTILINE | re.DOTALL)
+    assert len(changes) == len(blocks("docs/adding.md", "diff")) == 5
+    for file, change in changes:
+        lines = change.splitlines(keepends=True)
+        old, new = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        content = (ROOT / file).read_text()
+        assert content.count(old) == 1, f"{file} has no\n{old}"
+        ast.parse(content.replace(old, new))
 
 
 def test_the_readme_is_one_page():
