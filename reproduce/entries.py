@@ -32,8 +32,7 @@ class Entry:
         row: of the grid.
         numbers: what it gave, by the names in ``rows.csv``; NaN where it is not known.
         made: how, by the names in ``MADE``; empty texts where it is not known.
-        epochs: the numbers after each epoch, by the names in ``EPOCH``, up to the row's last; none where they are
-            gone.
+        epochs: the numbers after each epoch up to the row's last, by the names in ``EPOCH``; NaN where they are lost.
     """
 
     row: Row
@@ -69,26 +68,25 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
     entries = []
     for row in rows:
         record, line = records.finished(dump, row), earlier.get(row.command)
+        by_epoch: dict[int, dict[str, float]] = {}
         if record is not None:
             results = [result for result in records.state(dump, row).epochs if result["epoch"] <= row.epochs]
-            epochs = _all_epochs({line["epoch"]: {key: number(line, key) for key in EPOCH} for line in results})
-            entries.append(Entry(row, _numbers(record, results), _made(record), epochs))
+            by_epoch = {result["epoch"]: {key: number(result, key) for key in EPOCH} for result in results}
+            numbers, made = _numbers(record, results), _made(record)
         elif line is not None:
-            by_epoch = {}
             for text in lines_of[row.key]:
                 epoch = _value(folder / EPOCHS, text["epoch"])
                 if epoch not in range(1, row.epochs + 1):
                     raise Refusal(f"{folder / EPOCHS}: not an epoch of {row.key}: {text['epoch']!r}")
                 by_epoch[int(epoch)] = {key: _value(folder / EPOCHS, text[key]) for key in EPOCH}
-            epochs = _all_epochs(by_epoch)
             numbers = {key: _value(folder / ROWS, line[key]) for key in _numbers({}, [])}
-            entries.append(Entry(row, numbers, {key: line[key] for key in MADE}, epochs))
+            made = {key: line[key] for key in MADE}
+        else:
+            continue
+        lost = dict.fromkeys(EPOCH, math.nan)
+        epochs = [by_epoch.get(epoch, lost) for epoch in range(1, max(by_epoch, default=0) + 1)]
+        entries.append(Entry(row, numbers, made, epochs))
     return entries
-
-
-def _all_epochs(lines: dict[int, dict[str, float]]) -> list[dict[str, float]]:
-    """The numbers after each epoch from the first on, NaN after one whose line is lost."""
-    return [lines.get(epoch, dict.fromkeys(EPOCH, math.nan)) for epoch in range(1, max(lines, default=0) + 1)]
 
 
 def recorded(folder: Path) -> list[dict[str, str]]:

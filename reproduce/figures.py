@@ -26,7 +26,8 @@ def _figure(rows: int, columns: int, **settings: Any) -> tuple[Figure, list[list
     return figure, figure.subplots(rows, columns, squeeze=False, **settings).tolist()
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, heading: str) -> bytes:
+    figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
@@ -49,10 +50,9 @@ def plane(summaries: Sequence[Summary], heading: str) -> bytes:
         panels[1].set_ylim(best - NEAR, best + NEAR / 4)
         panels[1].set_title(f"within {NEAR} points of the best")
         panels[0].set_ylabel("test accuracy (%)")
-        figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
         figure.set_size_inches(12, 4.6)
-        return _png(figure)
+        return _png(figure, heading)
 
 
 def line_looks(lines: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -61,38 +61,28 @@ def line_looks(lines: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[s
     A title has its colour and marker whatever the epochs: filled and solid for the first line, hollow and dashed after.
     """
     looks = {}
-    titles = list(dict.fromkeys(title for title, _ in lines))
     seen: Counter[str] = Counter()
     for title, epochs in lines:
-        i, longer = titles.index(title), seen[title]
-        looks[title, epochs] = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": DASHES[longer % len(DASHES)],
-        }
-        if longer:
-            looks[title, epochs]["markerfacecolor"] = "white"
+        i = list(seen).index(title) if title in seen else len(seen)
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        hollow = {"markerfacecolor": "white"} if title in seen else {}
+        looks[title, epochs] = {**look, **hollow, "linestyle": DASHES[seen[title] % len(DASHES)]}
         seen[title] += 1
     return looks
 
 
 def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
     lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
-    for summary in summaries:
+    for summary in sorted(summaries, key=lambda summary: summary.mean("connectivity")):
         lines[summary.line].append(summary)
-    looks = line_looks(list(lines))
-    for (title, epochs), some in lines.items():
-        some.sort(key=lambda summary: summary.mean("connectivity"))
-        axes.errorbar(
-            [100 * summary.mean("connectivity") for summary in some],
-            [100 * summary.mean("test_accuracy") for summary in some],
-            yerr=[100 * summary.deviation("test_accuracy") for summary in some],
-            xerr=[100 * summary.deviation("connectivity") for summary in some],
-            label=f"{title}, {epochs} epochs",
-            linewidth=1,
-            capsize=2,
-            **looks[title, epochs],
+    for line, look in line_looks(list(dict.fromkeys(summary.line for summary in summaries))).items():
+        x, y, x_error, y_error = (
+            [100 * getattr(summary, statistic)(key) for summary in lines[line]]
+            for statistic in ("mean", "deviation")
+            for key in ("connectivity", "test_accuracy")
         )
+        label = "{}, {} epochs".format(*line)
+        axes.errorbar(x, y, y_error, x_error, label=label, linewidth=1, capsize=2, **look)
     row = summaries[0].row
     for published in PUBLISHED.get((row.experiment, row.options.dataset), ()):
         x, y = 100 * np.array(published.points).T
@@ -144,5 +134,4 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
         for axes in panels[-1]:
             axes.set_xlabel("epoch")
         of_seeds = f"{heading}; seeds {', '.join(map(str, seeds))}, as far as epochs.csv has them"
-        figure.suptitle(of_seeds, fontsize=9, x=0.01, ha="left")
-        return _png(figure)
+        return _png(figure, of_seeds)

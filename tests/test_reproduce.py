@@ -467,6 +467,16 @@ def test_the_list_says_what_is_done_and_what_is_left(tmp_path, monkeypatch, caps
     assert "3 rows failed:" in capsys.readouterr().out
 
 
+def test_a_list_whose_reader_ends_is_no_error(tmp_path):
+    """As of ``| head``, here before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "reproduce", "mnist", "--list", "--dump-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
 # Stands for the runner in a task of a job array; argv is kept, and by which signal it was stopped.
 TASK = """
 import pathlib, signal, sys, time

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import os
 import re
 import shlex
 import signal
@@ -38,6 +39,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return _fail(str(error), 1)
         except FileNotFoundError as error:  # perhaps what was saved before is what was not found
             return _fail(str(error), 1)
+        except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+            return 128 + 13  # as if SIGPIPE had ended it
         except OSError as error:
             return _fail(f"{error}; what was saved before is unchanged", 1)
         except Interrupted as stop:
