@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from analysis.experiments import EXPERIMENTS
 from analysis.packages import imported
 from analysis.runs import CHECKPOINT, INFO, RESULTS, SavedRun, find, short_names, weights_of
 from measuring.report import percent
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {  # of the table; how the page aligns them
     "run": "text",
-    "mode": "text",
+    "method": "text",
     "epochs": "number",
     "test accuracy": "number",
     "best": "number",
@@ -42,7 +43,6 @@ COLUMNS = {  # of the table; how the page aligns them
     "device": "text",
     "commit": "text",
 }
-EXPERIMENTS = {"mnist": "MNIST network", "c10": "CIFAR-10 network"}
 UNKNOWN = "–"
 
 
@@ -86,7 +86,7 @@ def row(run: SavedRun) -> dict[str, str]:
     connections, seconds, planned = run.connections, run.seconds_per_epoch, shown(run.arguments.get("epoch"))
     cells = (
         run.name,
-        run.mode or UNKNOWN,
+        run.method or UNKNOWN,
         f"{run.last.get('epoch', 0)}/{planned or '?'}",
         share("test_accuracy"),
         share("best_accuracy"),
@@ -187,9 +187,9 @@ def page(runs: Sequence[SavedRun], details: int) -> str:
         groups[run.experiment].append(run)
     comparisons = []
     for (experiment, dataset), members in groups.items():
-        title = f"{EXPERIMENTS.get(experiment, experiment) or 'Unknown network'} on {dataset or 'unknown data'}"
+        label = EXPERIMENTS[experiment].label if experiment in EXPERIMENTS else experiment or "Unknown network"
         made = pictures.overall(members, short_names([run.name for run in members]))
-        comparisons.append({"title": printable(title), "pictures": made})
+        comparisons.append({"title": f"{label} on {dataset or 'unknown data'}", "pictures": made})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -5,9 +5,11 @@ A run NAME under a dump folder D has its logs in ``D/logs/NAME`` (``results.json
 named in :attr:`SavedRun.problems`, so that one bad line never hides the other runs.
 """
 
+import contextlib
 import math
 import os
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from analysis.experiments import EXPERIMENTS
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
+from training.methods import METHODS
 
 LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.jsonl
 MOST_NAMES = 256  # of layers, those of LIF neurons among them
@@ -65,10 +68,15 @@ class SavedRun:
         return shown(experiment), shown(self.arguments.get("dataset"))
 
     @property
-    def mode(self) -> str | None:
-        """What the run does: grad, deep, soft deep or no_prune; None when not known."""
+    def method(self) -> str:
+        """What trains it, in the words of its method; the bare name of a method that the table does not know."""
         mode = shown(self.arguments.get("mode"))
-        return (f"soft {mode}" if self.arguments.get("soft") else mode) if mode else None
+        if mode not in METHODS:
+            return mode
+        given = {option.name: self.arguments.get(option.name) for option in METHODS[mode].options}
+        with contextlib.suppress(TypeError, ValueError):  # of values that its options do not take
+            return METHODS[mode].title(Namespace(**given))
+        return METHODS[mode].label
 
     @property
     def last(self) -> dict[str, Any]:

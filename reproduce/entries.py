@@ -16,9 +16,10 @@ from analysis.runs import LARGEST_RESULTS
 from reproduce import records
 from reproduce.grid import Row
 from reproduce.records import MADE
+from training.command_line import format_number
 from training.errors import Refusal
 from training.files.json_files import nested, number, read_file, shown
-from training.naming import format_number
+from training.methods.method import PENALTY
 
 ROWS, EPOCHS = "rows.csv", "epochs.csv"
 EPOCH = ("test_accuracy", "connectivity", "pruned", "regrown")  # the numbers of an epoch in epochs.csv
@@ -42,14 +43,12 @@ class Entry:
 
     @property
     def variant(self) -> str:
-        """What tells the row from others of its title, but for the seed and the number of epochs."""
-        given, texts = self.row.options, []
-        if self.row.prunes:
-            texts += ["--connectivity", format_number(given.connectivity)] if given.connectivity is not None else []
-            texts += ["-s", f"{given.sparsity:g}"]
-            texts += ["-penalty", format_number(given.penalty)] if given.penalty is not None else []
-            texts += ["-temperature", format_number(given.temperature)] if given.temperature else []
-        return " ".join([*texts, "-lr", format_number(given.learning_rate)])
+        """The options of its method that have a value, and the learning rate."""
+        texts = []
+        for option in sorted(self.row.method.options, key=lambda option: (option.place == "last", option is PENALTY)):
+            if option.type is not None and (parts := option.parts(self.row.options)):
+                texts += [option.spellings[0], parts[1].removesuffix(".0")]
+        return " ".join([*texts, "-lr", format_number(self.row.options.learning_rate)])
 
 
 def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:

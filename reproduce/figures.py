@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from analysis.pictures.drawing import COLOURS, DASHES, MARKERS, STYLE
 from analysis.pictures.published import PUBLISHED
 from reproduce.tables import Summary
+from training.methods import DEFAULT, METHODS
 
 NEAR = 4  # points of accuracy: what the plane's second panel shows
 
@@ -96,8 +97,8 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
 def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str, float]], log: bool) -> bytes:
     """Numbers of the results over the epochs: a row of panels for each method, a curve for each of its variants.
 
-    A curve is the mean over the seeds whose epochs are known; that of the dense network, if among ``summaries``, is
-    grey in every row.
+    A curve is the mean over the seeds whose epochs are known; that of a method that does not prune is grey in
+    every row.
 
     Args:
         summaries: what to draw, of one number of epochs.
@@ -107,10 +108,10 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
     """
     rows: dict[str, list[Summary]] = defaultdict(list)
     for summary in summaries:
-        if summary.row.prunes:
+        if summary.row.method.prunes:
             rows[summary.row.title].append(summary)
-    dense = [summary for summary in summaries if not summary.row.prunes]
-    rows = rows or {"dense": []}
+    dense = [summary for summary in summaries if not summary.row.method.prunes]
+    rows = rows or {METHODS[DEFAULT].label: []}
     seeds = dict.fromkeys(entry.row.seed for summary in summaries for entry in summary.entries if entry.epochs)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(rows), len(keys), sharex=True, sharey="col")
@@ -121,7 +122,7 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
                     if not runs:
                         continue
                     values = np.array([[line[key] for line in run] for run in runs]).mean(axis=0)
-                    grey = {"color": "#808080", "label": "dense", "linestyle": ":"}
+                    grey = {"color": "#808080", "label": summary.row.method.label, "linestyle": ":"}
                     own = {"color": COLOURS[i % len(COLOURS)], "label": summary.variant}
                     axes.plot(range(1, len(values) + 1), factor * values, **(own if i < len(some) else grey))
                 axes.set_ylabel(label)

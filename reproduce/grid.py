@@ -10,6 +10,7 @@ from pathlib import Path
 
 from analysis.experiments import EXPERIMENTS
 from training.errors import Refusal
+from training.methods import METHODS, Method
 from training.naming import run_name
 from training.options import read
 
@@ -49,9 +50,13 @@ class Row:
         return self.options.seed
 
     @property
-    def prunes(self) -> bool:
-        """Whether its method does; it is dense otherwise."""
-        return self.options.mode != "no_prune"
+    def method(self) -> Method:
+        return METHODS[self.options.mode]
+
+    @property
+    def setting(self) -> str:
+        """Its name but for the seed."""
+        return self.name.replace(f"-seed-{self.seed}", "")
 
     @property
     def key(self) -> str:

@@ -11,6 +11,7 @@ from reproduce.entries import EPOCHS, MADE, ROWS, Entry, collect, epochs_csv, ro
 from reproduce.grid import Row
 from reproduce.tables import equal_connectivity, summarise, table
 from training.files import write_whole
+from training.methods import METHODS
 
 
 def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -48,15 +49,17 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
         short = [summary for summary in main if summary.row.epochs == rows[0].epochs]
         keys = {"test_accuracy": ("test accuracy (%)", 100.0), "connectivity": ("connectivity (%)", 100.0)}
         files["epochs.png"] = figures.curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
-        pruning = [summary for summary in short if summary.row.prunes]
+        pruning = [summary for summary in short if summary.row.method.prunes]
         if pruning:
             keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
             heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
             files["rewiring.png"] = figures.curves(pruning, heading, keys, log=True)
     if main and ablations:
-        epochs = {summary.row.epochs for summary in ablations}
-        beside = [s for s in main if s.row.epochs in epochs and s.row.title in ("dense", "Grad R", "Deep R")]
-        files["ablations.png"] = figures.plane([*beside, *ablations], f"{name}: ablations of Grad R and Deep R")
+        epochs, labels = {summary.row.epochs for summary in ablations}, [method.label for method in METHODS.values()]
+        beside = [summary for summary in main if summary.row.epochs in epochs and summary.row.title in labels]
+        pruning = dict.fromkeys(summary.row.method.label for summary in ablations if summary.row.method.prunes)
+        heading = f"{name}: ablations of {' and '.join(pruning)}" if pruning else f"{name}: ablations"
+        files["ablations.png"] = figures.plane([*beside, *ablations], heading)
     for file, content in files.items():
         write_whole(folder / file, content)
     return [folder / file for file in files]

@@ -10,6 +10,7 @@ import numpy as np
 
 from reproduce.entries import Entry
 from reproduce.grid import Row
+from training.methods import METHODS
 
 EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # connectivities at which the methods are compared
 
@@ -55,13 +56,13 @@ class Summary:
 
 
 def summarise(entries: Sequence[Entry]) -> list[Summary]:
-    """The entries by title, variant and number of epochs, in the grid's order, ablations last."""
+    """The entries by title, setting and number of epochs, in the grid's order, ablations last."""
     groups: dict[tuple, list[Entry]] = defaultdict(list)
     dense: dict[tuple, list[float]] = defaultdict(list)
     for entry in entries:
         row = entry.row
-        groups[row.epochs, row.ablation, row.title, entry.variant].append(entry)
-        if not row.prunes:
+        groups[row.epochs, row.ablation, row.title, row.setting].append(entry)
+        if not row.method.prunes:
             dense[row.epochs, row.options.learning_rate].append(entry.numbers["test_accuracy"])
     summaries = []
     for some in groups.values():
@@ -132,26 +133,26 @@ def accuracy_at(points: Iterable[tuple[float, float]], connectivity: float) -> f
 
 
 def equal_connectivity(summaries: Sequence[Summary]) -> str:
-    """The Markdown tables of accuracies at equal connectivity: of each method, and how far Grad R is ahead of it.
+    """The Markdown tables of accuracies at equal connectivity: of each line, and how far Grad R is ahead of it.
 
-    A method is the rows of a title and number of epochs, more than one pruned variant of it; of the seeds, those with
-    all variants. The lead is over the methods of as many epochs, seed by seed.
+    A line has the rows of a title and number of epochs, more than one pruned variant of it; of the seeds, those with
+    all variants. The lead is over the lines of as many epochs, seed by seed.
     """
-    methods: dict[tuple[str, int], list[Summary]] = defaultdict(list)
+    lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
     for summary in summaries:
-        if summary.row.prunes:
-            methods[summary.line].append(summary)
-    accuracies = {method: _by_seed(some) for method, some in methods.items() if len(some) > 1}
-    leads = {}
+        if summary.row.method.prunes:
+            lines[summary.line].append(summary)
+    accuracies = {line: _by_seed(some) for line, some in lines.items() if len(some) > 1}
+    reference, leads = METHODS["grad"].label, {}
     for (title, epochs), by_seed in accuracies.items():
-        ahead = accuracies.get(("Grad R", epochs), {})
+        ahead = accuracies.get((reference, epochs), {})
         both = {seed: ahead[seed] - values for seed, values in by_seed.items() if seed in ahead}
-        if title != "Grad R" and both:
+        if title != reference and both:
             leads[title, epochs] = both
     text = "Test accuracy (%) with at most so many of the connections; mean ± standard deviation over the seeds.\n\n"
     text += _at_each(accuracies)
     if leads:
-        text += "\nHow far Grad R is ahead (points), seed by seed.\n\n" + _at_each(leads)
+        text += f"\nHow far {reference} is ahead (points), seed by seed.\n\n" + _at_each(leads)
     return text
 
 

@@ -20,9 +20,12 @@ from report_runs import result, write_checkpoint, write_run, write_runs
 
 import measuring
 from analysis import pictures, report, runs
+from analysis.experiments import EXPERIMENTS
 from analysis.pictures import drawing, results, weights
 from training.errors import Refusal
 from training.files import json_files, storage
+from training.methods import METHODS
+from training.methods.method import PENALTY, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,7 +150,7 @@ def test_a_run_before_its_first_epoch(tmp_path):
     (run.logs / "results.jsonl").unlink()
     (run.logs / "run.json").unlink()
     run = runs.read("x", run.logs, run.models)
-    assert (run.info, run.arguments, run.experiment, run.mode, run.problems) == ({}, {}, ("", ""), None, [])
+    assert (run.info, run.arguments, run.experiment, run.method, run.problems) == ({}, {}, ("", ""), "", [])
 
 
 def test_a_damaged_run_json_hides_nothing_else(tmp_path):
@@ -219,15 +222,27 @@ def test_numbers_are_numbers():
     assert math.isnan(json_files.number([], "a"))
 
 
-def test_mode_and_experiment():
+def test_method_and_experiment(monkeypatch):
     def run(**arguments):
-        return runs.SavedRun(
-            "x", Path(), Path(), {"experiment": "mnist", "arguments": {"dataset": "digits", **arguments}}
-        )
+        info = {"experiment": "mnist", "arguments": {"dataset": "digits", **arguments}}
+        return runs.SavedRun("x", Path(), Path(), info)
 
-    assert run(mode="grad", soft=False).mode == "grad"
-    assert run(mode="deep", soft=True).mode == "soft deep"
     assert run().experiment == ("mnist", "digits")
+    assert run(mode="no_prune").method == "Dense training"
+    assert run(mode="grad", soft=False).method == "Grad R"
+    assert run(mode="deep", soft=True).method == "Soft Deep R"
+    assert run(mode="theirs", soft=True).method == "theirs"
+
+    class Theirs(Method):
+        name, label, options = "theirs", "Theirs", {PENALTY: ""}
+
+        def title(self, options):
+            return f"Theirs, {options.penalty:g}"
+
+    monkeypatch.setitem(METHODS, "theirs", Theirs())
+    assert run(mode="theirs", penalty=0.5).method == "Theirs, 0.5"
+    for penalty in ("much", None, [1]):
+        assert run(mode="theirs", penalty=penalty).method == "Theirs"
 
 
 def test_short_names():
@@ -322,7 +337,7 @@ def test_the_row_has_the_last_lines_numbers(tmp_path):
     (run,) = runs.find([tmp_path])
     assert report.row(run) == {
         "run": "x",
-        "mode": "grad",
+        "method": "Grad R",
         "epochs": "7/30",
         "test accuracy": "98.76 %",
         "best": "99.00 %",
@@ -550,16 +565,22 @@ def test_a_picture_does_not_depend_on_those_before():
     """Figures are used again; nothing of one run may stay in the next one's."""
     few, many = (run_of([result(e, connectivity=0.3 / e, full=True) for e in range(1, n)]) for n in (3, 60))
     dense = run_of([result(e, connectivity=1.0, full=True) for e in range(1, 4)])
+    empty = run_of([result(1, full=True)])  # axes without anything in them
+    for entry in empty.epochs[0]["distributions"].values():
+        entry["w"]["counts"] = [0] * 64
     tensors = {"fc.1.weight": torch.eye(10, 800)}
 
     def svgs(run):
         return [picture.svg for picture in pictures.of_run(run, 1, tensors) + pictures.overall([run], ["r"])]
 
     alone = []
-    for run in (few, many, dense):
+    for run in (few, many, dense, empty):
         drawing._blank.cache_clear()
         alone.append(svgs(run))
-    assert [svgs(run) for run in (many, few, dense, many)] == [alone[i] for i in (1, 0, 2, 1)]
+    assert [svgs(run) for run in (many, few, dense, many, few, empty)] == [alone[i] for i in (1, 0, 2, 1, 0, 3)]
+    one = run_of([result(1, full=True)])  # of the same form as the empty one
+    svgs(one)
+    assert svgs(empty) == alone[3]
 
 
 def test_runs_of_every_number_can_be_told_apart():
@@ -621,7 +642,7 @@ def test_the_page_shows_every_run_and_picture(dump, tmp_path, capsys):
     assert all(len(alt) > 60 for alt, _ in page.pictures)
     svg = "{http://www.w3.org/2000/svg}"
     assert all(picture.tag == f"{svg}svg" and list(picture.iter(f"{svg}text")) for _, picture in page.pictures)
-    for title in ("MNIST network on mnist", "CIFAR-10 network on cifar10"):
+    for title in (f"{EXPERIMENTS[name].label} on {EXPERIMENTS[name].datasets[0].name}" for name in ("mnist", "c10")):
         assert title in text
 
 

@@ -17,6 +17,9 @@ from analysis.experiments import EXPERIMENTS
 from reproduce import __main__ as reproduce
 from reproduce import entries, figures, grid, outcome, records, runner, slurm, tables
 from training.errors import Refusal
+from training.methods import METHODS
+from training.methods.deep import TEMPERATURE
+from training.methods.method import PENALTY, SPARSITY, Method, Option
 from training.options import REPOSITORY, read
 from training.run_info import processor
 
@@ -681,6 +684,18 @@ def results(tmp_path, stub, ran):
     return shutil.copytree(ran / "results", tmp_path / "results")
 
 
+def test_the_texts_of_the_kept_results_are_written_again_as_they_are(tmp_path, monkeypatch):
+    for figure in ("plane", "curves"):
+        monkeypatch.setattr(figures, figure, lambda *settings, **more: b"")
+    shutil.copytree(REPOSITORY / "results" / "mnist", tmp_path / "mnist")
+    before = contents(tmp_path / "mnist")
+    outcome.write(tmp_path / "empty", grid.load("mnist"), tmp_path / "mnist")
+    after = contents(tmp_path / "mnist")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert name.endswith(".png") or before[name] == after[name], name
+
+
 def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
     before = contents(results)
     assert before["table.md"].startswith(b"7 of 8 rows")
@@ -809,6 +824,57 @@ def test_methods_are_compared_at_equal_connectivity():
     assert long == ["Grad R", "512", "1", "50.00", "50.00", *6 * ["-"]]
     assert lead[:5] == ["Deep R", "60", "1", "1.00", "-0.72"]  # seed 1 alone: 98.00 - 97.00, 96.28 - 97.00
     assert "alone" not in text
+
+
+def test_a_method_that_is_added_has_its_place_in_tables_and_figures(tmp_path, monkeypatch, stub):
+    """Two of them: one prunes and has a switch, which tells its rows apart; the other one is dense."""
+
+    class Cut(Method):
+        name, label, about = "cut", "Cut", "cutting"
+        options = {PENALTY: "p", SPARSITY: "s", Option("hard", ("--hard",), "hard"): "h", TEMPERATURE: "t"}  # noqa: RUF012
+
+    class Plain(Method):
+        name, label, about, prunes = "plain", "plain SGD", "SGD", False
+
+    for method in (Cut(), Plain()):
+        monkeypatch.setitem(METHODS, method.name, method)
+    (tmp_path / "mnist.toml").write_text(
+        'options = "--dataset digits -lr 1e-2"\nepochs = 1\nseeds = [2020, 1]\n'
+        '[[group]]\ntitle = "plain SGD"\nvariants = ["-m plain"]\n'
+        '[[group]]\ntitle = "Cut"\nmethod = "-m cut -s 1"\n'
+        'variants = ["-temperature 1e-3 -penalty 0", "--hard -temperature 1e-3 -penalty 0"]\n'
+        '[[group]]\ntitle = "cut off"\nablation = true\nvariants = ["-m cut -s 0.5"]\n'
+    )
+    rows = grid.load("mnist", tmp_path)
+    assert [row.name.removeprefix("lr-1e-2-b-128-T-8-") for row in rows[:3]] == [
+        "plain-digits",
+        "penalty-0-s-1.0-cut-temperature-1e-3-digits",
+        "penalty-0-s-1.0-cut-hard-temperature-1e-3-digits",
+    ]
+    numbers = {**entries._numbers({}, []), "connectivity": 0.5, "test_accuracy": 0.75}
+    line = {"test_accuracy": 0.75, "connectivity": 0.5, "pruned": 1.0, "regrown": 1.0}
+    some = [entries.Entry(row, numbers, dict.fromkeys(records.MADE, ""), [line]) for row in rows]
+    summaries = tables.summarise(some)
+    variants = ["-lr 1e-2", *2 * ["-s 1 -penalty 0 -temperature 1e-3 -lr 1e-2"], "-s 0.5 -lr 1e-2"]
+    assert [summary.variant for summary in summaries] == variants
+    assert [len(summary.entries) for summary in summaries] == [2, 2, 2, 2]  # the seeds
+    assert summaries[1].values("loss") == [0.0, 0.0]  # against plain SGD
+    assert "| Cut | 1 | 2 | 75.00 ± 0.00 |" in tables.equal_connectivity(summaries)
+    assert "plain" not in tables.equal_connectivity(summaries)
+    drawn, planes = [], []
+    monkeypatch.setattr(figures.Axes, "plot", lambda axes, *data, **look: drawn.append(look["label"]))
+    monkeypatch.setattr(
+        figures, "plane", lambda some, heading: planes.append((heading, [one.row.title for one in some])) or b""
+    )
+    monkeypatch.setattr(outcome, "collect", lambda *places: some)
+    outcome.write(stub, rows, tmp_path)
+    keys, cut = 2, [*variants[1:3], "plain SGD"]
+    assert drawn == keys * cut + keys * cut[:2]  # over the epochs, beside the dense method; rewiring, without it
+    methods = ["plain SGD", "Cut", "Cut"]
+    assert planes == [
+        ("mnist: accuracy against connectivity", methods),
+        ("mnist: ablations of Cut", [*methods, "cut off"]),
+    ]
 
 
 def test_the_curves_say_of_which_seeds_they_are(tmp_path, monkeypatch, rows, stub, results):

@@ -111,6 +111,7 @@ def panels(
         axes.relim()
         axes.set_xscale("linear")  # puts back locators and formatters too
         axes.set_yscale("linear")
+        axes.axis((0, 1, 0, 1))  # of axes that stay empty
         axes.autoscale(True)
     return figure, grid
 
