@@ -43,7 +43,6 @@ COLUMNS = {  # of the table; how the page aligns them
     "device": "text",
     "commit": "text",
 }
-UNKNOWN = "–"
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -51,52 +50,30 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         prog="python -m analysis.report",
         description="Shows runs, finished or still running: a table on the terminal, pictures on one HTML page.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="FOLDER",
-        help="dump folder (--dump-dir) with all its runs, folder of such folders, or of one run in logs or models",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=file_path,
-        default=Path("report.html"),
-        metavar="FILE",
-        help="HTML page to write, in place of one that is there (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--details",
-        type=whole_number(0),
-        default=40,
-        metavar="N",
-        help="draw pictures of their own for the N runs that changed last (default: %(default)s); those that compare "
-        "show all runs",
-    )
+    text = "dump folder (--dump-dir) with all its runs, folder of such folders, or of one run in logs or models"
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help=text)
+    text = "HTML page to write, in place of one that is there (default: %(default)s)"
+    parser.add_argument("-o", "--output", type=file_path, default=Path("report.html"), metavar="FILE", help=text)
+    text = "runs, those that changed last, with pictures of their own (default: %(default)s); comparisons show all runs"
+    parser.add_argument("--details", type=whole_number(0), default=40, metavar="N", help=text)
     return parser.parse_args(argv)
 
 
 def row(run: SavedRun) -> dict[str, str]:
     """The table's row of a run: its numbers as they are in the last line of ``results.jsonl``."""
-
-    def share(key: str) -> str:
-        value = number(run.last, key)
-        return UNKNOWN if math.isnan(value) else percent(value)
-
-    connections, seconds, planned = run.connections, run.seconds_per_epoch, shown(run.arguments.get("epoch"))
+    shares = (number(run.last, key) for key in ("test_accuracy", "best_accuracy", "connectivity"))
+    connections, seconds = run.connections, run.seconds_per_epoch
     cells = (
         run.name,
-        run.method or UNKNOWN,
-        f"{run.last.get('epoch', 0)}/{planned or '?'}",
-        share("test_accuracy"),
-        share("best_accuracy"),
-        share("connectivity"),
-        f"{connections.connected:,} of {connections.weights:,}" if connections else UNKNOWN,
-        UNKNOWN if math.isnan(seconds) else f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}",
-        shown(run.info.get("device")) or UNKNOWN,
-        shown(run.info.get("git_commit"))[:10] or UNKNOWN,
+        run.method,
+        f"{run.last.get('epoch', 0)}/{shown(run.arguments.get('epoch')) or '?'}",
+        *("" if math.isnan(share) else percent(share) for share in shares),
+        f"{connections.connected:,} of {connections.weights:,}" if connections else "",
+        "" if math.isnan(seconds) else f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}",
+        shown(run.info.get("device")),
+        shown(run.info.get("git_commit"))[:10],
     )
-    return dict(zip(COLUMNS, (printable(str(cell)) for cell in cells), strict=True))
+    return dict(zip(COLUMNS, (printable(cell) or "–" for cell in cells), strict=True))
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:
@@ -109,18 +86,15 @@ def print_table(rows: Sequence[dict[str, str]]) -> None:
 
 def facts(run: SavedRun) -> dict[str, str]:
     """What else the page says of a run: where it is, how it was made, what it is made of."""
-    counts = [
-        f"{int(value):,} {what}"
-        for key, what in (("prunable", "prunable weights"), ("others", "others"))
-        if not math.isnan(value := number(run.info, "parameters", key))
-    ]
+    counts = {"prunable weights": number(run.info, "parameters", "prunable")}
+    counts["others"] = number(run.info, "parameters", "others")
     versions = [f"{name} {shown(version)}" for name, version in (nested(run.info, "versions") or {}).items()]
     rate = number(run.last, "learning_rate")
     found = {
         "command": run.info.get("command"),
         "logs": run.logs if run.logs.is_dir() else None,
         "checkpoint": run.models / CHECKPOINT if (run.models / CHECKPOINT).is_file() else None,
-        "parameters": ", ".join(counts),
+        "parameters": ", ".join(f"{count:,.0f} {what}" for what, count in counts.items() if not math.isnan(count)),
         "learning rate": None if math.isnan(rate) else f"{rate:g}",
         "seed": run.arguments.get("seed"),
         "versions": ", ".join(versions),

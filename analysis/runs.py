@@ -214,17 +214,14 @@ def read(name: str, logs: Path, models: Path) -> SavedRun:
 
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     """What a line says of an epoch, of its layers and of their neurons; nothing that is nested deeper or is a list."""
-    kept = {key: value for key, value in entry.items() if not isinstance(value, (dict, list))}
-    for part in ("layers", "neurons"):
-        layers = nested(entry, part)
-        if layers is not None:
-            kept[part] = {
-                name: {
-                    key: value for key, value in (nested(layer) or {}).items() if not isinstance(value, (dict, list))
-                }
-                for name, layer in layers.items()
-            }
-    return kept
+
+    def flat(entry: dict[str, Any] | None) -> dict[str, Any]:
+        return {key: value for key, value in (entry or {}).items() if not isinstance(value, (dict, list))}
+
+    parts = {part: layers for part in ("layers", "neurons") if (layers := nested(entry, part)) is not None}
+    return flat(entry) | {
+        part: {name: flat(nested(layer)) for name, layer in layers.items()} for part, layers in parts.items()
+    }
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:

@@ -21,44 +21,20 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="The same command skips finished rows and continues interrupted ones.",
     )
     parser.add_argument("experiment", choices=sorted(EXPERIMENTS), help="its grid is reproduce/<experiment>.toml")
+    add, folder = parser.add_argument, {"type": folder_path, "metavar": "DIR"}
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--list", action="store_true", help="print the rows and the time that is left (default: run the rows)")
-    instead(
-        "--outcome",
-        type=folder_path,
-        metavar="DIR",
-        help="write tables and figures of the finished rows; keeps the rows that DIR has already (default: run rows)",
-    )
-    instead(
-        "--slurm",
-        type=file_path,
-        metavar="FILE",
-        help="write a Slurm job array that runs the rows, --jobs of them per task (default: run them)",
-    )
-    add = parser.add_argument
+    text = "write tables and figures of the finished rows; keeps the rows that DIR has already (default: run rows)"
+    instead("--outcome", **folder, help=text)
+    text = "write a Slurm job array that runs the rows, --jobs of them per task (default: run them)"
+    instead("--slurm", type=file_path, metavar="FILE", help=text)
     add("--jobs", type=whole_number(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
-    add(
-        "--shard", type=_shard, default=WHOLE, metavar="I/N", help="part I of N of the rows, from 1 (default: 1/1, all)"
-    )
-    add(
-        "--without",
-        type=folder_path,
-        metavar="DIR",
-        help="leave out the rows that the outcome in DIR has (default: take all)",
-    )
-    add(
-        "--dataset-dir",
-        type=folder_path,
-        default=REPOSITORY / "data",
-        metavar="DIR",
-        help="folder that holds the data set (default: data, in the repository)",
-    )
-    add(
-        "--dump-dir",
-        type=folder_path,
-        metavar="DIR",
-        help="folder for logs and models (default: runs/<experiment>-grid, in the repository)",
-    )
+    add("--shard", type=_shard, default=WHOLE, metavar="I/N", help="part I of N of the rows (default: 1/1, all)")
+    add("--without", **folder, help="leave out the rows that the outcome in DIR has (default: take all)")
+    text = "folder that holds the data set (default: data, in the repository)"
+    add("--dataset-dir", **folder, default=REPOSITORY / "data", help=text)
+    text = "folder for logs and models (default: runs/<experiment>-grid, in the repository)"
+    add("--dump-dir", **folder, help=text)
     options = parser.parse_args(argv)
     if options.slurm and options.shard != WHOLE:
         raise Refusal("argument --shard: not allowed with --slurm, which divides all rows among the tasks of its array")

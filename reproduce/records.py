@@ -98,19 +98,12 @@ def state(dump: Path, row: Row) -> runs.SavedRun:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the rows of a grid are.
+    """How far the rows of a grid are."""
 
-    Attributes:
-        done: the finished rows.
-        rows: how many there are.
-        epochs_left: to be trained until all are finished.
-        seconds_per_epoch: median over the runs that have any epoch; NaN when there is none.
-    """
-
-    done: list[Row]
+    done: list[Row]  # the finished ones
     rows: int
-    epochs_left: int
-    seconds_per_epoch: float
+    epochs_left: int  # until all are finished
+    seconds_per_epoch: float  # median over the runs that have any epoch; NaN when there is none
 
     def line(self, jobs: int) -> str:
         """For the console, with the time that is left where ``jobs`` rows run at a time."""

@@ -68,7 +68,7 @@ class Runner:
         (self.dump / "rows").mkdir(parents=True, exist_ok=True)
         self._rows, self._busy = rows, set[str]()
         self._waiting = [row for row in rows if records.finished(self.dump, row) is None]
-        self._failed, self._taken = list[Row](), list[Row]()
+        self._failed, self._taken = set[Row](), set[Row]()
         before = {number: signal.signal(number, self._hand_on) for number in (*STOPPING, *known(["SIGUSR1"]))}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
@@ -80,7 +80,7 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return self._failed, self._taken
+        return [row for row in rows if row in self._failed], [row for row in rows if row in self._taken]
 
     def _hand_on(self, number: int, frame: Any) -> None:
         with self._starting:
@@ -124,7 +124,7 @@ class Runner:
                         return self._failure(row, status)
             result = records.write(self.dump, row)["result"]
         except (OSError, ValueError) as error:
-            self._failed.append(row)
+            self._failed.add(row)
             return f"failed: {error}"
         numbers = result["test_accuracy"], result["connectivity"]
         return "finished: test accuracy {:.2%}, connectivity {:.2%}".format(*numbers).replace("%", " %")
@@ -132,11 +132,11 @@ class Runner:
     def _failure(self, row: Row, status: int) -> str | None:
         last_line = _last_line(log_of(self.dump, row))
         if TAKEN in last_line:
-            self._taken.append(row)
+            self._taken.add(row)
             return "left to the process that runs it"
         if self.stopped is not None:
             return None
-        self._failed.append(row)
+        self._failed.add(row)
         return f"failed with status {status}: {last_line}"
 
     def _call(self, row: Row, argv: Sequence[str]) -> int:
