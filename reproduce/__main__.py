@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, rows: Sequence[grid.Row]) -> int:
     running = runner.Runner(options.dump_dir, ["--dataset-dir", str(options.dataset_dir)], options.jobs)
     failed, taken = running.run(rows)
-    for what, some in (("failed", failed), ("left to other processes", taken)):
+    for what, some in (("failed", failed), ("skipped, which other processes run", taken)):
         if some:
             print(f"{len(some)} rows {what}:", *(row.key for row in some), sep="\n  ")
     if running.stopped is not None:

@@ -1,4 +1,4 @@
-"""What finished rows gave: read from the dump folder or from an outcome's CSV files, and written to these.
+"""The results of finished rows, from the dump folder or from an outcome's CSV files; and these files.
 
 ``rows.csv`` and ``epochs.csv`` hold all that the other files of an outcome show, so that it outlives the dump folder.
 """
@@ -27,11 +27,11 @@ EPOCH = ("test_accuracy", "connectivity", "pruned", "regrown")  # the numbers of
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished row with what it gave.
+    """A finished row with its results.
 
     Attributes:
         row: of the grid.
-        numbers: what it gave, by the names in ``rows.csv``; NaN where it is not known.
+        numbers: its results, by the names in ``rows.csv``; NaN where it is not known.
         made: how, by the names in ``MADE``; empty texts where it is not known.
         epochs: the numbers after each epoch up to the row's last, by the names in ``EPOCH``; NaN where they are lost.
     """
@@ -52,7 +52,7 @@ class Entry:
 
 
 def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
-    """The finished rows, in the grid's order: those of the dump folder, and others of the outcome that ``folder`` has.
+    """The finished rows in the grid's order, from the dump folder or else from the outcome in ``folder``.
 
     Raises:
         Refusal: the outcome in ``folder`` cannot be read, or has rows that are not in the grid.
@@ -60,7 +60,7 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
     earlier = {line["command"]: line for line in recorded(folder)}
     strange = sorted(earlier.keys() - {row.command for row in rows})
     if strange:
-        raise Refusal(f"{folder / ROWS}: not in the grid, and not to be lost: {strange[0]}")
+        raise Refusal(f"{folder / ROWS}: this row is not in the grid and would be lost: {strange[0]}")
     lines_of: dict[str, list[dict[str, str]]] = defaultdict(list)
     for line in _lines(folder / EPOCHS, ("row", "epoch", *EPOCH)):
         lines_of[line["row"]].append(line)
@@ -89,7 +89,7 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
 
 
 def recorded(folder: Path) -> list[dict[str, str]]:
-    """The rows of the outcome that a folder has, by the columns of ``rows.csv``; none where there is none.
+    """The rows of the outcome in a folder, by the columns of ``rows.csv``; none where there is no outcome.
 
     Raises:
         Refusal: the file is not one that :func:`write` wrote.
@@ -123,7 +123,7 @@ def _value(path: Path, text: str) -> float:
 
 
 def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a row gave, from its record and the lines of its run's results; NaN where it is not known."""
+    """A row's results, from its record and the lines of its run's results; NaN where it is not known."""
     layers, operations = nested(record, "result", "layers") or {}, nested(record, "test", "operations") or {}
 
     def of_layers(key: str) -> float:
@@ -160,7 +160,7 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
 
 
 def rows_csv(entries: Sequence[Entry]) -> str:
-    """Every finished row, a line each; what is not known is empty."""
+    """A line for every finished row; unknown numbers are empty."""
     lines = []
     for entry in entries:
         row = entry.row
@@ -171,7 +171,7 @@ def rows_csv(entries: Sequence[Entry]) -> str:
 
 
 def epochs_csv(entries: Sequence[Entry]) -> str:
-    """Every row's numbers after each epoch, a line each; what is not known is empty."""
+    """A line for every epoch of every row; unknown numbers are empty."""
     return _csv(
         [
             {"row": entry.row.key, "epoch": epoch, **{key: _cell(value) for key, value in numbers.items()}}

@@ -97,8 +97,7 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
 def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str, float]], log: bool) -> bytes:
     """Numbers of the results over the epochs: a row of panels for each method, a curve for each of its variants.
 
-    A curve is the mean over the seeds whose epochs are known; that of a method that does not prune is grey in
-    every row.
+    A curve is the mean over the seeds whose epochs are known; methods that do not prune are grey, in every row.
 
     Args:
         summaries: what to draw, of one number of epochs.

@@ -1,4 +1,4 @@
-"""An experiment's grid: a small TOML table, to rows, each of them a command line of the experiment's script."""
+"""An experiment's grid: a TOML table of rows. Each row is a command line of the experiment's script."""
 
 import shlex
 import tomllib
@@ -37,12 +37,12 @@ class Row:
 
     @cached_property
     def name(self) -> str:
-        """Of the run's folders; rows that differ in the number of epochs only share it."""
+        """The run's name. Rows that differ only in the number of epochs share it."""
         return run_name(self.options)
 
     @property
     def epochs(self) -> int:
-        """After which the row is finished."""
+        """The row is finished after so many."""
         return self.options.epoch
 
     @property
@@ -55,12 +55,12 @@ class Row:
 
     @property
     def setting(self) -> str:
-        """Its name but for the seed."""
+        """The run's name without its seed."""
         return self.name.replace(f"-seed-{self.seed}", "")
 
     @property
     def key(self) -> str:
-        """The row's name, unlike that of any other row: the run and its number of epochs."""
+        """The row's own name: that of its run, with the number of epochs."""
         return f"{self.name}-N-{self.epochs}"
 
     @property
@@ -110,7 +110,7 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
 
 
 def shard(rows: Sequence[Row], part: int, parts: int) -> list[Row]:
-    """The rows of part ``part`` of ``parts`` (from 1): every run belongs to one part, whatever its epochs."""
+    """The rows of part ``part`` of ``parts``, from 1. All rows of a run are in the same part."""
     names = list(dict.fromkeys(row.name for row in rows))
     mine = set(names[part - 1 :: parts])
     return [row for row in rows if row.name in mine]

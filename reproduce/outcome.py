@@ -1,4 +1,4 @@
-"""What the finished rows of a grid give together: tables (CSV, Markdown), figures (PNG), and how they were made."""
+"""The outcome of a grid: tables (CSV, Markdown) and figures (PNG) of its finished rows, and how they were made."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the outcome of the finished rows to a folder; returns its files.
 
     ``rows.csv`` has every row, ``epochs.csv`` its epochs; ``table.md`` has means and spreads, ``equal_connectivity.md``
-    compares the methods; ``plane.png`` and ``ablations.png`` show the rows, ``epochs.png`` and ``rewiring.png`` how
-    they came about; ``commands.md`` says how each was made. Rows of the outcome that the folder has already are kept.
-    There is no picture of nothing.
+    compares the methods; ``plane.png`` and ``ablations.png`` show the rows, ``epochs.png`` and ``rewiring.png`` their
+    epochs; ``commands.md`` says how each was made. Rows that the folder has already are kept. A figure without rows is
+    not written.
 
     Args:
         dump: the dump folder.

@@ -25,7 +25,7 @@ def path_of(dump: Path, row: Row) -> Path:
 
 
 def read(dump: Path, row: Row) -> dict[str, Any] | None:
-    """The row's record, None if there is none; ValueError, with the reason, if it is damaged."""
+    """The row's record; None if there is none. A damaged one raises ValueError with the reason."""
     record = json_files.read_object(path_of(dump, row))
     if record is not None:
         _check(record, row)
@@ -52,7 +52,7 @@ def damaged(dump: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def write(dump: Path, row: Row) -> dict[str, Any]:
-    """Writes and returns the record of a row that was trained and tested; ValueError where it lacks something."""
+    """Writes and returns the record of a row that was trained and tested; ValueError if results are missing."""
     run = state(dump, row)
     try:
         test = json_files.read_object(run.logs / "test.json")
@@ -79,7 +79,7 @@ def write(dump: Path, row: Row) -> dict[str, Any]:
 
 
 def _check(record: dict[str, Any], row: Row) -> None:
-    """Raises ValueError unless a record has what an outcome is made of."""
+    """Raises ValueError if a record lacks something that an outcome needs."""
     if (record.get("row"), record.get("epochs")) != (row.key, row.epochs):
         raise ValueError("it is not of this row")
     for key in ("test_accuracy", "connectivity"):

@@ -133,7 +133,7 @@ class Runner:
         last_line = _last_line(log_of(self.dump, row))
         if TAKEN in last_line:
             self._taken.add(row)
-            return "left to the process that runs it"
+            return "skipped: another process runs it"
         if self.stopped is not None:
             return None
         self._failed.add(row)

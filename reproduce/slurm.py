@@ -1,4 +1,4 @@
-"""The grid as a job array of Slurm: one file to submit, whose tasks are shards of the grid."""
+"""The grid as a job array of Slurm, in one file. Each task of the array runs a shard of the grid."""
 
 import math
 import shlex

@@ -724,7 +724,12 @@ def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("rows.csv", "-penalty 1e-3 -N", "-penalty 2e-3 -N", "rows.csv: not in the grid, and not to be lost: python"),
+        (
+            "rows.csv",
+            "-penalty 1e-3 -N",
+            "-penalty 2e-3 -N",
+            "rows.csv: this row is not in the grid and would be lost: python",
+        ),
         ("rows.csv", "best_accuracy", "best", "rows.csv: a line has no best_accuracy"),
         ("rows.csv", ",0.6,", ",much,", "rows.csv: not a number: 'much'"),
         ("rows.csv", ",0.6,", ",inf,", "rows.csv: not a number: 'inf'"),

@@ -171,7 +171,7 @@ def _plain(value: float, _: int = 0) -> str:
 
 
 def percent_axis(axes: Axes, what: str, fractions: np.ndarray, log: bool = False) -> None:
-    """The y axis in per cent, which what is drawn of these fractions is in already.
+    """The y axis in per cent, of curves that were drawn in per cent; ``fractions`` are their values.
 
     With ``log`` it is logarithmic where the smallest is below 10 % and less than a fifth of the largest.
     """
