@@ -455,6 +455,12 @@ def test_numbers_that_no_run_has_are_drawn_without_a_word(tmp_path, recwarn, num
     assert not recwarn.list, [str(warning.message) for warning in recwarn]
 
 
+def test_a_network_without_connections_is_drawn_without_a_word(recwarn):
+    run = run_of([result(1) | {"connectivity": 0.0}], dataset="digits")  # of which there are no published results
+    assert len(pictures.overall([run], ["r"])) == 4
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]
+
+
 def test_values_that_are_no_text_and_no_number_are_not_shown(tmp_path):
     nested = json.loads("[" * 500 + "]" * 500)
     write_run(tmp_path, "x", arguments={"epoch": nested, "mode": nested, "seed": nested, "dataset": "d" * 10_000})

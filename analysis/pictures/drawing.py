@@ -192,8 +192,8 @@ def percent_scale(axes: Axes, fractions: Iterable[float]) -> None:
     """The x axis in per cent up to 100, logarithmic, for connectivities."""
     low = 100 * min(fraction for fraction in fractions if fraction > 0)
     margin = max(1.1, (100 / low) ** 0.06)
+    axes.set_xlim(low / margin, 100 * margin)  # first: a logarithmic axis warns of data that are all 0
     axes.set_xscale("log")
-    axes.set_xlim(low / margin, 100 * margin)
     _log_ticks(axes.xaxis, low, 100)
     axes.set_xlabel("connectivity (%), logarithmic")
 
