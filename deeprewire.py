@@ -96,7 +96,8 @@ class DeepRewiring(RewiringOptimizer):
     with T = 0, soft Deep R can only lose connections.
 
     Args:
-        params: parameters or parameter groups to prune; real floating point. Groups may have their own settings.
+        params: parameters or parameter groups to prune; real floating point. Groups may have their own settings;
+            one with ``prune=False`` is not pruned but updated as by torch.optim.Adam, and needs no max_s.
         lr: learning rate, >= 0; a one-element tensor is accepted too.
         betas: decay rates of Adam's moments, each in [0, 1).
         eps: term added to Adam's denominator, and the value at which Deep R re-activates: > 0 unless soft.
@@ -121,40 +122,14 @@ class DeepRewiring(RewiringOptimizer):
         ValueError: an argument, or a setting of a group, is not accepted; the message names it.
     """
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        T: float = 0,
-        l1: float = 1e-5,
-        max_s: float | None = None,
-        soft: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        fused: bool = False,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            T=T,
-            l1=l1,
-            max_s=max_s,
-            soft=soft,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            fused=fused,
-        )
+    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, T: float = 0, l1: float = 1e-5,
+                 max_s: float | None = None, soft: bool = False, *, foreach: bool | None = None,
+                 maximize: bool = False, capturable: bool = False, fused: bool = False):  # fmt: skip
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+        settings.update(T=T, l1=l1, max_s=max_s, soft=soft)
+        settings.update(foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
+        super().__init__(params, settings)
 
     _update = staticmethod(deep_rewiring)
 
@@ -163,7 +138,7 @@ class DeepRewiring(RewiringOptimizer):
         check_number("l1", group["l1"], "a finite number >= 0", lambda x: x >= 0)
         check_bool("soft", group["soft"])
         what = "the target sparsity of soft Deep R" if group["soft"] else "the maximum sparsity"
-        check_number("max_s", group["max_s"], f"{what}, in [0, 1] (required)", lambda x: 0 <= x <= 1)
+        check_number("max_s", group["max_s"], f"{what}, in [0, 1], required: max_s=0.95, say", lambda x: 0 <= x <= 1)
         if not group["soft"]:
             accepted = "> 0 unless soft: Deep R re-activates connections at it"
             check_number("eps", group["eps"], accepted, lambda x: x > 0)

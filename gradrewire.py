@@ -1,9 +1,20 @@
 """Grad Rewiring (Grad R): sparse training by gradient rewiring.
 
 Chen, Yu, Fang, Huang, Tian, "Pruning of Deep Spiking Neural Networks through Gradient Rewiring",
-IJCAI 2021, doi 10.24963/ijcai.2021/236.
+IJCAI 2021, doi 10.24963/ijcai.2021/236. To leave 5 % of a network's connections, whatever the network::
+
+    weights = [p for p in network.parameters() if p.dim() > 1]  # to prune
+    others = [p for p in network.parameters() if p.dim() == 1]  # biases, BatchNorm: updated as by Adam
+    optimizer = GradRewiring([{"params": weights}, {"params": others, "prune": False}], lr=1e-2, alpha=0)
+    schedule = ConnectivitySchedule(optimizer, connectivity=0.05, steps=500)
+    for step in range(500):
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(network(x), y).backward()
+        optimizer.step()  # the weights are sparse after every step
+        schedule.step()
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -13,7 +24,7 @@ from torch import Tensor
 
 from rewiring import Lists, RewiringOptimizer, adam, check_bool, check_number, each, overlaps_itself, spiking_kernels
 
-__all__ = ["GradRewiring", "grad_rewiring"]
+__all__ = ["ConnectivitySchedule", "GradRewiring", "grad_rewiring"]
 
 
 def grad_rewiring(
@@ -59,7 +70,8 @@ class GradRewiring(RewiringOptimizer):
     The weights are masked in place by every step, so the network is sparse at any time.
 
     Args:
-        params: parameters or parameter groups to prune; real floating point. Groups may have their own settings.
+        params: parameters or parameter groups to prune; real floating point. Groups may have their own settings;
+            one with ``prune=False`` is not pruned but updated as by torch.optim.Adam, and needs neither alpha nor s.
         lr: learning rate, >= 0; a one-element tensor is accepted too.
         betas: decay rates of Adam's moments, each in [0, 1).
         eps: term added to Adam's denominator, >= 0.
@@ -86,38 +98,13 @@ class GradRewiring(RewiringOptimizer):
 
     LATER: ClassVar[dict[str, Any]] = {**RewiringOptimizer.LATER, "plain_gradient": False}
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        alpha: float = 1e-5,
-        s: float | None = None,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        fused: bool = False,
-        plain_gradient: bool = False,
-    ):
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            alpha=alpha,
-            s=s,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            fused=fused,
-            plain_gradient=plain_gradient,
-        )
+    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, alpha: float = 1e-5,
+                 s: float | None = None, *, foreach: bool | None = None, maximize: bool = False,
+                 capturable: bool = False, fused: bool = False, plain_gradient: bool = False):  # fmt: skip
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, alpha=alpha, s=s)
+        settings.update(foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
+        super().__init__(params, {**settings, "plain_gradient": plain_gradient})
 
     _update = staticmethod(grad_rewiring)
 
@@ -150,3 +137,151 @@ class GradRewiring(RewiringOptimizer):
         alpha, mu = self._terms(group).values()
         prior = {"prior": 0.0, "mu": 0.0} if alpha is None else {"prior": alpha * eta, "mu": mu}
         spiking_kernels.grad_rewiring_step(*tensors, eta=eta, **prior, **adam)
+
+
+class ConnectivitySchedule:
+    """Leads the weights in a GradRewiring to a wanted connectivity, by setting the penalty alpha of its groups.
+
+    Call :meth:`step` after each step of the optimizer, and after that of a learning-rate scheduler. The connectivity
+    is the share of the weights that are not 0, in all groups together but those with ``prune=False``.
+
+    The connectivity that is wanted falls from 1 to C between ``begin`` and ``end``, quickly at first and ever more
+    slowly, as under a constant penalty: its logarithm's distance to that of C decays exponentially, by a factor of e
+    five times. It is C from there on, also after ``steps``: go on calling :meth:`step` to hold it.
+
+    Grad R's prior moves theta down by alpha * eta_t in every step. So for each segment of a few steps, alpha is
+    theta_q / (sum of its eta_t), with which the prior would leave the wanted share of the connections; theta_q is the
+    largest theta to be pruned, or 0 where enough are pruned already. With ``foresight``, theta is where the momentum
+    of Adam takes it by the end of the segment, if gradients from now on are 0. What else the gradient does, the next
+    segment makes up for. If the learning rate changes within a segment, so does alpha, so that their product stays.
+
+    Until C is due, alpha is at most ``max_alpha``: a connection whose gradient never changes its sign moves by eta_t,
+    and holds out against any alpha < 1. There is no way up: where the gradient prunes more than is wanted, alpha is 0.
+
+    Args:
+        optimizer: its groups get alpha; and s, where it is None. That s keeps mu, to which the prior moves what is
+            pruned, at -REACH times the largest learning rate so far: near enough for the gradient to bring it back,
+            or connections would only go once enough are pruned.
+        connectivity: C, in (0, 1].
+        steps: in which C is to be reached, >= 1.
+        begin, end: shares of ``steps``, 0 <= begin <= end <= 1.
+        segments: into how many ``steps`` are divided at most, >= 1. Each finds the k-th smallest theta once.
+        max_alpha: > 0.
+        foresight: False as in the fast recipe, which was published without.
+
+    Attributes:
+        taken: the number of steps so far.
+
+    Raises:
+        TypeError: ``optimizer`` is not a GradRewiring.
+        ValueError: another argument is not accepted; the message names it.
+    """
+
+    REACH = 7.0
+
+    def __init__(self, optimizer: GradRewiring, connectivity: float, steps: int, *, begin: float = 0.05,
+                 end: float = 0.7, segments: int = 200, max_alpha: float = 1.0,
+                 foresight: bool = True):  # fmt: skip
+        if not isinstance(optimizer, GradRewiring):
+            raise TypeError(
+                f"ConnectivitySchedule sets the alpha of a GradRewiring; {type(optimizer).__name__} has none"
+            )
+        check_number("connectivity", connectivity, "the share of connections to leave, in (0, 1]", lambda x: 0 < x <= 1)
+        for name, count in (("steps", steps), ("segments", segments)):
+            check_number(name, count, "a whole number >= 1", lambda x: isinstance(x, int) and x >= 1)
+        check_number("begin", begin, "a share of the steps, in [0, 1]", lambda x: 0 <= x <= 1)
+        check_number("end", end, f"a share of the steps, from begin={begin!r} to 1", lambda x: begin <= x <= 1)
+        check_number("max_alpha", max_alpha, "a finite number > 0", lambda x: x > 0)
+        check_bool("foresight", foresight)
+        if not any(group["prune"] for group in optimizer.param_groups):
+            raise ValueError("optimizer is not accepted: all of its groups have prune=False")
+        self.optimizer, self.connectivity, self.steps = optimizer, connectivity, steps
+        self.begin, self.end, self.max_alpha, self.foresight = begin, end, max_alpha, foresight
+        self.length = math.ceil(steps / segments)  # of a segment
+        self.sets_s, self.largest_lr = [group["s"] is None for group in optimizer.param_groups], 0.0
+        self.before = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+        self.begin_segment(0)
+
+    def step(self) -> None:
+        """Sets alpha for the optimizer's next step."""
+        if (self.taken + 1) % self.length == 0:
+            self.begin_segment(self.taken + 1)
+        else:
+            self.taken += 1
+            self._set_alphas()
+
+    def wanted(self, share: float) -> float:
+        """The connectivity that is wanted after a share of the steps."""
+        if share >= self.end:
+            return self.connectivity
+        passed = max((share - self.begin) / (self.end - self.begin), 0.0)
+        return self.connectivity ** ((1 - math.exp(-5 * passed)) / (1 - math.exp(-5)))
+
+    def begin_segment(self, taken: int) -> None:
+        """Begins the segment after so many steps; :meth:`step` does so in time."""
+        groups = self.optimizer.param_groups
+        length = min(self.length, self.steps - taken) if taken < self.steps else self.length
+        thetas = [self._theta(p, group, length) for group in groups if group["prune"] for p in group["params"]]
+        theta = torch.cat([x.flatten().to(thetas[0].device) for x in thetas])
+        pruned = theta.numel() - round(self.wanted((taken + length) / self.steps) * theta.numel())
+        theta_q = max(0.0, float(_smallest(theta, pruned))) if pruned else 0.0
+        self.taken, self.lrs, self.alphas = taken, [float(group["lr"]) for group in groups], []
+        self.largest_lr = max(self.largest_lr, *self.lrs)
+        for lr, group in zip(self.lrs, groups, strict=True):
+            first = self.before + taken + 1
+            moved = sum(lr / (1 - group["betas"][0] ** t) for t in range(first, first + length))
+            self.alphas.append(theta_q / moved if moved > 0 else 0.0)
+        self._set_alphas()
+
+    def _theta(self, param: Tensor, group: dict[str, Any], length: int) -> Tensor:
+        """Of a parameter: as it is or, with foresight, after a segment of so many steps without gradient and prior."""
+        state = self.optimizer.state.get(param, {})
+        if "theta" not in state:
+            return param.detach().abs()
+        if not self.foresight:
+            return state["theta"]
+        beta1, beta2 = group["betas"]
+        t, v = state["step"].double(), state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        d = v.sqrt().div_((1 - beta2**t).sqrt()).add_(group["eps"])
+        etas = [float(group["lr"]) / (1 - beta1 ** (t + i)) for i in range(1, length + 1)]
+        weight = sum(eta * beta1**i for i, eta in enumerate(etas, 1))  # of m / d, as m decays by beta1 in each step
+        return state["theta"] - state["sign"] * (state["exp_avg"] / d).mul_(weight)
+
+    def _set_alphas(self) -> None:
+        limit = math.inf if self.taken >= self.end * self.steps else self.max_alpha
+        settings = zip(self.optimizer.param_groups, self.lrs, self.alphas, self.sets_s, strict=False)
+        for group, lr, alpha, sets_s in settings:
+            if not group["prune"]:
+                continue
+            now = float(group["lr"])
+            if now != lr:
+                alpha = alpha * lr / now if now > 0 else 0.0
+            group["alpha"] = alpha = min(alpha, limit)
+            if sets_s:  # mu = ln(2 (1 - s)) / alpha
+                group["s"] = min(1 - math.exp(-self.REACH * self.largest_lr * alpha) / 2, 0.9999)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` goes on from; plain data."""
+        return {key: list(x) if type(x) is list else x for key, x in vars(self).items() if key != "optimizer"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the schedule was, before or after the optimizer's state is loaded.
+
+        Raises:
+            ValueError: ``state_dict`` is not that of a ConnectivitySchedule of as many groups; nothing has changed.
+        """
+        present = self.state_dict()
+        if state_dict.keys() != present.keys():
+            raise ValueError(f"a ConnectivitySchedule's state has {sorted(present)}, not {sorted(state_dict)}")
+        for key, value in present.items():
+            if isinstance(value, list) and len(state_dict[key]) != len(value):
+                raise ValueError(
+                    f"a ConnectivitySchedule's {key} are those of {len(value)} groups, not {state_dict[key]}"
+                )
+        vars(self).update(copy.deepcopy(state_dict))
+        self._set_alphas()
+
+
+def _smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of values [n], k from 1; on a GPU by sorting, as kthvalue is not deterministic there."""
+    return values.sort().values[k - 1] if values.is_cuda else values.kthvalue(k).values

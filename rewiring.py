@@ -177,7 +177,7 @@ class RewiringOptimizer(Optimizer):
         "prune": True,
     }
 
-    def __init__(self, params: Iterable, **defaults: Any):
+    def __init__(self, params: Iterable, defaults: dict[str, Any]):
         self._seen: dict[int, _Seen] = {}
         super().__init__(params, {**defaults, "prune": True})
 

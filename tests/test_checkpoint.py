@@ -21,7 +21,7 @@ from training.files.locks import Lock
 from training.files.storage import previous_of
 from training.metrics import EPOCH
 from training.recording import Recording
-from training.schedule import Fast
+from training.schedule import FastSchedule
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
 MODES = {
@@ -76,7 +76,7 @@ def test_a_run_killed_inside_epochs_is_the_run_in_one(run, tmp_path, monkeypatch
 
 
 def test_a_fast_run_killed_inside_a_segment_is_the_run_in_one(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Fast, "SEGMENTS", 4)  # of 4 steps
+    monkeypatch.setattr(FastSchedule, "SEGMENTS", 4)  # of 4 steps
     argv = ["-m", "grad", "--recipe", "fast", "--connectivity", "0.02", "-lr", "1e-3", "-b", "8", "-N", "3"]
     argv += ["-i1", "2", "-i2", "1", *EVERY_STEP]
     run(*argv, dump=tmp_path / "one")

@@ -14,7 +14,7 @@ from torch.optim import Adam
 import measuring
 from gradrewire import GradRewiring
 from training import step
-from training.schedule import Constant, Fast
+from training.schedule import FastSchedule, PaperSchedule
 
 without_steps = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 THETA = [0.1, 0.7, 0.3, 0.4, 0.5, 0.6, 0.2, 0.8, 0.9, 1.0]
@@ -35,7 +35,7 @@ def settings(optimizers):
 def test_the_papers_recipe_changes_nothing():
     optimizer = grad_rewiring()
     before = settings([optimizer])
-    schedule = Constant()
+    schedule = PaperSchedule()
     assert not any(schedule.advance(i) for i in range(100))
     schedule.restore(7, schedule.state())
     assert settings([optimizer]) == before
@@ -46,7 +46,7 @@ def test_the_papers_recipe_changes_nothing():
 @without_steps
 def test_the_learning_rate_has_one_cycle_in_all_optimizers():
     optimizers = [grad_rewiring(lr=0.25), Adam([torch.nn.Parameter(torch.ones(2))], lr=0.5)]
-    schedule = Fast(optimizers, 2010, None)
+    schedule = FastSchedule(optimizers, 2010, None)
     assert schedule.length == 11  # steps of a segment: 2010 are 182 of 11 and one of 8
     rates, changes = [], []
     for i in range(2010):
@@ -66,11 +66,11 @@ def test_the_learning_rate_has_one_cycle_in_all_optimizers():
 
 
 def test_the_wanted_connectivity_falls_to_the_target_and_stays():
-    schedule = Fast([grad_rewiring()], 10, 0.2)
+    schedule = FastSchedule([grad_rewiring()], 10, 0.2)
     half_way = 0.2 ** ((1 - math.exp(-2.5)) / (1 - math.exp(-5)))
     shares = {0.0: 1.0, 0.05: 1.0, 0.375: half_way, 0.7: 0.2, 1.0: 0.2}
     for share, wanted in shares.items():
-        assert schedule.wanted(share) == pytest.approx(wanted)
+        assert schedule.penalty.wanted(share) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_the_wanted_connectivity_falls_to_the_target_and_stays():
 )
 def test_the_penalty_prunes_what_is_wanted_by_itself(steps, at, connectivity, theta):
     optimizer = grad_rewiring()
-    schedule = Fast([optimizer], steps, connectivity)
-    schedule.MOST = math.inf
+    schedule = FastSchedule([optimizer], steps, connectivity)
+    schedule.penalty.max_alpha = math.inf
     schedule.advance(at)
     (group,) = optimizer.param_groups
     moved = sum(group["lr"] / (1 - 0.9**t) for t in range(at + 1, at + 1 + schedule.length))
@@ -96,7 +96,7 @@ def test_the_penalty_prunes_what_is_wanted_by_itself(steps, at, connectivity, th
 
 def test_the_last_segment_may_be_shorter():
     optimizer = grad_rewiring()
-    schedule = Fast([optimizer], 205, 0.6)  # of 2 steps, the last of 1
+    schedule = FastSchedule([optimizer], 205, 0.6)  # of 2 steps, the last of 1
     schedule.advance(204)
     assert optimizer.param_groups[0]["alpha"] == pytest.approx(0.4 / optimizer.param_groups[0]["lr"])
 
@@ -104,9 +104,9 @@ def test_the_last_segment_may_be_shorter():
 @without_steps
 def test_a_gradient_can_hold_out_against_the_penalty_until_the_target_is_due():
     optimizer = grad_rewiring()
-    schedule = Fast([optimizer], 10, 0.1)
+    schedule = FastSchedule([optimizer], 10, 0.1)
     schedule.advance(5)
-    assert optimizer.param_groups[0]["alpha"] == schedule.MOST == 1
+    assert optimizer.param_groups[0]["alpha"] == schedule.penalty.max_alpha == 1
     schedule.advance(7)
     assert optimizer.param_groups[0]["alpha"] > 1
 
@@ -118,7 +118,7 @@ def test_theta_of_pruned_connections_counts():
     w.grad = torch.zeros(2)
     optimizer.step()
     optimizer.state[w]["theta"].copy_(torch.tensor([-0.5, 0.6]))  # half of them are pruned
-    schedule = Fast([optimizer], 10, 0.5)
+    schedule = FastSchedule([optimizer], 10, 0.5)
     schedule.advance(9)
     assert optimizer.param_groups[0]["alpha"] == 0.0
     optimizer.state[w]["theta"].copy_(torch.tensor([0.5, 0.6]))
@@ -129,7 +129,7 @@ def test_theta_of_pruned_connections_counts():
 @without_steps
 @pytest.mark.parametrize("connectivity", [None, 0.3])
 def test_settings_come_back_at_every_step(connectivity, monkeypatch):
-    monkeypatch.setattr(Fast, "SEGMENTS", 8)  # of 4 steps
+    monkeypatch.setattr(FastSchedule, "SEGMENTS", 8)  # of 4 steps
 
     def run_from(schedule, optimizers, first):
         found = []
@@ -139,13 +139,13 @@ def test_settings_come_back_at_every_step(connectivity, monkeypatch):
         return found
 
     optimizers = [grad_rewiring(), Adam([torch.nn.Parameter(torch.ones(2))], lr=0.5)]
-    schedule = Fast(optimizers, 30, connectivity)
+    schedule = FastSchedule(optimizers, 30, connectivity)
     schedule.advance(0)
     once = [(settings(optimizers), schedule.state()), *run_from(schedule, optimizers, 1)]
     assert len({str(one) for one in once}) == 8
     for first in range(1, 30):
         again = [grad_rewiring(), Adam([torch.nn.Parameter(torch.ones(2))], lr=0.5)]
-        resumed = Fast(again, 30, connectivity)
+        resumed = FastSchedule(again, 30, connectivity)
         resumed.restore(first, once[first - 1][1])
         assert settings(again) == once[first - 1][0]
         assert run_from(resumed, again, first) == once[first:]
@@ -156,9 +156,74 @@ def test_settings_come_back_at_every_step(connectivity, monkeypatch):
 )
 def test_a_state_that_is_none_is_refused(state):
     with pytest.raises(ValueError, match="a schedule"):
-        Fast([grad_rewiring()], 10, 0.5).restore(3, state)
+        FastSchedule([grad_rewiring()], 10, 0.5).restore(3, state)
     with pytest.raises(ValueError, match="a schedule"):
-        Fast([grad_rewiring()], 10, None).restore(3, {"penalty": 1.0})
+        FastSchedule([grad_rewiring()], 10, None).restore(3, {"penalty": 1.0})
+
+
+# learning rates of both optimizers and the penalty of each segment, by steps, segments and connectivity: frozen when
+# the recipe's runs were published
+SETTINGS = {
+    (41, 8, 0.3): [
+        (0.019970658011837405, 0.009985329005918702, 0.11995205428801664),
+        (0.01846954006671338, 0.00923477003335669, 0.2264860734297809),
+        (0.015023265589840835, 0.0075116327949204175, 0.13398138254757852),
+        (0.010423323051205625, 0.005211661525602812, 0.11091503570508351),
+        (0.005726158043391891, 0.0028630790216959455, 0.09077496755438937),
+        (0.002010544752917527, 0.0010052723764587634, 0.12447944380217069),
+        (0.00020261090585764973, 0.00010130545292882486, 1.3477681471014562),
+    ],
+    (41, 8, 0.05): [
+        (0.019970658011837405, 0.009985329005918702, 0.2545428308817949),
+        (0.01846954006671338, 0.00923477003335669, 0.36162087997817366),
+        (0.015023265589840835, 0.0075116327949204175, 0.4163132637141018),
+        (0.010423323051205625, 0.005211661525602812, 0.30721166653183435),
+        (0.005726158043391891, 0.0028630790216959455, 0.4313137662160473),
+        (0.002010544752917527, 0.0010052723764587634, 0.44149251748231977),
+        (0.00020261090585764973, 0.00010130545292882486, 2.2961710146572574),
+    ],
+    (12, 200, 0.05): [
+        (0.016666666666666666, 0.008333333333333333, 0.4064138635830662),
+        (0.019694002659393302, 0.009847001329696651, 0.7625021736106578),
+        (0.01866025403784439, 0.009330127018922194, 0.4906072477703163),
+        (0.016972968010939952, 0.008486484005469976, 0.31768674172734523),
+        (0.014759473930370734, 0.007379736965185367, 0.2917813041730776),
+        (0.012186810912063759, 0.0060934054560318794, 0.3907875469535045),
+        (0.009449122396441346, 0.004724561198220673, 0.5148465062367776),
+        (0.0067530053079531685, 0.0033765026539765842, 0.7285426125811583),
+        (0.004301919424897338, 0.002150959712448669, 0.5834631737762175),
+        (0.0022808334908367913, 0.0011404167454183956, 0.4503081663128062),
+        (0.0008422667334494249, 0.00042113336672471247, 0.5426131167037754),
+        (9.477915362496759e-05, 4.7389576812483793e-05, 2.812808202173611),
+    ],
+}
+
+
+@pytest.mark.parametrize(("steps", "segments", "connectivity"), SETTINGS)
+def test_the_settings_are_those_of_the_published_runs(steps, segments, connectivity, monkeypatch):
+    """In float64, whose rounding leaves the bound by far; the k-th smallest theta hardly follows it."""
+    monkeypatch.setattr(FastSchedule, "SEGMENTS", segments)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weights = [torch.nn.Parameter(normal(30, 20) * 0.1), torch.nn.Parameter(normal(50) * 0.2)]
+    other = torch.nn.Parameter(normal(5))
+    optimizers = [GradRewiring(weights, lr=0.02, alpha=0.0, s=0.9, foreach=False), Adam([other], lr=0.01)]
+    schedule, found = FastSchedule(optimizers, steps, connectivity), []
+    for i in range(steps):
+        if schedule.advance(i):
+            (rate, alpha), (other_rate, _) = settings(optimizers)
+            found.append((rate, other_rate, alpha))
+        for p in (*weights, other):
+            p.grad = p.detach() - 0.1 + normal(*p.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    expected = SETTINGS[steps, segments, connectivity]
+    assert len(found) == len(expected)
+    for actual, row in zip(found, expected, strict=True):
+        assert actual == pytest.approx(row, rel=1e-9)
 
 
 # -- runs ----------------------------------------------------------------------------------------------
@@ -201,7 +266,7 @@ def test_the_step_is_renewed_whenever_settings_change(run, monkeypatch):
     take = step.TrainingStep.__call__
     monkeypatch.setattr(step.TrainingStep, "renew", lambda self: renewed.append(len(taken)))
     monkeypatch.setattr(step.TrainingStep, "__call__", lambda self, *batch: taken.append(1) or take(self, *batch))
-    monkeypatch.setattr(Fast, "SEGMENTS", 4)
+    monkeypatch.setattr(FastSchedule, "SEGMENTS", 4)
     argv = ["-m", "grad", "-s", "0.95", "-b", "8", "-N", "3"]
     run(*argv, "--recipe", "fast")
     assert (len(taken), renewed) == (15, [0, 4, 8, 12])
@@ -231,7 +296,8 @@ def test_a_checkpoint_with_another_schedule_is_refused(run, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_renewed_graph_takes_the_new_settings():
+def test_a_renewed_graph_takes_the_new_settings(monkeypatch):
+    monkeypatch.setattr(FastSchedule, "SEGMENTS", 5)  # of 4 steps
     device = torch.device("cuda")
     step.set_precision("fp32", device)
     torch.manual_seed(0)
@@ -241,8 +307,7 @@ def test_a_renewed_graph_takes_the_new_settings():
     takes = []
     for network, graph in ((eager, False), (graphed, True)):
         optimizers = optimizers_of(network, capturable=True, alpha=0.0)
-        schedule = Fast(optimizers, 20, 0.3)
-        schedule.length = 4
+        schedule = FastSchedule(optimizers, 20, 0.3)
         takes.append((schedule, step.TrainingStep(network, optimizers, "fp32", device, graph)))
     for i, (images, labels) in enumerate(batches(20, (4, 3, 32, 32), device)):
         losses = []

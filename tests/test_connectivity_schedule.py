@@ -1,0 +1,318 @@
+"""ConnectivitySchedule: the connectivity that it leads any network to, and the penalties that it sets on the way."""
+
+import copy
+import inspect
+import io
+import math
+import re
+import textwrap
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+import gradrewire
+from deeprewire import DeepRewiring
+from gradrewire import ConnectivitySchedule, GradRewiring
+
+THETA = [0.1, 0.7, 0.3, 0.4, 0.5, 0.6, 0.2, 0.8, 0.9, 1.0]
+TOLERANCE = 0.02
+
+
+def weight(theta=THETA):
+    return torch.nn.Parameter(torch.tensor(theta) * torch.tensor([1.0, -1.0]).repeat(len(theta) // 2))
+
+
+def grad_rewiring(**settings):
+    return GradRewiring([weight()], **{"lr": 0.25, "alpha": 0, **settings})
+
+
+def connectivity(weights):
+    return sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+# -- what is reached ---------------------------------------------------------------------------------
+
+
+class Task:
+    """A network with what no method prunes, BatchNorm and biases, and 18 000 weights; batches of a regression."""
+
+    def __init__(self, rate=2e-3, schedule=None, wanted=0.05, steps=200, convolution=False, groups=1, **settings):
+        torch.manual_seed(0)
+        self.network = torch.nn.Sequential(
+            torch.nn.Linear(40, 200), torch.nn.BatchNorm1d(200), torch.nn.ReLU(), torch.nn.Linear(200, 50)
+        )
+        if convolution:
+            self.network = torch.nn.Sequential(
+                torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+                torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.BatchNorm2d(32), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+                torch.nn.Flatten(), torch.nn.Linear(2 * 32, 200, bias=False), torch.nn.Linear(200, 50),
+            )  # fmt: skip
+            self.network.insert(0, torch.nn.Unflatten(1, (1, 5, 8)))
+        self.weights = [p for p in self.network.parameters() if p.dim() > 1]
+        others = [p for p in self.network.parameters() if p.dim() == 1]
+        parts = [{"params": self.weights[i::groups], "lr": rate / (i + 1)} for i in range(groups)]
+        self.optimizer = GradRewiring([*parts, {"params": others, "prune": False}], lr=rate, alpha=0)
+        rates = {None: None, "one cycle": lambda o: OneCycleLR(o, rate, total_steps=steps)}
+        rates["cosine"] = lambda o: CosineAnnealingLR(o, steps)
+        self.rates = rates[schedule](self.optimizer) if schedule else None
+        self.schedule = ConnectivitySchedule(self.optimizer, wanted, steps, **settings)
+
+    def train(self, first, last):
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(32, 40, generator=generator)
+            y = x[:, :5].sum(1, keepdim=True).sin() + torch.arange(50) / 50
+            self.optimizer.zero_grad()
+            torch.nn.functional.mse_loss(self.network(x), y).backward()
+            self.optimizer.step()
+            if self.rates:
+                self.rates.step()
+            self.schedule.step()
+        return connectivity(self.weights)
+
+
+@pytest.mark.parametrize("wanted", [0.3, 0.1, 0.05, 0.02, 0.01])
+@pytest.mark.parametrize(
+    ("rate", "schedule"), [(2e-3, None), (1e-3, None), (5e-3, "one cycle"), (5e-3, "cosine"), (1e-3, "one cycle")]
+)
+def test_the_wanted_connectivity_is_reached_in_200_steps(rate, schedule, wanted):
+    assert Task(rate, schedule, wanted).train(0, 200) == pytest.approx(wanted, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("wanted", [0.3, 0.05, 0.01])
+@pytest.mark.parametrize(
+    "arguments", [dict(convolution=True), dict(groups=2), dict(steps=1000, schedule="one cycle"), dict(segments=100)]
+)
+def test_it_is_reached_by_convolutions_groups_and_in_longer_segments(arguments, wanted):
+    steps = arguments.get("steps", 200)
+    assert Task(wanted=wanted, **arguments).train(0, steps) == pytest.approx(wanted, rel=TOLERANCE)
+
+
+def test_it_is_held_after_the_last_step():
+    task = Task(wanted=0.1)
+    task.train(0, 200)
+    assert task.train(200, 260) == pytest.approx(0.1, rel=TOLERANCE)
+
+
+def test_without_the_schedule_it_is_missed_by_far():
+    task = Task()
+    task.schedule.step = lambda: None
+    assert task.train(0, 200) > 0.3
+
+
+def test_where_the_gradient_prunes_more_the_penalty_is_0():
+    w = torch.nn.Parameter(torch.full((100,), 0.1))
+    optimizer = GradRewiring([w], lr=0.01, alpha=0)
+    schedule = ConnectivitySchedule(optimizer, 0.9, 50)
+    for _ in range(50):
+        w.grad = torch.ones(100)
+        optimizer.step()
+        schedule.step()
+    assert connectivity([w]) == 0
+    assert optimizer.param_groups[0]["alpha"] == 0.0
+
+
+def test_the_example_of_the_module_runs_and_reaches_what_it_says():
+    example = textwrap.dedent(re.search(r"::\n\n(.*)\Z", inspect.getdoc(gradrewire), re.DOTALL)[1])
+    torch.manual_seed(0)
+    x = torch.randn(512, 20)
+    names = {
+        "torch": torch,
+        "network": torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1)),
+        "x": x,
+        "y": x[:, :3].sum(1, keepdim=True),
+        **vars(gradrewire),
+    }
+    exec(example, names)
+    assert len(example.strip().splitlines()) <= 10
+    assert connectivity(names["weights"]) == pytest.approx(0.05, rel=TOLERANCE)
+
+
+# -- the penalties -----------------------------------------------------------------------------------
+
+
+def moved(lr, beta1, steps, first=1):
+    return sum(lr / (1 - beta1**t) for t in range(first, first + steps))
+
+
+def test_the_constructor_sets_the_first_penalty():
+    optimizer = grad_rewiring()
+    ConnectivitySchedule(optimizer, 0.2, 10, begin=0.0, end=0.1, max_alpha=100.0)
+    (group,) = optimizer.param_groups
+    assert group["alpha"] == pytest.approx(0.8 / moved(0.25, 0.9, 1))
+
+
+def test_s_keeps_mu_near_where_there_is_none():
+    optimizer = grad_rewiring()
+    (group,) = optimizer.param_groups
+    schedule = ConnectivitySchedule(optimizer, 0.2, 10, end=0.1)
+    for rate in (0.25, 0.5, 0.1):
+        group["lr"] = rate
+        schedule.step()
+        mu = math.log(2 * (1 - group["s"])) / group["alpha"]
+        assert mu == pytest.approx(max(-7 * max(rate, 0.5 if rate == 0.1 else 0), math.log(2e-4) / group["alpha"]))
+    optimizer = grad_rewiring(s=0.6)
+    ConnectivitySchedule(optimizer, 0.2, 10, end=0.1).step()
+    assert optimizer.param_groups[0]["s"] == 0.6
+
+
+def test_groups_have_one_quantile_and_each_its_own_penalty():
+    first, second, plain = weight(THETA[:4]), weight(THETA[4:]), weight([1e-3, 1e-3])
+    groups = [
+        {"params": [first], "lr": 0.5},
+        {"params": [plain], "prune": False},
+        {"params": [second], "lr": 0.1, "betas": (0.5, 0.9)},
+    ]
+    optimizer = GradRewiring(groups, alpha=0)
+    ConnectivitySchedule(optimizer, 0.6, 20, begin=0.0, end=0.0, segments=10)
+    alphas = [group["alpha"] for group in optimizer.param_groups]
+    assert alphas == pytest.approx([0.4 / moved(0.5, 0.9, 2), 0, 0.4 / moved(0.1, 0.5, 2)])
+    for p in (first, second, plain):
+        p.grad = torch.zeros_like(p)
+    for _ in range(2):
+        optimizer.step()
+    assert connectivity([first, second]) in (0.6, 0.7)  # that of 0.4 is 0 but for rounding
+    assert connectivity([plain]) == 1
+
+
+def test_segments_and_the_largest_penalty():
+    optimizer = grad_rewiring(lr=1e-3)
+    (group,) = optimizer.param_groups
+    schedule = ConnectivitySchedule(optimizer, 0.1, 100, segments=20, end=0.5, max_alpha=0.75)
+    alphas = [group["alpha"]]
+    for _ in range(100):
+        schedule.step()
+        alphas.append(group["alpha"])
+    for step, alpha in enumerate(alphas):
+        assert alpha == alphas[step // 5 * 5]
+    assert set(alphas[5:50]) == {0.75}
+    assert min(alphas[50:]) > 0.75
+    assert schedule.taken == 100
+
+
+def test_steps_that_the_optimizer_took_before_count_for_its_step_size():
+    optimizer = grad_rewiring()
+    (w,) = optimizer.param_groups[0]["params"]
+    for _ in range(7):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    ConnectivitySchedule(optimizer, 0.6, 10, begin=0, end=0, max_alpha=100.0)
+    assert optimizer.param_groups[0]["alpha"] == pytest.approx(0.4 / moved(0.25, 0.9, 1, first=8))
+
+
+def test_the_penalty_follows_the_learning_rate_within_a_segment():
+    optimizer = grad_rewiring()
+    (group,) = optimizer.param_groups
+    schedule = ConnectivitySchedule(optimizer, 0.5, 100, segments=2, begin=0, end=0)
+    alpha = group["alpha"]
+    for rate, expected in (
+        (0.25, alpha),
+        (0.5, alpha / 2),
+        (0.0, 0.0),
+        (0.125, 2 * alpha),
+        (torch.tensor(0.25), alpha),
+    ):
+        group["lr"] = rate
+        schedule.step()
+        assert group["alpha"] == pytest.approx(expected)
+        assert type(group["alpha"]) is float
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_nothing_is_divided_by_a_learning_rate_of_0(rate):
+    optimizer = grad_rewiring(lr=rate)
+    schedule = ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+    for _ in range(10):
+        schedule.step()
+        assert optimizer.param_groups[0]["alpha"] == 0.0
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule_first", [False, True])
+@pytest.mark.parametrize("stop", [1, 37, 40, 60])
+def test_a_run_goes_on_to_the_bit(stop, schedule_first):
+    """Also within a segment, of 4 steps, and after the last step."""
+    arguments = dict(schedule="cosine", steps=60, segments=15, groups=2)
+    whole, part, rest = (Task(**arguments) for _ in range(3))
+    whole.train(0, 64)
+    part.train(0, stop)
+    buffer = io.BytesIO()
+    saved = [x.state_dict() for x in (part.network, part.optimizer, part.rates, part.schedule)]
+    torch.save(saved, buffer)
+    buffer.seek(0)
+    network, optimizer, rates, schedule = torch.load(buffer, weights_only=True)
+    rest.network.load_state_dict(network)
+    if schedule_first:
+        rest.schedule.load_state_dict(schedule)
+    rest.optimizer.load_state_dict(optimizer)
+    rest.rates.load_state_dict(rates)
+    if not schedule_first:
+        rest.schedule = ConnectivitySchedule(rest.optimizer, 0.5, 7)  # the state brings the rest
+        rest.schedule.load_state_dict(schedule)
+    rest.train(stop, 64)
+    for p, q in zip(whole.network.parameters(), rest.network.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert rest.schedule.state_dict() == whole.schedule.state_dict()
+    assert [g["alpha"] for g in rest.optimizer.param_groups] == [g["alpha"] for g in whole.optimizer.param_groups]
+
+
+def test_a_state_is_plain_and_does_not_change_with_the_schedule():
+    schedule = ConnectivitySchedule(grad_rewiring(), 0.5, 10)
+    state = schedule.state_dict()
+    before = copy.deepcopy(state)
+    assert all(type(value) in (int, float, bool, list) for value in state.values())
+    for _ in range(5):
+        schedule.step()
+    assert state == before
+    other = ConnectivitySchedule(grad_rewiring(), 0.5, 10)
+    other.load_state_dict(state)
+    other.alphas[0] = -1.0
+    assert state == before
+
+
+def test_a_state_that_is_none_is_refused_and_changes_nothing():
+    schedule = ConnectivitySchedule(grad_rewiring(), 0.5, 10)
+    state = schedule.state_dict()
+    for bad in ({}, {**state, "more": 1}, {**state, "alphas": [0.0, 0.0]}):
+        with pytest.raises(ValueError, match="ConnectivitySchedule's"):
+            schedule.load_state_dict(bad)
+        assert schedule.state_dict() == state
+
+
+# -- arguments -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *[("connectivity", bad) for bad in (0, -0.1, 1.1, math.nan, "0.1", None, True)],
+        *[(name, bad) for name in ("steps", "segments") for bad in (0, -1, 1.5, 10.0, math.inf, None, True)],
+        *[("begin", bad) for bad in (-0.1, 1.1, math.nan, None)],
+        *[("end", bad) for bad in (0.01, 1.1, math.nan, None)],
+        *[("max_alpha", bad) for bad in (0, -1.0, math.inf, None)],
+    ],
+)
+def test_a_bad_argument_is_a_value_error_that_names_it(name, bad):
+    optimizer = grad_rewiring()
+    with pytest.raises(ValueError, match=f"^{name}=.* is not accepted") as error:
+        ConnectivitySchedule(optimizer, **{"connectivity": 0.5, "steps": 10, name: bad})
+    assert "\n" not in str(error.value)
+    assert optimizer.param_groups[0]["alpha"] == 0
+
+
+def test_an_optimizer_that_has_nothing_to_schedule_is_refused_in_one_line():
+    for optimizer in (torch.optim.Adam([weight()]), DeepRewiring([weight()], max_s=0.5)):
+        with pytest.raises(
+            TypeError, match=f"^ConnectivitySchedule .*GradRewiring; {type(optimizer).__name__} has none$"
+        ):
+            ConnectivitySchedule(optimizer, 0.5, 10)
+    with pytest.raises(ValueError, match="all of its groups have prune=False"):
+        ConnectivitySchedule(GradRewiring([{"params": [weight()], "prune": False}]), 0.5, 10)
+
+
+def test_what_grad_rewiring_asks_for_names_both_ways_to_go_on():
+    with pytest.raises(ValueError, match=r"^s=None .* s=0\.95 .* alpha=0.* ConnectivitySchedule.*$"):
+        GradRewiring([weight()])
