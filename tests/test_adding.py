@@ -18,7 +18,7 @@ from analysis.export import export, load_pruned
 from analysis.snapshot import from_checkpoint
 from mnist import mnist
 from mnist.model import MnistNet
-from reproduce import grid, records
+from reproduce import entries, grid, outcome, records
 from training.errors import Refusal
 from training.methods import METHODS
 
@@ -118,7 +118,9 @@ def test_the_options_of_a_method_are_its_own(run, added, capsys):
 def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, monkeypatch):
     run(*KEEP, "-N", "1", dump=tmp_path / "runs")
     run("-lr", "1e-2", "-b", "8", "-N", "1", dump=tmp_path / "runs")
-    the_page(tmp_path, capsys, monkeypatch, tmp_path / "runs")
+    html, table = the_page(tmp_path, capsys, monkeypatch, tmp_path / "runs")
+    assert "magnitude" in [line.split()[1] for line in table.splitlines() if line.startswith("lr-")]
+    assert ">magnitude<" in html
     # a grid of the two
     (tmp_path / "mnist.toml").write_text(
         'options = "-lr 1e-2 -b 8"\nepochs = 1\nseeds = [2020]\n'
@@ -130,6 +132,13 @@ def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, m
     (tmp_path / "runs" / "rows").mkdir()
     for row in rows:
         records.write(tmp_path / "runs", row)
+    (dense, kept) = entries.collect(tmp_path / "runs", rows, tmp_path / "outcome")
+    assert (dense.variant, kept.variant) == ("-lr 1e-2", "--keep 1e-1 -lr 1e-2")
+    assert kept.numbers["connectivity"] == pytest.approx(0.1, abs=1e-4)
+    (tmp_path / "outcome").mkdir()
+    files = outcome.write(tmp_path / "runs", rows, tmp_path / "outcome")
+    assert "| magnitude | `--keep 1e-1 -lr 1e-2` | 1 | 1 |" in (tmp_path / "outcome" / "table.md").read_text()
+    assert {path.name for path in files} >= {"plane.png", "rows.csv", "rewiring.png"}
 
 
 # -- a data set --------------------------------------------------------------------------------------
@@ -187,4 +196,4 @@ def test_an_experiment_is_trained_resumed_tested_exported_and_reported(tmp_path,
         assert torch.equal(weight, measuring.prunable(network)[name])
     capsys.readouterr()
     html, _ = the_page(tmp_path, capsys, monkeypatch, tmp_path / "one")
-    assert "shallow" in html
+    assert "shallow network on stripes" in html
