@@ -35,7 +35,7 @@ kill-test: .venv/ready ## kill a run 50 times at random moments, and check that 
 	KILLS=50 $(BIN)/python -m pytest -s tests/test_kill.py
 
 # some formats alone: make fuzz FUZZ="nir --mutations 100"
-fuzz: .venv/ready ## damage exports and checkpoints in 8000 ways; each must be refused, or load as a sound network
+fuzz: .venv/ready ## damage exports and checkpoints, 2000 of each format; each must be refused, or load as a sound network
 	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(FUZZ)
 
 # by clang's: make sanitize CC=clang
