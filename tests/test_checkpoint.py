@@ -284,7 +284,7 @@ def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, monkeypatch
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read as a whole"))
     with open(own / "run.json", "wb") as file:
         file.truncate(json_files.LARGEST + 1)
-    assert dump_dir.about(own) == {}
+    assert dump_dir.run_info(own) == {}
 
 
 # -- what cannot be gone on from --------------------------------------------------------------------

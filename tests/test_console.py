@@ -79,15 +79,15 @@ def test_the_speed_is_known_inside_a_long_epoch_and_told_once(clock, tmp_path):
     options = parse(C10, ["--dump-dir", str(tmp_path)])
     options.device = torch.device("cpu")
     assert time_left.line(0, 14, options) == (
-        "An epoch takes about 6.1 hours of training here, the rest of the 2,048 epochs about 1.4 years, without tests; "
-        "a GPU, --recipe fast or a smaller -N makes it shorter."
+        "An epoch takes about 6.1 hours of training here, the rest of the 2,048 epochs about 1.4 years, without tests. "
+        "To shorten it: a GPU, --recipe fast or a smaller -N."
     )
     slow = TimeLeft(2048, 3125, 128, wait=lambda: None)
     slow.start()
     assert steps(slow, clock, 40, 10) == [2]
     options.device, options.recipe = torch.device("cuda"), "fast"
     assert time_left.line(2047, 0, options).endswith("the rest of the 2,048 epochs about 6.1 hours, without tests.")
-    line = "the rest of the 2,048 epochs about 2 days, without tests; a smaller -N makes it shorter."
+    line = "the rest of the 2,048 epochs about 2 days, without tests. To shorten it: a smaller -N."
     assert time_left.line(2040, 0, options).endswith(line)
 
 
@@ -183,8 +183,8 @@ def test_the_time_left_is_told_beside_a_progress_bar(run, monkeypatch):
         (
             "-m grad -s 0.95 -N 1 -T 1 --seed 7",
             "Grad R on mnist: penalty 1e-3, learning rate 1e-4, batches of 128, 1 time step, 1 epoch, seed 7.",
-            "-s 0.95 is the target of the prior, not the sparsity that is reached, which depends on -penalty, -lr and "
-            "-N; --connectivity sets it, with -m grad --recipe fast.",
+            "-s 0.95 is the target of the prior, not the final sparsity, which depends on -penalty, -lr and "
+            "-N. To set the final connectivity, use --recipe fast --connectivity.",
         ),
         (
             "-m grad -s 0.9 --plain-gradient",
@@ -193,20 +193,20 @@ def test_the_time_left_is_told_beside_a_progress_bar(run, monkeypatch):
         ),
         (
             "-m grad --recipe fast --connectivity 0.05",
-            "Grad R on mnist by the fast recipe: learning rate 5e-3, batches of 512, ",
-            "The penalty is scheduled to leave 5 % of the connections at the end.",
+            "Grad R on mnist with the fast recipe: learning rate 5e-3, batches of 512, ",
+            "The penalty is scheduled so that 5 % of the weights stay connected.",
         ),
         (
             "-m deep -s 0.9 -temperature 1e-3 --dataset digits",
             "Deep R on digits: penalty 1e-3, temperature 1e-3, ",
-            "-s 0.9 is the maximum sparsity, not the sparsity that is reached: connections pruned beyond it are "
-            "re-activated; --connectivity sets what is reached, with -m grad --recipe fast.",
+            "-s 0.9 is the maximum sparsity, not the final one: beyond it, connections are regrown. "
+            "To set the final connectivity, use -m grad --recipe fast --connectivity.",
         ),
         (
             "-m deep -soft -s 0.9",
             "Soft Deep R on mnist: penalty 1e-3, ",
-            "-s 0.9 is the target of the prior, not the sparsity that is reached, which depends on -penalty, "
-            "-temperature, -lr and -N; --connectivity",
+            "-s 0.9 is the target of the prior, not the final sparsity, which depends on -penalty, "
+            "-temperature, -lr and -N. To set the final connectivity",
         ),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_folder_that_is_removed_under_a_run(run, tmp_path, monkeypatch, no_thr
     at_forward(monkeypatch, number, lambda: remove(dump / what))
     result = run(*GRAD, "-N", "3", *recording, dump=dump)
     assert_one_line(result, "folder was removed during the run", str(dump / what), NAME)
-    assert "what was saved before is unchanged" not in result.err
+    assert "existing files are unchanged" not in result.err
 
 
 def test_a_folder_that_another_run_has_made_anew_is_left_to_it(run, tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_folder_that_can_be_written_no_more(run, tmp_path, monkeypatch, no_thr
     with monkeypatch.context() as patch:
         at_forward(patch, number, lambda: forbid_writing(patch, dump / what, code))
         result = run(*GRAD, "-N", "3", "-i2", "1", dump=dump)
-    assert_one_line(result, os.strerror(code), str(dump / what), "; what was saved before is unchanged")
+    assert_one_line(result, os.strerror(code), str(dump / what), "; existing files are unchanged")
     assert load(dump)["epoch"] == (1 if number == 8 else 0)
     assert run(*GRAD, "-N", "3", "-i2", "1", dump=dump).status == 0
     assert_same_run(tmp_path / "one", dump)

@@ -346,7 +346,7 @@ def test_a_log_that_is_a_link_or_a_pipe_is_refused(run, tmp_path, name, make):
     result = run(*GRAD, "-N", "2")
     assert result.status == 1
     assert result.err.count("\n") == 1
-    assert f"it is a link, or no regular file; move it away: '{logs / name}'" in result.err
+    assert f"it is a link or not a regular file; move it away: '{logs / name}'" in result.err
     assert outside.read_text() == "outside"
 
 

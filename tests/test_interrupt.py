@@ -90,7 +90,7 @@ def test_a_second_sigint_stops_at_once(run, tmp_path, at_forward):
     at_forward(signal.SIGINT, 8, times=2)
     result = run(*DEEP, dump=tmp_path / "a")
     assert result.status == 130
-    assert result.err.endswith(": error: interrupted; what was saved before is unchanged\n")
+    assert result.err.endswith(": error: interrupted; existing files are unchanged\n")
     assert result.err.count("\n") == 1
     assert load(tmp_path / "a")["step"] <= 5
 

@@ -19,7 +19,7 @@ from training.errors import Refusal
 from training.files import checks, storage
 from training.files.locks import Lock
 from training.logs import log_files, log_folder
-from training.options import RECORDING_OPTIONS, arguments, spelled
+from training.options import RECORDING_OPTIONS, arguments
 
 FORMAT = 2
 
@@ -131,7 +131,7 @@ class Store:
                 )
             return None
         _check_arguments(self.folder, saved["arguments"], options)
-        _check_logs(log_folder(options), saved["arguments"])
+        _check_logs(log_folder(options), saved["arguments"], options)
         if not options.test and options.epoch < saved["epoch"]:
             raise Refusal(
                 f"argument -N/--epoch: the run in {self.folder} has done {saved['epoch']} epochs, "
@@ -165,21 +165,21 @@ def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) ->
         was, now = (side.get(key, options.defaults.get(key, "absent")) for side in (saved, present))
         if type(was) is not type(now) or was != now:
             raise Refusal(
-                f"argument {spelled(key)}: the run in {folder} was made with {was}, not {now}; "
+                f"argument {options.spellings.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
                 "use the same, or another --dump-dir"
             )
 
 
-def _check_logs(logs: Path, saved: dict[str, Any]) -> None:
+def _check_logs(logs: Path, saved: dict[str, Any], options: Namespace) -> None:
     """Refuses the logs of another run, by their run.json: going on would cut them, and mix two runs' results."""
-    theirs = dump_dir.about(logs).get("arguments")
+    theirs = dump_dir.run_info(logs).get("arguments")
     if not isinstance(theirs, dict):
         return
     for key in sorted((theirs.keys() & saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
         if theirs[key] != saved[key]:
             found = checks.short(str(theirs[key]), 60)
             raise Refusal(
-                f"{logs} has the logs of another run, with {spelled(key)} {found}, "
+                f"{logs} has the logs of another run, with {options.spellings.get(key, key)} {found}, "
                 f"not {saved[key]}: move them away; the run goes on without its earlier logs, too"
             )
 

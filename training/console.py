@@ -1,4 +1,4 @@
-"""What a training run prints: what runs and where, how an epoch ended, how long the rest takes."""
+"""What a training run prints: its settings, a line after each epoch, the remaining time."""
 
 import statistics
 import time
@@ -12,18 +12,18 @@ from training.command_line import either
 from training.methods import METHODS
 from training.naming import format_number
 
-UNITS = (  # of durations: the name, its seconds, and the number from which the next unit is used
+UNITS = (  # of durations: name, length in seconds, and the number from which the next unit is used
     ("second", 1.0, 100),
     ("minute", 60.0, 100),
     ("hour", 3600.0, 48),
     ("day", 86400.0, 400),
     ("year", 365.25 * 86400, float("inf")),
 )
-LONG = 86400.0  # seconds; a run that takes longer is told what would be shorter
+LONG = 86400.0  # seconds; for a longer run, a line says how to shorten it
 
 
 def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
-    """What runs, where, and what its -s means."""
+    """The lines at the start: the method and its settings, the device, the folders."""
     method = METHODS[options.mode]
     settings = [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
     settings += [counted(options.T, "time step"), counted(options.epoch, "epoch"), f"seed {options.seed}"]
@@ -31,7 +31,7 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
         settings.insert(0, f"temperature {format_number(options.temperature)}")
     if options.penalty is not None:
         settings.insert(0, f"penalty {format_number(options.penalty)}")
-    recipe = " by the fast recipe" if options.recipe == "fast" else ""
+    recipe = " with the fast recipe" if options.recipe == "fast" else ""
     return [
         f"{method.title(options)} on {options.dataset}{recipe}: {', '.join(settings)}.",
         f"On {device.name(options.device)}, in {options.precision_used}; logs go to {logs}, the model to {model}.",
@@ -40,13 +40,13 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
 
 
 def epoch_line(epoch: int, epochs: int, numbers: str, left: float | None) -> str:
-    """The line after an epoch; ``left`` are the seconds until the end, None if not known."""
-    rest = "" if left is None else f"  {duration(left)} left"
-    return f"epoch {epoch}/{epochs}  {numbers}{rest}"
+    """The line after an epoch; ``left`` is the remaining time in seconds, None if unknown."""
+    remaining = "" if left is None else f"  {duration(left)} left"
+    return f"epoch {epoch}/{epochs}  {numbers}{remaining}"
 
 
 def duration(seconds: float) -> str:
-    """A duration in the unit in which it reads best: 45 seconds, 12 minutes, 3.5 hours, 13 days, 1.4 years."""
+    """Writes a duration in a suitable unit: 45 seconds, 12 minutes, 3.5 hours, 13 days, 1.4 years."""
     for unit, length, most in UNITS:
         value = seconds / length
         text = f"{value:.0f}" if unit == "second" or value >= 9.95 else f"{value:.1f}".removesuffix(".0")
@@ -61,33 +61,33 @@ def counted(number: float, noun: str) -> str:
 
 
 class TimeLeft:
-    """How long a run still takes, from the speed of this process; training and tests are timed separately.
+    """Estimates the remaining time of a run from the speed of this process. Training and tests are timed separately.
 
     Args:
-        epochs: of the whole run.
-        batches: steps in an epoch.
+        epochs: number of epochs of the whole run.
+        batches: number of steps in an epoch.
         interval: epochs between full tests, which take longer; the first epoch has one, too.
-        wait: waits for the device; time is taken after it.
+        wait: waits for the device; called before the clock is read.
     """
 
-    WARM_UP = 4, 10.0  # steps, or seconds, that are timed separately: kernels are built, a CUDA graph is captured
-    ENOUGH = 5.0  # seconds of training after these, when the speed is known
+    WARM_UP = 4, 10.0  # the first steps, or seconds, are timed separately: kernels are built, a CUDA graph is captured
+    ENOUGH = 5.0  # seconds of training after the warm-up until the speed counts as known
 
     def __init__(self, epochs: int, batches: int, interval: int, wait: Callable[[], object]):
         self.epochs, self.batches, self.interval, self.wait = epochs, batches, interval, wait
-        self.steps = 0  # taken by this process
+        self.steps = 0  # of this process
         self.warm = False
         self.warming: list[float] = []  # seconds per step
         self.laps: deque[float] = deque(maxlen=5)
-        self.after: dict[bool, float] = {}  # seconds from the last step of an epoch on, by whether it is tested in full
+        self.after: dict[bool, float] = {}  # seconds from an epoch's last step to its end, by whether its test is full
 
     def start(self) -> None:
-        """The training of an epoch begins, or goes on."""
+        """To be called when the training of an epoch begins or resumes."""
         self._look()
         self.lap, self.begun = 0, self.now
 
     def step(self) -> bool:
-        """Counts a step; True if the speed is known since this step, within the first epoch of this process."""
+        """Counts a step. Returns True once: when the speed becomes known within the first epoch of this process."""
         self.steps += 1
         self.lap += 1
         passed, (most_steps, most_seconds) = time.perf_counter() - self.begun, self.WARM_UP
@@ -101,14 +101,14 @@ class TimeLeft:
         return False
 
     def trained(self) -> None:
-        """The training of an epoch ends."""
+        """To be called when the training of an epoch ends."""
         self._look()
         if self.lap:
             laps = self.laps if self.warm else self.warming
             laps.append((self.now - self.begun) / self.lap)
 
     def tested(self, full: bool) -> None:
-        """What follows the training of an epoch ends."""
+        """To be called when the test and the checkpoint after an epoch are done."""
         trained = self.now
         self._look()
         self.after[full] = self.now - trained
@@ -119,12 +119,12 @@ class TimeLeft:
 
     @property
     def per_epoch(self) -> float | None:
-        """Seconds of training in an epoch; None if no step was measured."""
+        """Seconds of training per epoch; None before the first measurement."""
         laps = self.laps or self.warming
         return statistics.median(laps) * self.batches if laps else None
 
     def left(self, epoch: int, position: int = 0) -> float | None:
-        """Seconds from batch ``position`` on after ``epoch`` epochs, tests included if any was measured."""
+        """Seconds that remain after ``epoch`` epochs and ``position`` batches; includes tests once one was measured."""
         if self.per_epoch is None:
             return None
         full = self.epochs // self.interval - epoch // self.interval + (epoch == 0 and self.interval > 1)
@@ -134,7 +134,7 @@ class TimeLeft:
         return self.per_epoch * (self.epochs - epoch - position / self.batches) + after
 
     def line(self, epoch: int, position: int, options: Namespace) -> str:
-        """What to print when the speed is known."""
+        """The line to print when the speed is known."""
         left = self.left(epoch, position)
         rest = f"the {counted(self.epochs, 'epoch')}" if self.epochs > 1 else "it"
         line = (
@@ -145,4 +145,4 @@ class TimeLeft:
             return f"{line}."
         ways = ["a GPU"] if options.device.type == "cpu" else []
         ways += ["--recipe fast"] if options.recipe == "paper" else []
-        return f"{line}; {either([*ways, 'a smaller -N'])} makes it shorter."
+        return f"{line}. To shorten it: {either([*ways, 'a smaller -N'])}."

@@ -1,4 +1,4 @@
-"""The default dtype and device of torch: a caller may have set others, but this program needs these."""
+"""Torch's default dtype and device. A caller may have changed them; this program needs float32 and the CPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import torch
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Sets torch's own defaults, float32 and the CPU, while it is open; also a decorator of functions."""
+    """A context manager or decorator: sets torch's defaults to float32 and the CPU, and restores them at the end."""
     dtype = torch.get_default_dtype()
-    # a device as the context costs time in every call of torch
+    # a device context slows down every call of torch: enter one only if needed
     other_device = torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,4 +1,4 @@
-"""Where a run's folders are without --dump-dir."""
+"""The default of --dump-dir."""
 
 from pathlib import Path
 from typing import Any
@@ -6,34 +6,30 @@ from typing import Any
 from training.files import json_files
 
 
-def default(runs: Path, experiment: str, name: str) -> Path:
-    """The dump folder of a run: ``runs/<experiment>``, or ``runs`` for a run that was begun there.
+def choose(runs: Path, experiment: str, name: str) -> Path:
+    """Chooses ``runs/<experiment>``, or ``runs`` if the run was started there.
 
-    The default used to be ``runs`` for all experiments. The same command must go on with such a run instead of training
-    it again; a line on the console says so.
+    ``runs`` is the old default for all experiments. Its runs must be resumed, not trained again.
     """
     own = runs / experiment
-    if _begun(own, name) or not _begun(runs, name) or _experiment(runs, name) not in (experiment, None):
+    if _exists(own, name) or not _exists(runs, name):
+        return own
+    if run_info(runs / "logs" / name).get("experiment") not in (experiment, None):
         return own
     print(
-        f"This run is in {runs}, the old default of --dump-dir, and stays there; "
-        f"to have it in {own}, move its folders logs/{name} and models/{name} there.",
+        f"This run is in {runs}, the old default of --dump-dir, and stays there. "
+        f"To move it to {own}, move its folders logs/{name} and models/{name}.",
         flush=True,
     )
     return runs
 
 
-def _begun(dump: Path, name: str) -> bool:
+def _exists(dump: Path, name: str) -> bool:
     return (dump / "logs" / name / "run.json").exists() or any((dump / "models" / name).glob("checkpoint*.pt"))
 
 
-def _experiment(dump: Path, name: str) -> Any:
-    """Whose run it is; None where that cannot be told."""
-    return about(dump / "logs" / name).get("experiment")
-
-
-def about(logs: Path) -> dict[str, Any]:
-    """What ``run.json`` says of the run whose logs a folder has; nothing where that cannot be told."""
+def run_info(logs: Path) -> dict[str, Any]:
+    """The content of a log folder's ``run.json``; empty if the file is missing or damaged."""
     try:
         return json_files.read_object(logs / "run.json") or {}
     except ValueError:

@@ -1,16 +1,16 @@
-"""The failures that a command explains in one line."""
+"""Failures that a command reports in one line."""
 
 
 class Refusal(Exception):
-    """Something the user asked for that is not accepted; its text is the one line to print."""
+    """The user asked for something that is not accepted; the text is the line to print."""
 
 
 class DivergedError(Exception):
-    """A run has met numbers that are not finite; its text is the one line to print."""
+    """The training produced numbers that are not finite; the text is the line to print."""
 
 
 class Interrupted(Exception):
-    """A signal has ended the run, with everything saved; its text is what to print."""
+    """A signal stopped the run after it was saved; the text says where the run is."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What an experiment is: a network, the data sets that it takes, and its defaults for the options."""
+"""An experiment: a network, its data sets and its default options."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from training.data.dataset import DataSource
 
 @dataclass(frozen=True)
 class Pace:
-    """The defaults of the options that --recipe decides on."""
+    """The defaults of -b, -lr and -N, which depend on --recipe."""
 
     batch_size: int
     learning_rate: float
@@ -17,19 +17,19 @@ class Pace:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network, the data sets that it takes, and its defaults for the options.
+    """A network, its data sets and its default options.
 
     Attributes:
-        name: of its folder and its script.
-        label: in titles.
-        network: made by ``network(T, width=width)``.
-        width: default of --width, the size of the network's layers.
+        name: the name of its folder and its script.
+        label: its name in titles.
+        network: the class; called as ``network(T, width=width)``.
+        width: the default of --width, the size of the network's layers.
         width_is: what the width counts, for --help.
-        datasets: what --dataset accepts, its default first.
-        paper, fast: the defaults with either --recipe.
-        interval_test: default of -i1.
-        test_batch_size: bounds the memory of an evaluation; has no influence on its result.
-        histograms: the weights whose distribution is recorded; None for all that are pruned.
+        datasets: what --dataset accepts, the default first.
+        paper, fast: the defaults with each --recipe.
+        interval_test: the default of -i1.
+        test_batch_size: limits the memory of an evaluation; the result does not depend on it.
+        histograms: the weights whose distribution is recorded; None for all prunable weights.
     """
 
     name: str
@@ -45,5 +45,5 @@ class Experiment:
     histograms: tuple[str, ...] | None = None
 
     def dataset(self, name: str) -> DataSource:
-        """One of :attr:`datasets`, by its name."""
+        """The data set with this name."""
         return next(source for source in self.datasets if source.name == name)

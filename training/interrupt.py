@@ -1,4 +1,4 @@
-"""Signals: a run stops or saves between two steps, never inside one."""
+"""Signals: a run stops or saves between two steps, never within a step."""
 
 import signal
 from collections.abc import Iterable
@@ -7,23 +7,23 @@ from typing import Any
 
 
 def known(names: Iterable[str]) -> list[signal.Signals]:
-    """Those of these signals that the system has: Windows has no SIGUSR1."""
+    """The signals among ``names`` that this system has; Windows has no SIGUSR1."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class StopRequested(Exception):
-    """Unwinds to where the run is saved; raised by :meth:`Signals.check`."""
+    """Ends the training loop, which then saves the run; raised by :meth:`Signals.check`."""
 
 
 class Signals:
-    """Collects signals while it is open (a context manager); the run asks for them where it can act.
+    """A context manager that notes signals; the run checks it between two steps.
 
-    SIGTERM and SIGINT ask it to stop (a second SIGINT stops at once, by KeyboardInterrupt), SIGUSR1, the
-    usual warning of batch systems, to save and go on. A signal that the system does not have is left out.
+    SIGTERM and SIGINT mean stop; a second SIGINT raises KeyboardInterrupt at once. SIGUSR1, the usual warning of batch
+    systems, means save and continue.
 
     Attributes:
         stop: the number of the signal that asks to stop, or None.
-        save: whether a SIGUSR1 has come and the run has not saved yet.
+        save: whether SIGUSR1 has arrived since the run last saved.
     """
 
     def __init__(self) -> None:

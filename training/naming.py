@@ -1,4 +1,4 @@
-"""The name of a run, after all options that change its outcome."""
+"""The name of a run: every option that changes its result."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from training.command_line.types import format_number
 
 
 def run_name(options: argparse.Namespace) -> str:
-    """Names a run after every option that changes its outcome, but the number of epochs of the paper's recipe."""
+    """The run's name. With the paper's recipe it omits the number of epochs, so that a run can be extended."""
 
     def of_method(place: str) -> list[str]:
         return [part for option in methods.options() if option.place == place for part in option.parts(options)]
@@ -17,7 +17,7 @@ def run_name(options: argparse.Namespace) -> str:
     parts += of_method("settings")
     parts += [options.mode]
     if options.recipe != "paper":
-        parts += [options.recipe, "N", str(options.epoch)]  # the schedule is that of the number of epochs
+        parts += [options.recipe, "N", str(options.epoch)]  # its schedules depend on N
     parts += of_method("after")
     if options.seed != options.defaults["seed"]:
         parts += ["seed", str(options.seed)]

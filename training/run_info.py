@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a run: what ran, where, and on what."""
+"""The content of ``run.json``: what ran, where, and on which machine."""
 
 import platform
 import shlex
@@ -16,7 +16,7 @@ from training.options import REPOSITORY, arguments
 
 
 def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -> dict[str, Any]:
-    """What ``run.json`` says of a run: its arguments, versions, device, processor, commit and parameters."""
+    """The content of ``run.json``."""
     weights = prunable(network)
     prunable_weights = sum(weight.numel() for weight in weights.values())
     return {
@@ -47,7 +47,7 @@ def processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit that runs, with "+" behind it if files differ from it; None where that cannot be told."""
+    """The repository's commit, followed by "+" if files were changed; None if unknown."""
     try:
         commit, changes = (
             subprocess.run(["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=True, timeout=10)

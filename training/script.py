@@ -1,4 +1,4 @@
-"""What the script of an experiment does."""
+"""The script of an experiment, from its command line to its last line."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from training.randomness import seed
 
 
 def run(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
-    """Trains the experiment's network as the command line says, from its checkpoint on, or tests it; returns 0.
+    """Trains, resumes or tests the experiment's network as the command line says; returns 0.
 
     Raises:
-        Refusal: something that was asked for is not accepted.
+        Refusal: an option, the data or the checkpoint is not accepted.
     """
     options = parse(experiment, argv)
     with checkpoint.Store(options) as store:
         dataset = experiment.dataset(options.dataset).load(options.dataset_dir)
         seed(options.seed)
         network = experiment.network(options.T, width=options.width)
-        network = network.to(options.device)  # initialised on the CPU: one start for all devices
+        network = network.to(options.device)  # initialised on the CPU: the same weights on every device
         optimizers = METHODS[options.mode].build(network, options)
         trainer = Trainer(experiment, options, network, optimizers, dataset, store)
         if options.test:

@@ -1,4 +1,4 @@
-"""The files of a test: ``test.json``, and ``rate-<LIF>-epoch-<epoch>.npy`` for each LIF layer."""
+"""The files of a test: ``test.json``, and ``rate-<LIF layer>-epoch-<epoch>.npy`` for each LIF layer."""
 
 import io
 from pathlib import Path
@@ -23,4 +23,4 @@ def store(folder: Path, report: Report) -> None:
     record = Recording(TEST)
     report.record(record)
     json_files.write(folder / FILES[TEST], record.content())
-    print(f"\nfiring rates of every neuron and {FILES[TEST]} are in {folder}")
+    print(f"\nThe firing rates of all neurons and {FILES[TEST]} are in {folder}.")

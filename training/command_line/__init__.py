@@ -1,4 +1,4 @@
-"""What all command lines share: a failure is one line, and a mistyped option or value names the nearest right one."""
+"""What all command lines share: a failure is one line; a mistyped option or value gets a suggestion."""
 
 from training.command_line.command import command
 from training.command_line.parser import Parser, either, nearest

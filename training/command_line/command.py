@@ -20,15 +20,15 @@ from training.errors import DivergedError, Interrupted, Refusal
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates a script's main: a failure becomes one line, with status 2 when the user can fix it.
+    """Decorates a script's main function: a failure becomes one line and an exit status.
 
-    A :class:`Refusal` gives status 2; a run that diverges, too little memory or an error of the operating
-    system 1; a signal that stops a run 128 and its number. A UserWarning becomes one line too.
+    The status is 2 for a :class:`Refusal`; 1 for divergence, lack of memory or an error of the operating system;
+    128 + the signal's number for a run stopped by a signal. A UserWarning becomes one line too.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any) -> int:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a console without µ or – shows ?
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a console that cannot print µ or – prints ?
             sys.stdout.reconfigure(errors="replace")
         try:
             with torch_defaults(), _warnings_in_one_line():
@@ -37,19 +37,18 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             return _fail(str(refusal), 2)
         except DivergedError as error:
             return _fail(str(error), 1)
-        except FileNotFoundError as error:  # perhaps what was saved before is what was not found
-            return _fail(str(error), 1)
         except BrokenPipeError:  # nobody reads the output any more, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
             return 128 + 13  # as if SIGPIPE had ended it
-        except OSError as error:
-            return _fail(f"{error}; what was saved before is unchanged", 1)
+        except OSError as error:  # after FileNotFoundError, the run's own files may be missing
+            unchanged = "" if isinstance(error, FileNotFoundError) else "; existing files are unchanged"
+            return _fail(f"{error}{unchanged}", 1)
         except Interrupted as stop:
             name = signal.Signals(stop.number).name
-            print(f"Stopped by {name} {stop}, and saved. To go on: {shlex.join(['python', *sys.argv])}", flush=True)
+            print(f"Stopped by {name} {stop}, and saved. Resume with: {shlex.join(['python', *sys.argv])}", flush=True)
             return 128 + stop.number
         except KeyboardInterrupt:
-            return _fail("interrupted; what was saved before is unchanged", 130)
+            return _fail("interrupted; existing files are unchanged", 130)
         except (MemoryError, RuntimeError) as error:
             line = _explained(error)
             if line is None:
@@ -60,20 +59,20 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def _explained(error: Exception) -> str | None:
-    """The line for an error of torch that is not a fault of the program; None for all others."""
+    """The line for an error that is not a bug of the program; None for a bug."""
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        return f"out of memory ({text.splitlines()[0] if text else 'no more is known'}); a smaller -b or -T takes less"
+        return f"out of memory{f' ({text.splitlines()[0]})' if text else ''}; a smaller -b or -T needs less"
     if operation := re.match(r"(\S+) does not have a deterministic implementation", text):
         return f"argument --deterministic: {operation[1]} has no deterministic implementation on this device"
-    if "without overflow" in text:  # Adam's plain step; the fused one goes on with infinity, which is found
-        return "a step is too large for float32: -lr is too large; what was saved before is unchanged"
+    if "without overflow" in text:  # from Adam's plain step; the fused step yields infinity, which FiniteCheck finds
+        return "a step is too large for float32: use a smaller -lr; existing files are unchanged"
     return None
 
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Prints a UserWarning without the line of code that gives it; other categories stay as they are."""
+    """Prints a UserWarning without its line of code. Other categories are printed as usual."""
     usual = warnings.formatwarning
 
     def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:

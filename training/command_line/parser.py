@@ -1,4 +1,4 @@
-"""A parser that explains a mistake in one line, and suggests the nearest right option or value."""
+"""A parser that reports a mistake in one line and suggests the nearest option or value."""
 
 import argparse
 import difflib
@@ -10,25 +10,25 @@ from typing import Any, NoReturn
 from training.command_line.types import shown
 from training.errors import Refusal
 
-DASHES = "-–—−"  # what a word processor makes of the first of them
-NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)  # a negative one
+DASHES = "-–—−"  # word processors replace the first by one of the others
+NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-inf$|-nan$", re.IGNORECASE)  # negative numbers
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that refuses in one line, by Refusal, and suggests the nearest right option or choice.
+    """An ArgumentParser that raises Refusal with one line, and suggests the nearest option or choice.
 
-    Unlike argparse's own, it accepts no abbreviations, even of options with a single dash. It takes negative numbers
-    in any form as values, and an option that is given twice must have the same value.
+    Unlike argparse, it accepts no abbreviations, even for options with a single dash. Negative numbers in any form are
+    values. An option may be given twice only with the same value.
     """
 
     def __init__(self, **settings: Any):
         super().__init__(allow_abbrev=False, **settings)
-        # argparse's own pattern takes -1e-3 and -inf for options, not for values that can be explained
+        # argparse's own pattern takes -1e-3 and -inf for options
         self._negative_number_matcher = NUMBER
         for name in (None, "store"):
             self.register("action", name, _Store)
         self.register("action", "switch", _Switch)
-        self.given: dict[str, Any] = {}  # on this command line
+        self.given: dict[str, Any] = {}  # the values on this command line
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else list(args)
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _check_option(self, word: str) -> None:
-        """Refuses a word that looks like an option but is not one; argparse would read -seed 3 as -s eed."""
+        """Refuses an unknown option. Argparse would read -seed 3 as -s eed."""
         name, known = word.partition("=")[0], self._option_string_actions
         if len(word) < 2 or word[0] not in DASHES or " " in word or NUMBER.match(word) or name in known:
             return
@@ -82,7 +82,7 @@ class _Store(argparse.Action):
 
 
 class _Switch(argparse.BooleanOptionalAction):
-    """An option that --no-... turns off; refuses both on one command line."""
+    """An option that --no-... turns off; refuses both forms on one command line."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, namespace, values, option_string)
@@ -96,7 +96,7 @@ def _check_once(parser: Parser, action: argparse.Action, value: Any) -> None:
 
 
 def _accepts(action: argparse.Action, text: str) -> bool:
-    """Whether a text that is attached to an option is its value; a number is, even one that the option refuses."""
+    """Whether the text attached to an option can be its value. A number always can, even if it is out of range."""
     if re.match(r"[-+.]?\d", text):
         return True
     try:
@@ -107,14 +107,15 @@ def _accepts(action: argparse.Action, text: str) -> bool:
 
 
 def bare(word: str) -> str:
-    """A word without what is mistaken most easily: dashes before it, the case of its letters, _ for -."""
+    """Normalises a word for comparison: no leading dashes, lower case, - for _."""
     return word.lstrip(DASHES).lower().replace("_", "-")
 
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:
-    """Those of ``words`` that a mistyped one may mean: nearly the same, beginning with it, or else the most similar.
+    """Finds the ``words`` that a mistyped one may mean.
 
-    Several if they are equally near; none if none is near.
+    They are equal but for dashes and case, or else begin with it, or else are the most similar. Equally near words are
+    all returned; the list is empty if none is near.
     """
     words, typed = list(words), bare(word)
     same = [right for right in words if bare(right) == typed]

@@ -1,4 +1,4 @@
-"""The types of options: numbers, folders, files; and the checks of what an option names."""
+"""The types of options: numbers, folders and files; and checks of the files that options name."""
 
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from training import files
 from training.errors import Refusal
 
-LARGEST = 2**63 - 1  # of whole numbers: what a tensor can hold
+LARGEST = 2**63 - 1  # the largest whole number in a tensor
 
 
 def whole_number(least: int, most: int = LARGEST) -> Callable[[str], int]:
@@ -34,9 +34,10 @@ def whole_number(least: int, most: int = LARGEST) -> Callable[[str], int]:
 
 
 def number(accepted: str, condition: Callable[[float], bool], share: bool = False) -> Callable[[str], float]:
-    """The type of an option that takes a finite number that a condition accepts; ``accepted`` says which, in words.
+    """The type of an option that takes a finite number for which ``condition`` holds.
 
-    A number that was meant in percent is explained where the option takes a ``share``, and a decimal comma everywhere.
+    ``accepted`` is the condition in words. The message recognises a decimal comma and, if the number is a ``share``,
+    a percentage.
     """
 
     def parse(text: str) -> float:
@@ -55,7 +56,7 @@ def number(accepted: str, condition: Callable[[float], bool], share: bool = Fals
 
 
 def format_number(value: float) -> str:
-    """Writes a number as run names do, shortest digits in powers of ten: 0.001 is 1e-3, 0.00025 is 2.5e-4."""
+    """Formats a number for run names with the fewest digits: 0.001 is 1e-3, 0.00025 is 2.5e-4."""
     if value == 0:
         return "0"
     exponent = Decimal(repr(value)).adjusted()
@@ -71,13 +72,13 @@ def _float(text: str) -> float:
 
 
 def shown(text: str) -> str:
-    """What was typed, in quotes, cut short where it is long."""
+    """Quotes what was typed, and shortens it if it is long."""
     return repr(text if len(text) <= 40 else text[:40] + "…")
 
 
 def _path_to(what: str) -> Callable[[str], Path]:
     def parse(text: str) -> Path:
-        # bytes that are no UTF-8 are surrogates here; TensorBoard, for one, cannot write to such a path
+        # surrogates stand for bytes that are not UTF-8; TensorBoard cannot write to such a path
         if not text.strip() or "\0" in text or re.search("[\ud800-\udfff]", text):
             raise argparse.ArgumentTypeError(f"must be the path of a {what}, in UTF-8, not {shown(text)}")
         try:
@@ -88,15 +89,15 @@ def _path_to(what: str) -> Callable[[str], Path]:
     return parse
 
 
-folder_path = _path_to("folder")  # the type of an option that takes a folder, which need not exist
-file_path = _path_to("file")  # the type of an option that takes a file, which need not exist
+folder_path = _path_to("folder")  # the type of an option that takes a folder; it need not exist
+file_path = _path_to("file")  # the type of an option that takes a file; it need not exist
 
 
 def check_writable(option: str, folder: Path) -> None:
-    """Makes the folder that an option names.
+    """Creates the folder that an option names.
 
     Raises:
-        Refusal: the folder cannot be made, or no file can be made in it.
+        Refusal: the folder cannot be created, or no file can be written in it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def check_writable(option: str, folder: Path) -> None:
 
 
 def check_output(option: str, path: Path, parents: bool = False) -> None:
-    """Raises Refusal unless the file that an option names can be written; for use before a long computation."""
+    """Raises Refusal unless the file that an option names can be written. Call it before a long computation."""
     try:
         files.check_replacing(path, parents)
     except OSError as error:
@@ -120,7 +121,7 @@ def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path
     """:func:`training.files.replacing` for the file that an option names.
 
     Raises:
-        Refusal: it cannot be written; nothing was computed for it yet.
+        Refusal: the file cannot be written. This is known at the start, before anything is computed.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -1,6 +1,6 @@
-"""The table of methods: whoever adds one writes a file like those beside this one, and lists it here.
+"""The table of methods. To add a method, write a file in this folder and add it to the table.
 
-The command line, the names of runs, the console, the report and the grids take everything from this table.
+The command line, run names, console, report and grids read this table.
 """
 
 from training.methods.deep import DeepR
@@ -13,7 +13,7 @@ DEFAULT = Dense.name
 
 
 def options() -> dict[Option, list[Method]]:
-    """The options that belong to methods, each with the methods that take it."""
+    """The options of all methods, each with the methods that have it."""
     found: dict[Option, list[Method]] = {}
     for method in METHODS.values():
         for option in method.options:

@@ -29,7 +29,7 @@ class DeepR(Method):
     about = "Deep R"
     options: ClassVar = {
         PENALTY: "L1 penalty (l1), >= 0",
-        SPARSITY: "maximum sparsity, in [0, 1]; with -soft the target of the prior, not the sparsity that is reached",
+        SPARSITY: "maximum sparsity, in [0, 1]; with -soft the target of the prior, not the final sparsity",
         SOFT: "soft Deep R instead of Deep R",
         TEMPERATURE: "temperature of the noise: sqrt(2 T) in the Deep R paper's symbols",
     }
@@ -37,7 +37,7 @@ class DeepR(Method):
 
     def check(self, options: Namespace) -> None:
         if options.sparsity is None:
-            SPARSITY.refuse("required by -m deep, a number in [0, 1]")
+            SPARSITY.refuse("required with -m deep: a number in [0, 1]")
         if options.penalty is None:
             options.penalty = 1e-3
         if options.temperature is None:
@@ -49,12 +49,12 @@ class DeepR(Method):
     def explain(self, options: Namespace) -> list[str]:
         if options.soft:
             return [
-                f"-s {options.sparsity} is the target of the prior, not the sparsity that is reached, which depends on "
-                "-penalty, -temperature, -lr and -N; --connectivity sets it, with -m grad --recipe fast."
+                f"-s {options.sparsity} is the target of the prior, not the final sparsity, which depends on -penalty, "
+                "-temperature, -lr and -N. To set the final connectivity, use -m grad --recipe fast --connectivity."
             ]
         return [
-            f"-s {options.sparsity} is the maximum sparsity, not the sparsity that is reached: connections pruned "
-            "beyond it are re-activated; --connectivity sets what is reached, with -m grad --recipe fast."
+            f"-s {options.sparsity} is the maximum sparsity, not the final one: beyond it, connections are regrown. "
+            "To set the final connectivity, use -m grad --recipe fast --connectivity."
         ]
 
     def optimizer(self, weights: list[Tensor], options: Namespace) -> Optimizer:

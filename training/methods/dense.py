@@ -1,4 +1,4 @@
-"""Dense training: Adam, and nothing is pruned."""
+"""Dense training: Adam without pruning."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""Grad R: Grad Rewiring (Chen et al., IJCAI 2021)."""
+"""Grad R: Gradient Rewiring (Chen et al., IJCAI 2021)."""
 
 from argparse import Namespace
 from typing import ClassVar
@@ -28,10 +28,10 @@ class GradR(Method):
     label = "Grad R"
     about = "Grad R"
     options: ClassVar = {
-        CONNECTIVITY: "share of the connections that is left at the end, with --recipe fast: schedules the penalty",
+        CONNECTIVITY: "final share of connected weights, with --recipe fast; schedules the penalty",
         PENALTY: "strength of the prior (alpha), >= 0",
-        SPARSITY: "target of the prior, in [0.5, 1): not the sparsity that is reached, which --connectivity sets",
-        PLAIN_GRADIENT: "Grad R without its redefined gradient: pruned connections get no gradient; for ablations",
+        SPARSITY: "target of the prior, in [0.5, 1), not the final sparsity: --connectivity sets that",
+        PLAIN_GRADIENT: "Grad R without its redefined gradient, for ablations: pruned connections get no gradient",
     }
     penalty = "alpha"
 
@@ -46,27 +46,26 @@ class GradR(Method):
         elif options.penalty is None:
             options.penalty = 1e-3
         if options.sparsity is None:
-            SPARSITY.refuse("required by -m grad, a number in [0.5, 1)")
+            SPARSITY.refuse("required with -m grad: a number in [0.5, 1)")
         if not 0.5 <= options.sparsity < 1:
-            SPARSITY.refuse(f"-m grad accepts a number in [0.5, 1), not {options.sparsity}")
+            SPARSITY.refuse(f"must be in [0.5, 1) with -m grad, not {options.sparsity}")
 
     def title(self, options: Namespace) -> str:
         return f"{self.label} without its redefined gradient" if options.plain_gradient else self.label
 
     def explain(self, options: Namespace) -> list[str]:
         if options.connectivity is not None:
-            left = f"{100 * options.connectivity:g} %"
-            return [f"The penalty is scheduled to leave {left} of the connections at the end."]
+            return [f"The penalty is scheduled so that {100 * options.connectivity:g} % of the weights stay connected."]
         return [
-            f"-s {options.sparsity} is the target of the prior, not the sparsity that is reached, which depends on "
-            "-penalty, -lr and -N; --connectivity sets it, with -m grad --recipe fast."
+            f"-s {options.sparsity} is the target of the prior, not the final sparsity, which depends on -penalty, "
+            "-lr and -N. To set the final connectivity, use --recipe fast --connectivity."
         ]
 
     def optimizer(self, weights: list[Tensor], options: Namespace) -> Optimizer:
         return GradRewiring(
             weights,
             lr=options.learning_rate,
-            alpha=0.0 if options.penalty is None else options.penalty,  # --connectivity schedules it
+            alpha=options.penalty or 0.0,  # None: --connectivity schedules it
             s=options.sparsity,
             plain_gradient=options.plain_gradient,
             **execution(options),

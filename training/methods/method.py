@@ -1,4 +1,4 @@
-"""What a method is, and the options that several methods share."""
+"""The base class of methods, and the options that several methods share."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from training.errors import Refusal
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the command line that belongs to one method or several.
+    """A command-line option of one or more methods.
 
     Attributes:
-        name: in the parsed options.
-        spellings: on the command line.
-        type: makes a value of a text; None for a switch, which is off by default.
-        metavar: stands for the value in --help.
-        default: the default in words, for --help.
-        label: in a run's name, before the value; the whole of a switch.
-        place: where in a run's name: "first", among the "settings", "after" the method, or "last".
-        show: writes a value in a run's name.
-        unnamed: a value that a run's name leaves out, beside None.
-        beside: what else the option needs, for a message.
+        name: its name in the parsed options.
+        spellings: how it is written on the command line.
+        label: what stands in a run's name: before the value, or alone for a switch.
+        type: converts the text to a value; None for a switch, which is off by default.
+        metavar: the placeholder for the value in --help.
+        default: the default, as --help shows it.
+        place: the position in a run's name: "first", among the "settings", "after" the method, or "last".
+        show: formats the value in a run's name.
+        unnamed: a value that does not appear in a run's name, besides None.
+        beside: what the option needs besides its method, for a message.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Option:
         raise Refusal(f"argument {'/'.join(self.spellings)}: {text}")
 
     def parts(self, options: Namespace) -> list[str]:
-        """What it adds to a run's name."""
+        """Its parts of a run's name."""
         value = getattr(options, self.name)
         if self.type is None:
             return [self.label] if value else []
@@ -58,7 +58,7 @@ SPARSITY = Option(
     "s",
     number("from 0 to 1", lambda x: 0 <= x <= 1, share=True),
     "S",
-    default="none; grad and deep require it",
+    default="none; required with grad and deep",
     place="settings",
     show=repr,
 )
@@ -74,15 +74,15 @@ PENALTY = Option(
 
 
 class Method:
-    """A way to train a network; a subclass is an entry of the table of methods.
+    """A way to train a network. A subclass is an entry in the table of methods.
 
     Attributes:
-        name: what -m takes, and the run's name has.
-        label: in titles, tables and figures.
-        about: for --help.
-        options: the options that belong to it, each with its help.
-        prunes: whether it makes weights 0.
-        penalty: the setting of its optimizer's groups that is recorded as the penalty; None without one.
+        name: its name for -m and in run names.
+        label: its name in titles, tables and figures.
+        about: its name in --help.
+        options: its options, each with its help.
+        prunes: whether it sets weights to 0.
+        penalty: the key of its parameter groups that is recorded as the penalty; None without a penalty.
     """
 
     name: ClassVar[str]
@@ -100,21 +100,21 @@ class Method:
         """
 
     def title(self, options: Namespace) -> str:
-        """What runs, at the beginning of a sentence."""
+        """The subject of the console's first line."""
         return self.label
 
     def explain(self, options: Namespace) -> list[str]:
-        """What a user should know of the options that were given, a line each."""
+        """Lines on the console that explain the given options."""
         return []
 
     def optimizer(self, weights: list[Tensor], options: Namespace) -> Optimizer:
-        """The optimizer of the weights that can be pruned."""
+        """The optimizer of the prunable weights."""
         raise NotImplementedError
 
     def build(self, network: nn.Module, options: Namespace) -> list[Optimizer]:
-        """The optimizers of a network, which all take a step after every backward pass.
+        """The optimizers of a network; all of them step after each backward pass.
 
-        By default, :meth:`optimizer` for the weights that can be pruned, and Adam for all others.
+        The default is :meth:`optimizer` for the prunable weights and Adam for the other parameters.
         """
         weights = list(prunable(network).values())
         pruned = {id(weight) for weight in weights}
@@ -124,6 +124,6 @@ class Method:
 
 
 def execution(options: Namespace) -> dict[str, bool]:
-    """The settings of Adam, and of the optimizers made from it, that say how a step is executed."""
-    # a CUDA graph captures the step
+    """How Adam, and the optimizers derived from it, execute a step."""
+    # capturable: a CUDA graph captures the step
     return {"fused": options.compile, "capturable": options.compile and options.device.type == "cuda"}
