@@ -55,7 +55,7 @@ def test_a_run_in_parts_is_the_run_in_one(run, tmp_path, mode):
     run(*argv, "-N", "4", dump=tmp_path / "one")
     for epochs in ("1", "3", "4"):
         result = run(*argv, "-N", epochs, dump=tmp_path / "parts")
-    assert "Going on after epoch 3, of 4 epochs." in result.out
+    assert "Resuming after epoch 3; 4 epochs in all." in result.out
     assert_same_run(tmp_path / "one", tmp_path / "parts")
 
 
@@ -66,10 +66,10 @@ def test_a_run_killed_inside_epochs_is_the_run_in_one(run, tmp_path, monkeypatch
     steps = die_at(monkeypatch, 3, 8, 9)
     parts = [run(*argv, dump=tmp_path / "parts") for _ in range(4)]
     assert [part.status for part in parts] == [130, 130, 130, 0]
-    assert "Going on" not in parts[0].out
+    assert "Resuming" not in parts[0].out
     places = ["in epoch 1, after step 2 of 5", "in epoch 2, after step 1 of 5", "in epoch 2, after step 1 of 5"]
     for part, place in zip(parts[1:], places, strict=True):
-        assert f"Going on {place}, of 3 epochs." in part.out
+        assert f"Resuming {place}; 3 epochs in all." in part.out
     assert steps[0] == 15 + 3  # the steps that were killed, and no other, are taken twice
     assert_same_run(tmp_path / "one", tmp_path / "parts")
     assert [line["epoch"] for line in results(tmp_path / "parts")] == [1, 2, 3]
@@ -94,7 +94,7 @@ def test_without_checkpoints_inside_it_an_epoch_is_taken_anew(run, tmp_path, mon
     the_one = storage.newest(the_checkpoint(tmp_path / "killed"))[0]
     assert (the_one["epoch"], the_one["position"]) == (1, 0)
     result = run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed")
-    assert "Going on after epoch 1, of 3 epochs." in result.out
+    assert "Resuming after epoch 1; 3 epochs in all." in result.out
     assert [line.split()[1] for line in result.out.splitlines() if line.startswith("epoch")] == ["2/3", "3/3"]
     assert_same_run(tmp_path / "one", tmp_path / "killed")
 
@@ -138,7 +138,7 @@ def test_a_run_killed_between_its_results_and_its_checkpoint_logs_nothing_twice(
     monkeypatch.setattr(checkpoint.Store, "save", save_or_die)
     assert run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").status == 130
     assert [line["epoch"] for line in results(tmp_path / "killed")] == [1, 2]
-    assert "Going on after epoch 1," in run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").out
+    assert "Resuming after epoch 1;" in run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").out
     assert_same_run(tmp_path / "one", tmp_path / "killed")
 
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_in_another_execution(run, tmp_path, monkeypatch):
         "step",
         lambda self, closure=None: seen.append(self.param_groups[0]["fused"]) or step(self, closure),
     )
-    assert "Going on after epoch 1" in run(*GRAD, "-N", "2", "--no-compile").out
+    assert "Resuming after epoch 1" in run(*GRAD, "-N", "2", "--no-compile").out
     assert set(seen) == {False}
     seen.clear()
     run(*GRAD, "-N", "3")
@@ -213,7 +213,7 @@ def test_a_finished_run_says_so_and_does_nothing(run, tmp_path):
     assert "finished its 2 epochs" in result.out
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file()} == before
     run(*GRAD, "-N", "1", dump=tmp_path / "short")
-    assert "finished its 1 epoch;" in run(*GRAD, "-N", "1", dump=tmp_path / "short").out
+    assert "finished its 1 epoch." in run(*GRAD, "-N", "1", dump=tmp_path / "short").out
 
 
 def test_fewer_epochs_than_done_are_refused(run, tmp_path):
@@ -221,7 +221,7 @@ def test_fewer_epochs_than_done_are_refused(run, tmp_path):
     result = run(*GRAD, "-N", "1")
     assert result.status == 2
     assert "-N/--epoch" in result.err
-    assert "has done 2 epochs" in result.err
+    assert "must be at least 2, not 1" in result.err
 
 
 def test_what_a_killed_process_left_is_cleaned_up(run, tmp_path):
@@ -342,8 +342,10 @@ def test_a_run_goes_back_behind_a_damaged_checkpoint(run, tmp_path, damage):
     assert "after 1 epochs" in tested.out
     result = run(*GRAD, "-N", "3", "-i2", "1", dump=folder)
     lines = result.out.splitlines()
-    assert [line for line in lines if str(path) in line and "damaged" in line and "going back" in line]
-    assert "Going on after epoch 1, of 3 epochs." in lines
+    assert [
+        line for line in lines if str(path) in line and "damaged" in line and "using the previous checkpoint" in line
+    ]
+    assert "Resuming after epoch 1; 3 epochs in all." in lines
     assert_same_run(tmp_path / "one", folder)
 
 
@@ -358,7 +360,7 @@ def test_a_run_without_a_good_checkpoint_stops_and_keeps_all(run, tmp_path):
         assert result.status == 2
         assert result.err.count("\n") == 1
         assert str(path) in result.err
-        assert "no good checkpoint" in result.err
+        assert "no intact checkpoint" in result.err
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -503,7 +505,7 @@ def test_a_checkpoint_from_before_an_option_goes_on_as_its_default(run, tmp_path
     del state["schedule"]
     storage.write(path, state)
     result = run(*GRAD, "-N", "2", dump=tmp_path / "parts")
-    assert "Going on after epoch 1, of 2 epochs." in result.out
+    assert "Resuming after epoch 1; 2 epochs in all." in result.out
     assert_same_run(tmp_path / "one", tmp_path / "parts")
 
 

@@ -92,7 +92,7 @@ def test_a_run_that_diverges_stops_before_its_last_good_checkpoint(
     result = run(*GRAD, compiled)
     assert result.status == 1
     assert result.err.count("\n") == 1
-    assert f"{what} is not finite from epoch 2, step 7 on;" in result.err
+    assert f"{what} is not finite since epoch 2, step 7;" in result.err
     assert same(load(tmp_path), before)
     assert results(tmp_path) == lines
     (path,) = tmp_path.glob("logs/*/diverged-epoch-2-step-7.json")
@@ -113,7 +113,7 @@ def test_a_run_that_diverges_stops_before_its_last_good_checkpoint(
 def test_weights_that_overflow_are_named(run, tmp_path):
     result = run("-lr", "1e37", "-b", "8", "-N", "1", "-i2", "1")
     assert result.status == 1
-    assert "is not finite from epoch 1, step" in result.err
+    assert "is not finite since epoch 1, step" in result.err
     state = load(tmp_path)
     assert state["step"] == 0
     assert all(tensor.isfinite().all() for tensor in state["network"].values())
@@ -122,7 +122,7 @@ def test_weights_that_overflow_are_named(run, tmp_path):
 def test_a_step_greater_than_float32_is_one_line(run, tmp_path):
     result = run("-lr", "1e38", "-b", "8", "-N", "1", "--no-compile")
     assert result.status == 1
-    assert "a step is too large for float32: -lr is too large" in result.err
+    assert "a step is too large for float32: use a smaller -lr" in result.err
     assert result.err.count("\n") == 1
     assert load(tmp_path)["step"] == 0
 

@@ -54,7 +54,7 @@ def test_a_signal_stops_after_the_step_and_the_command_goes_on(run, tmp_path, at
     assert shlex.join(["python", *sys.argv]) in last
     result = run(*DEEP, dump=tmp_path / "stopped")
     assert result.status == 0
-    assert "Going on in epoch 2, after step 3 of 5, of 3 epochs." in result.out
+    assert "Resuming in epoch 2, after step 3 of 5; 3 epochs in all." in result.out
     assert len(passes) == 15  # no step twice
     assert_same_run(tmp_path / "one", tmp_path / "stopped")
 
@@ -73,7 +73,7 @@ def test_a_test_of_several_batches_is_left_at_once(run, tmp_path, at_forward, mo
     assert (state["epoch"], state["position"]) == (1, 5)
     assert [line["epoch"] for line in results(tmp_path / "stopped")] == [1]
     result = run(*DEEP, dump=tmp_path / "stopped")
-    assert "Going on in epoch 2, after step 5 of 5" in result.out
+    assert "Resuming in epoch 2, after step 5 of 5" in result.out
     assert_same_run(tmp_path / "one", tmp_path / "stopped")
 
 
@@ -82,7 +82,7 @@ def test_sigusr1_saves_and_goes_on(run, tmp_path, at_forward):
     at_forward(signal.SIGUSR1, 8)
     result = run(*DEEP, dump=tmp_path / "warned")
     assert result.status == 0
-    assert "Saved in epoch 2, after step 3 of 5, as SIGUSR1 asked; going on." in result.out
+    assert "Saved in epoch 2, after step 3 of 5, as requested by SIGUSR1; continuing." in result.out
     assert_same_run(tmp_path / "one", tmp_path / "warned")
 
 

@@ -335,7 +335,7 @@ def test_a_run_begun_in_the_former_default_folder_goes_on_there(run, mnist_folde
     assert main([*argv, "-N", "2"]) == 0
     out = capsys.readouterr().out
     assert f"This run is in {tmp_path / 'runs'}, the old default of --dump-dir, and stays there." in out
-    assert "Going on after epoch 1, of 2 epochs." in out
+    assert "Resuming after epoch 1; 2 epochs in all." in out
     assert main([*argv, "-test"]) == 0
     assert "after 2 epochs" in capsys.readouterr().out
     assert not (tmp_path / "runs" / "mnist").exists()
@@ -346,7 +346,7 @@ def test_a_run_begun_in_the_former_default_folder_goes_on_there(run, mnist_folde
     assert main([*argv, "-N", "3"]) == 0
     out = capsys.readouterr().out
     assert "This run is in" not in out
-    assert "Going on after epoch 2, of 3 epochs." in out
+    assert "Resuming after epoch 2; 3 epochs in all." in out
     # and a run with other options is a new one
     assert main([*argv, "-N", "1", "--seed", "1"]) == 0
     assert "This run is in" not in capsys.readouterr().out

@@ -264,7 +264,7 @@ def test_a_target_above_what_the_gradient_leaves_is_not_reached_and_that_is_said
 def test_the_step_is_renewed_whenever_settings_change(run, monkeypatch):
     renewed, taken = [], []
     take = step.TrainingStep.__call__
-    monkeypatch.setattr(step.TrainingStep, "renew", lambda self: renewed.append(len(taken)))
+    monkeypatch.setattr(step.TrainingStep, "drop_graph", lambda self: renewed.append(len(taken)))
     monkeypatch.setattr(step.TrainingStep, "__call__", lambda self, *batch: taken.append(1) or take(self, *batch))
     monkeypatch.setattr(FastSchedule, "SEGMENTS", 4)
     argv = ["-m", "grad", "-s", "0.95", "-b", "8", "-N", "3"]
@@ -277,7 +277,7 @@ def test_the_step_is_renewed_whenever_settings_change(run, monkeypatch):
 def test_the_number_of_epochs_is_part_of_a_fast_run(run, tmp_path):
     for epochs in ("1", "2"):
         result = run("--recipe", "fast", "-b", "8", "-N", epochs)
-        assert (result.status, "Going on" in result.out) == (0, False)
+        assert (result.status, "Resuming" in result.out) == (0, False)
     assert len(list(tmp_path.glob("models/*"))) == 2
 
 
@@ -313,7 +313,7 @@ def test_a_renewed_graph_takes_the_new_settings(monkeypatch):
         losses = []
         for schedule, take in takes:
             if schedule.advance(i):
-                take.renew()
+                take.drop_graph()
             losses.append(float(take(images, labels)[0]))
         assert losses[0] == pytest.approx(losses[1], rel=0.05), i
     for network in (eager, graphed):

@@ -78,7 +78,7 @@ def test_smoke(call, tmp_path, name, narrow, mode):
     if mode != "grad":
         return
     out = succeeded(call("-N", "2"))
-    assert "Going on after epoch 1, of 2 epochs." in out
+    assert "Resuming after epoch 1; 2 epochs in all." in out
     assert "epoch 2/2  test accuracy " in out
     assert torch.load(path, weights_only=True, mmap=True)["epoch"] == 2
     tested = succeeded(call("-test"))

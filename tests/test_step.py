@@ -126,7 +126,7 @@ def test_a_renewed_step_is_taken_as_it_is_once_and_captured_anew(monkeypatch):
     step.use_graph = True  # as on a GPU
     for i, batch in enumerate(batches(8, (5, 1, 28, 28))):
         if i in (1, 5):  # before the first capture, and after it
-            step.renew()
+            step.drop_graph()
         step(*batch)
     wanted = ["eager", "eager", "eager", "capture", "replay", "replay", "eager", "capture", "replay", "replay"]
     assert taken == wanted

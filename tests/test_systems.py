@@ -65,7 +65,7 @@ def test_everything_works_on_a_system_without_what_only_unix_has(tmp_path, mnist
     environment = {**os.environ, "TMPDIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    for line in ("all modules are imported", "Going on after epoch 1, of 2 epochs.", "of 20 images)", "sparsity"):
+    for line in ("all modules are imported", "Resuming after epoch 1; 2 epochs in all.", "of 20 images)", "sparsity"):
         assert line in result.stdout
     told = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
     assert len(told) == 2, told  # in all that was done

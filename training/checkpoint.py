@@ -1,7 +1,7 @@
-"""The state from which a run goes on: stored, checked against the run, and put back.
+"""Checkpoints: saves the state of a run, and checks it before the run resumes from it.
 
-A checkpoint is one dictionary of state_dicts, counters, random-number states and arguments. It is of an
-epoch's end, or of a place inside an epoch: then it holds the state from which the epoch's order was drawn.
+A checkpoint is one dictionary of state_dicts, counters, random-number states and arguments. It is taken after an epoch
+or within one. It holds the random state from which the epoch's order was drawn, so that a resumed epoch has that order.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from training import dump_dir, fit
+from training import checkpoint_checks, dump_dir
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.locks import Lock
@@ -23,47 +23,46 @@ from training.options import RECORDING_OPTIONS, arguments
 
 FORMAT = 2
 
-LATER_CONTENT = {"schedule": {}}  # what older checkpoints lack, as they would have had it
+LATER_CONTENT = {"schedule": {}}  # fields that older checkpoints lack, with the values that these would have
 
 
 def folder_of(options: Namespace) -> Path:
-    """Where the model of a run is."""
     return options.dump_dir / "models" / options.name
 
 
 def path_of(folder: Path) -> Path:
-    """The newest checkpoint in a model's folder; the one before is beside it (see :func:`storage.write`)."""
+    """The newest checkpoint in a model's folder. The previous one is kept beside it, see :func:`storage.write`."""
     return folder / "checkpoint.pt"
 
 
 def load(folder: Path) -> dict[str, Any] | None:
-    """Loads the newest good checkpoint from a model's folder, on the CPU; None where there is none.
+    """Loads the newest intact checkpoint from a model's folder to the CPU; None if the folder holds none.
 
-    A line on the console names each file that was passed over.
+    A line on the console names each damaged file.
 
     Raises:
-        Refusal: there are checkpoints but no good one, or the newest is from another program or version.
+        Refusal: all checkpoints are damaged, or the newest is from another version or not accepted.
     """
     try:
         state, complaints = storage.newest(path_of(folder))
     except storage.DamagedError as error:
-        raise Refusal(f"{error}; there is no good checkpoint: move the folder away to start anew") from None
+        raise Refusal(f"{error}; no intact checkpoint is left: move the folder away to start again") from None
     for complaint in complaints:
-        print(f"{complaint}; going back to the checkpoint before it.", flush=True)
+        print(f"{complaint}; using the previous checkpoint.", flush=True)
     if state is None:
         return None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if type(found) is not int or found != FORMAT:
         raise Refusal(f"{path_of(folder)} is of format {found!r:.40}, not {FORMAT}: it was written by another version")
     state = {**LATER_CONTENT, **state}
-    with fitting(path_of(folder)):
-        fit.check_content(state)
+    with checking(path_of(folder)):
+        checkpoint_checks.check_content(state)
     return state
 
 
 @contextlib.contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Makes a Refusal of what :mod:`training.fit` finds in the checkpoint ``path``."""
+def checking(path: Path) -> Iterator[None]:
+    """Turns an error of :mod:`training.checkpoint_checks` into a Refusal that names the file ``path``."""
     try:
         yield
     except ValueError as error:
@@ -71,15 +70,14 @@ def fitting(path: Path) -> Iterator[None]:
 
 
 class Store:
-    """The place of a run's checkpoints, kept to this process while it is open (a context manager).
+    """A context manager that loads and saves a run's checkpoints, and locks their folder.
 
     Attributes:
-        saved: the checkpoint to go on from; None for a new run.
+        saved: the checkpoint from which the run resumes; None for a new run.
 
     Raises:
-        Refusal: another process trains this run; its checkpoints are damaged, of other arguments, of more
-            epochs than -N, beside another run's logs, or missing beside existing results; or there are none, and -test
-            asks for one.
+        Refusal: another process trains this run; the checkpoints are damaged, have other arguments or more epochs than
+            -N; the logs are those of another run; results exist without a checkpoint; or -test finds no checkpoint.
     """
 
     def __init__(self, options: Namespace):
@@ -93,7 +91,7 @@ class Store:
             self._acquire()
         try:
             if not self.options.test:
-                storage.temporary_of(self.path).unlink(missing_ok=True)  # of a process that was killed
+                storage.temporary_of(self.path).unlink(missing_ok=True)  # left by a process that was killed
             self.saved = self._load()
         except BaseException:
             self.lock.release()
@@ -107,12 +105,12 @@ class Store:
             raise Refusal(f"argument --dump-dir: cannot write to {self.folder}: {error.strerror}") from None
         if not acquired:
             raise Refusal(
-                f"argument --dump-dir: another process is training in {self.folder}; wait for it, or use another"
+                f"argument --dump-dir: another process is training in {self.folder}; wait for it, or use another folder"
             )
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         try:
-            if error is None or isinstance(error, Exception):  # after an interrupt nobody wants to wait
+            if error is None or isinstance(error, Exception):  # do not wait after an interrupt
                 self.writer.wait()
         finally:
             self.lock.release()
@@ -121,57 +119,53 @@ class Store:
         saved, options = load(self.folder), self.options
         if saved is None:
             if options.test:
-                raise Refusal(
-                    f"argument -test: there is no saved model {self.path}; the same command without -test makes one"
-                )
+                raise Refusal(f"argument -test: there is no saved model {self.path}; to train it, leave out -test")
             logs = log_folder(options)
             if log_files(logs):
-                raise Refusal(
-                    f"{logs} holds results, but {self.folder} holds no checkpoint: move the results away first"
-                )
+                raise Refusal(f"{logs} holds results, but {self.folder} no checkpoint: move the results away first")
             return None
         _check_arguments(self.folder, saved["arguments"], options)
         _check_logs(log_folder(options), saved["arguments"], options)
         if not options.test and options.epoch < saved["epoch"]:
             raise Refusal(
-                f"argument -N/--epoch: the run in {self.folder} has done {saved['epoch']} epochs, "
-                f"more than {options.epoch}"
+                f"argument -N/--epoch: must be at least {saved['epoch']}, not {options.epoch}: "
+                f"the run in {self.folder} has finished as many epochs"
             )
         return saved
 
     def save(self, state: dict[str, Any], logs: Iterable[Path]) -> None:
-        """Has a state written in the background, after the ``logs`` that it counts on.
+        """Writes a state in the background, after the ``logs`` whose lengths it contains.
 
         Raises:
-            OSError: the state before could not be written, or the folder is no longer this run's.
+            OSError: the previous state could not be written, or the lock on the folder was lost.
         """
         self.lock.check()
         self.writer.submit(state, logs)
 
     def wait(self) -> None:
-        """Waits until the last state is on the disk; raises OSError if it could not be written."""
+        """Waits until the last state is on disk; raises OSError if it could not be written."""
         self.writer.wait()
 
 
 def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) -> None:
-    """Refuses a checkpoint of another run: every option that names one has to be the same.
+    """Refuses a checkpoint whose arguments differ from the options.
 
-    -N is none of them: a run may be prolonged. What changes only what is recorded may change from one start to the
-    next. With -test, all that the test depends on is the network and its T; the others still say whose network it is.
+    -N may differ, because a run can be extended, and so may :data:`RECORDING_OPTIONS`. A test depends only on the
+    network and its T, but all other options must still be the same, so that the right network is tested.
     """
     present = arguments(options)
     for key in sorted((present.keys() | saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
-        # an older checkpoint lacks the options that were added since; its run was as their defaults are
+        # an older checkpoint lacks newer options: its run had their defaults
         was, now = (side.get(key, options.defaults.get(key, "absent")) for side in (saved, present))
         if type(was) is not type(now) or was != now:
             raise Refusal(
                 f"argument {options.spellings.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
-                "use the same, or another --dump-dir"
+                "use the same value, or another --dump-dir"
             )
 
 
 def _check_logs(logs: Path, saved: dict[str, Any], options: Namespace) -> None:
-    """Refuses the logs of another run, by their run.json: going on would cut them, and mix two runs' results."""
+    """Refuses logs whose run.json is another run's: resuming would truncate them and mix the results of two runs."""
     theirs = dump_dir.run_info(logs).get("arguments")
     if not isinstance(theirs, dict):
         return
@@ -180,17 +174,14 @@ def _check_logs(logs: Path, saved: dict[str, Any], options: Namespace) -> None:
             found = checks.short(str(theirs[key]), 60)
             raise Refusal(
                 f"{logs} has the logs of another run, with {options.spellings.get(key, key)} {found}, "
-                f"not {saved[key]}: move them away; the run goes on without its earlier logs, too"
+                f"not {saved[key]}: move them away; the run can resume without its earlier logs"
             )
 
 
-# -- putting it back --------------------------------------------------------------------------------
-
-
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state, but for the settings that say how it is executed: those stay this machine's."""
+    """Loads an optimizer's state, except for how it is executed: that depends on this machine."""
     groups = [
-        {**saved, **{key: present[key] for key in fit.EXECUTION if key in present}}
+        {**saved, **{key: present[key] for key in checkpoint_checks.EXECUTION if key in present}}
         for saved, present in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
@@ -203,5 +194,5 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's results depend on."""
+    """The versions of the packages on which the results depend."""
     return {name: version(name) for name in ("torch", "spikingjelly")}

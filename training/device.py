@@ -1,4 +1,4 @@
-"""Where a run computes, and how: the device, the precision, deterministic algorithms, fused kernels."""
+"""The device and how to use it: precision, deterministic algorithms, fused kernels."""
 
 import os
 from argparse import Namespace
@@ -10,9 +10,9 @@ from training.errors import Refusal
 
 
 def choose(options: Namespace) -> None:
-    """Sets ``device`` and ``precision_used``, and what ``compile`` and ``deterministic`` mean on this machine.
+    """Sets ``device`` and ``precision_used``, applies ``deterministic``, and turns ``compile`` off without kernels.
 
-    ``precision`` becomes None if it is the device's default, so that a run can change devices.
+    ``precision`` becomes None if it is the device's default, so that a run can move to another device.
 
     Raises:
         Refusal: an option cannot work on this machine.
@@ -30,7 +30,7 @@ def choose(options: Namespace) -> None:
 
 
 def name(device: torch.device) -> str:
-    """The GPU's name, or the CPU with the number of threads that compute."""
+    """The GPU's name, or "CPU" with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -40,8 +40,8 @@ def name(device: torch.device) -> str:
 def _device(gpu: int | None) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is not None and gpu >= count:
-        there = "there is no GPU" if count == 0 else f"the GPUs are 0 to {count - 1}"
-        raise Refusal(f"argument -gpu/--gpu: there is no GPU {gpu} on this machine ({there})")
+        found = "there is no GPU" if count == 0 else f"the GPUs are 0 to {count - 1}"
+        raise Refusal(f"argument -gpu/--gpu: there is no GPU {gpu} on this machine ({found})")
     if count == 0:
         print("No GPU found: running on the CPU.", flush=True)
         return torch.device("cpu")
@@ -49,9 +49,9 @@ def _device(gpu: int | None) -> torch.device:
 
 
 def _be_deterministic() -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs on a GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on a GPU
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and nothing here reads such
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and no code here reads it
     torch.backends.cudnn.benchmark = False
 
 

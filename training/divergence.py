@@ -1,4 +1,4 @@
-"""Runs that diverge: finds, on the device, the loss, gradient or parameter that was first not finite."""
+"""Divergence: finds, on the device, which loss, gradient or parameter was the first that is not finite."""
 
 from dataclasses import dataclass
 
@@ -10,32 +10,30 @@ NEVER = 2**62
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What was not finite first (the loss, a gradient or a parameter), and in which of the steps watched, from 0."""
+    """What was first not finite (the loss, a gradient or a parameter), and at which step, counted from 0."""
 
     what: str
     step: int
 
 
 class FiniteCheck:
-    """Watches the loss, all gradients and all parameters at each step, without waiting for the device.
+    """Checks the loss, all gradients and all parameters at each step, without waiting for the device.
 
-    A tensor counts as finite when its sum is, which takes one pass. So a sum that overflows counts as not finite.
-
-    Args:
-        network: its parameters are watched.
-        device: where they are.
+    A tensor counts as finite if its sum is finite: the sum takes only one pass. A sum that overflows counts as not
+    finite.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
         names, parameters = zip(*network.named_parameters(), strict=True)
         self.parameters = parameters
         self.names = ["the loss", *(f"the gradient of {n}" for n in names), *(f"the parameter {n}" for n in names)]
-        self.first = torch.full((len(self.names),), NEVER, device=device)  # the steps, int64
+        # the first step at which each was not finite
+        self.first = torch.full((len(self.names),), NEVER, dtype=torch.int64, device=device)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, loss: Tensor) -> None:
-        """Looks at the loss and the gradients of a step, and at the parameters after it."""
+        """Checks a step's loss and gradients, and the parameters after it."""
         gradients = (parameter.grad for parameter in self.parameters)
         zero = torch.zeros_like(loss)
         sums = [zero if gradient is None else gradient.sum() for gradient in gradients]
@@ -44,7 +42,7 @@ class FiniteCheck:
         self.steps += 1
 
     def found(self) -> NonFinite | None:
-        """What was not finite first, since the beginning; waits for the device."""
+        """What was first not finite, if anything; waits for the device."""
         first = self.first.tolist()
         step = min(first)
         return None if step == NEVER else NonFinite(self.names[first.index(step)], step)

@@ -1,4 +1,4 @@
-"""Training and testing: the loop over epochs, and everything that a run carries along."""
+"""Training and testing: the loop over epochs, and the state of a run."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ from tqdm import tqdm
 import measuring
 from measuring import report
 from spiking import SpikingNetwork
-from training import checkpoint, console, fit, logs, randomness, recording, run_info, schedule, testing
+from training import checkpoint, checkpoint_checks, console, logs, randomness, recording, run_info, schedule, testing
 from training.data import Dataset, TestBatches, TrainingBatches
 from training.errors import DivergedError, Interrupted, Refusal
 from training.experiment import Experiment
@@ -25,26 +25,27 @@ from training.methods import METHODS
 from training.options import arguments
 from training.step import TrainingStep, autocast, set_precision
 
+BAR_SECONDS = 0.5  # between updates of the progress bar, which wait for the device
+
 
 def _bar(batches: Iterable[tuple[Tensor, Tensor]], what: str, **settings: Any) -> tqdm:
-    """The batches with a progress bar, if there is a terminal; the bar goes away at the end."""
+    """The batches, with a progress bar on a terminal; the bar disappears at the end."""
     return tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty(), **settings)
 
 
 class Trainer:
-    """One run: a network with its optimizers on a data set, trained from where its checkpoint is.
+    """Trains a network, from its checkpoint if there is one, or tests it.
 
     Args:
-        experiment: what it fixes.
-        options: the command line, parsed.
-        network: with ``T`` time steps, on ``options.device``; maps images to spike counts [N, 10].
-        optimizers: all of them take a step after every backward pass.
+        experiment: the experiment, for its data sets and test batch size.
+        options: the parsed command line.
+        network: on ``options.device``; maps images to spike counts [N, classes].
+        optimizers: all of them step after each backward pass.
         dataset: the images, on any device.
-        store: the place of the run's checkpoints, and the one to go on from.
+        store: the run's checkpoints, with the one to resume from.
 
     Raises:
-        Refusal: a batch is larger than the training set, or the checkpoint does not fit, or was made with
-            other data.
+        Refusal: a batch is larger than the training set, or the checkpoint does not fit or was made with other data.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Trainer:
         self.masks = self._masks()
         self.lengths: dict[str, int] = {}  # of the log files, at the checkpoint
         self._begin_epoch()
-        self.first_step = 0  # that this process takes
+        self.first_step = 0  # of this process
         self.time_left = console.TimeLeft(
             options.epoch, len(self.training), options.interval_test, wait=lambda: float(self.loss)
         )
@@ -92,7 +93,7 @@ class Trainer:
     # -- the state -----------------------------------------------------------------------------------
 
     def _begin_epoch(self) -> None:
-        """Counters of the epoch begun, and the state from which its order is drawn."""
+        """Resets the counters of an epoch, and keeps the random state from which its order is drawn."""
         self.position = 0
         self.order_state = self.generator.get_state()
         self.loss = torch.zeros((), dtype=torch.float64, device=self.options.device)
@@ -124,13 +125,16 @@ class Trainer:
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """Takes the state of a checkpoint; for a test, all that it needs of it."""
-        with checkpoint.fitting(self.store.path):
-            fit.check_network(saved, self.network)
+        """Loads a checkpoint; for a test, only the network and the counters."""
+        if not self.options.test and saved["data"] != self.fingerprint:
+            raise Refusal(
+                f"argument --dataset-dir: the run was made with other data ({saved['data']}), not {self.fingerprint}"
+            )
+        with checkpoint.checking(self.store.path):
+            checkpoint_checks.check_network(saved, self.network)
             if not self.options.test:
-                self._check_data(saved["data"])
                 self.schedule.restore(saved["step"], saved["schedule"])
-                fit.check_training(saved, self.network, self.optimizers)
+                checkpoint_checks.check_training(saved, self.network, self.optimizers)
                 randomness.set_states(saved["random"], self.options.device, self.generator)
         self.network.load_state_dict(saved["network"])
         self.epoch, self.step, self.best_accuracy = saved["epoch"], saved["step"], saved["best_accuracy"]
@@ -146,14 +150,8 @@ class Trainer:
         self.right += saved["epoch_right"]
         self.seconds = saved["seconds"]
 
-    def _check_data(self, fingerprint: str) -> None:
-        if fingerprint != self.fingerprint:
-            raise Refusal(
-                f"argument --dataset-dir: the run was made with other data ({fingerprint}), not {self.fingerprint}"
-            )
-
     def _save(self) -> None:
-        """Has the state written while training goes on. A state that is not finite is not saved."""
+        """Saves the state in the background. Raises DivergedError instead if something is not finite."""
         start = time.perf_counter()
         self._check_finite()
         self.lengths = self.recorder.lengths()
@@ -162,7 +160,7 @@ class Trainer:
         self.seconds["checkpoint"] += time.perf_counter() - start
 
     def _check_finite(self) -> None:
-        """Raises DivergedError if something was not finite, and keeps the indices of the batch at fault."""
+        """Raises DivergedError if something was not finite, and writes the indices of that batch's images to a file."""
         found = self.training_step.finite.found()
         if found is None:
             return
@@ -172,29 +170,29 @@ class Trainer:
         indices = self.training.indices(position).tolist()
         json_files.write(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
         raise DivergedError(
-            f"{found.what} is not finite from epoch {epoch + 1}, step {step} on; the indices of that batch's images "
-            f"are in {where}, the checkpoint is from before that"
+            f"{found.what} is not finite since epoch {epoch + 1}, step {step}; the checkpoint is older. "
+            f"The indices of that batch's images are in {where}"
         )
 
     # -- training ------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains until ``-N`` epochs are done, with a checkpoint after each and every --checkpoint-minutes.
+        """Trains until ``-N`` epochs are done, with checkpoints after each epoch and every --checkpoint-minutes.
 
         Raises:
-            Interrupted: a signal has stopped the run; it is saved.
-            DivergedError: something is not finite; the checkpoint is from before that.
-            OSError: logs or a checkpoint cannot be written; the last one that could is there.
+            Interrupted: a signal stopped the run; it is saved.
+            DivergedError: something is not finite; the last checkpoint is older.
+            OSError: logs or a checkpoint cannot be written; the last checkpoint is intact.
         """
         epochs = self.options.epoch
         if self.epoch >= epochs:
             done = console.counted(epochs, "epoch")
-            print(f"The run has finished its {done}; a larger -N prolongs it, -test evaluates it.")
+            print(f"The run has finished its {done}. Extend it with a larger -N, or evaluate it with -test.")
             return
         print("\n".join(console.first_lines(self.options, self.folder, self.store.folder)), flush=True)
         if self.step:
-            print(f"Going on {self._place()}, of {epochs} epochs.")
-        if self.store.saved is None:  # before anything is logged: there are no logs without a checkpoint to go on from
+            print(f"Resuming {self._place()}; {console.counted(epochs, 'epoch')} in all.")
+        if self.store.saved is None:  # before anything is logged: logs without a checkpoint could not be resumed
             start = time.perf_counter()
             self.store.save(self._state(), [])
             self.store.wait()
@@ -219,16 +217,15 @@ class Trainer:
             print(complaint)
 
     def _place(self) -> str:
-        """Where the run is, in words."""
+        """The position of the run, in words."""
         if self.position:
             return f"in epoch {self.epoch + 1}, after step {self.position} of {len(self.training)}"
         return f"after epoch {self.epoch}"
 
     def _train_epoch(self) -> None:
-        """Trains from the present position to the epoch's end."""
-        bar_seconds, start = 0.5, time.perf_counter()
-        spent = self.seconds["train"]
-        saving = self.seconds["checkpoint"]
+        """Trains from the current position to the end of the epoch."""
+        shown = time.perf_counter()  # when the bar was last updated
+        earlier = self.seconds["train"] + self.seconds["checkpoint"] - shown
         self.network.train()
         bar = _bar(
             self.training.epoch(self.position),
@@ -236,38 +233,36 @@ class Trainer:
             total=len(self.training),
             initial=self.position,
         )
-        shown = start
         self.time_left.start()
         with bar:
             for images, labels in bar:
                 if self.schedule.advance(self.step):
-                    self.training_step.renew()
+                    self.training_step.drop_graph()
                 loss, right = self.training_step(images, labels)
                 self.loss += loss
                 self.right += right
-                if self.step % self.options.interval_train == 0:  # here the host waits for the device
+                if self.step % self.options.interval_train == 0:  # the host waits for the device here
                     self._check_finite()
                     with self.recorder.step(self.step) as record:
                         record("batch_loss", float(loss))
                         record("batch_accuracy", int(right) / len(labels))
-                if not bar.disable and time.perf_counter() - shown > bar_seconds:  # and here
+                if not bar.disable and time.perf_counter() - shown > BAR_SECONDS:  # and here
                     accuracy = int(right) / len(labels)
                     bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
                     shown = time.perf_counter()
                 self.step += 1
                 self.position += 1
-                saved = self.seconds["checkpoint"] - saving
-                self.seconds["train"] = spent + time.perf_counter() - start - saved
-                self._heed()
+                self.seconds["train"] = earlier + time.perf_counter() - self.seconds["checkpoint"]
+                self._stop_or_save()
                 if self.time_left.step():
                     tqdm.write(self.time_left.line(self.epoch, self.position, self.options))
                     sys.stdout.flush()
         self._check_finite()  # and here
-        self.seconds["train"] = spent + time.perf_counter() - start - (self.seconds["checkpoint"] - saving)
+        self.seconds["train"] = earlier + time.perf_counter() - self.seconds["checkpoint"]
         self.time_left.trained()
 
-    def _heed(self) -> None:
-        """Between two steps: stops or saves, if a signal or the time asks for it."""
+    def _stop_or_save(self) -> None:
+        """Stops or saves if a signal asks for it; saves if a checkpoint is due."""
         self.signals.check()
         due = time.monotonic() - self.saved_at >= 60 * self.options.checkpoint_minutes
         if due or self.signals.save:
@@ -275,7 +270,7 @@ class Trainer:
             self._save()
             if asked:
                 self.store.wait()
-                print(f"Saved {self._place()}, as SIGUSR1 asked; going on.", flush=True)
+                print(f"Saved {self._place()}, as requested by SIGUSR1; continuing.", flush=True)
 
     def _end_epoch(self) -> None:
         """Tests, records and saves after an epoch; records in full after the first and every -i1 epochs."""
@@ -315,7 +310,7 @@ class Trainer:
     # -- testing -------------------------------------------------------------------------------------
 
     def _stoppable(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, until a signal asks to stop: the epoch is then tested when the run goes on."""
+        """Yields the batches until a signal asks to stop; the run then repeats the test when it resumes."""
         for batch in batches:
             self.signals.check()
             yield batch
@@ -325,7 +320,7 @@ class Trainer:
             return measuring.accuracy(self.network, self._stoppable(bar))
 
     def test(self) -> None:
-        """Evaluates the network as it is; prints the results and stores them in the log folder."""
+        """Evaluates the network; prints the results and stores them in the log folder."""
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
             found = report.report_on(self.network, bar, self.epoch)
         testing.store(self.folder, found)

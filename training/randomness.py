@@ -1,4 +1,4 @@
-"""Random numbers: every generator of a run, seeded at its start and saved in its checkpoints."""
+"""Random numbers: seeds all generators at the start of a run, and saves and restores their states."""
 
 import random
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from training.files import checks
 
 
 def seed(number: int) -> None:
-    """Seeds the global generators of torch (of all devices), Python and NumPy; this project draws from torch's only."""
+    """Seeds the global generators of torch (on all devices), Python and NumPy. This project uses only torch's."""
     torch.manual_seed(number)
     random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002 - the global generator is meant
+    np.random.seed(number % 2**32)  # noqa: NPY002 - the global generator is intended
 
 
 def states(device: torch.device, data: Tensor) -> dict[str, Any]:
-    """The states of all random-number generators; ``data`` is that of the data's order and augmentation."""
+    """The states of all random-number generators; ``data`` is the state for the data's order and augmentation."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     kept = {
         "python": random.getstate(),
@@ -33,17 +33,17 @@ def states(device: torch.device, data: Tensor) -> dict[str, Any]:
 
 
 def check_states(kept: dict[str, Any]) -> None:
-    """Raises ValueError unless these are states that :func:`states` may have given.
+    """Raises ValueError unless :func:`states` could have returned these states.
 
-    Its generator must accept it and give it back unchanged. A Mersenne Twister of zeros is refused: it draws the same
-    number for ever.
+    A generator must accept its state and return it unchanged. A Mersenne Twister whose words are all 0 is refused,
+    because it always draws the same number.
     """
     checks.keys("random", kept.keys() - {"cuda"}, ("python", "numpy", "torch", "data"))
     python, numpy = kept["python"], kept["numpy"]
-    if _types(python) not in ([int, tuple, float], [int, tuple, type(None)]) or python[0] != 3:
+    if checks.types(python) not in ((tuple, int, tuple, float), (tuple, int, tuple, type(None))) or python[0] != 3:
         raise ValueError("the random state of python is not a state of its version 3")
     _check_twister("python", python[1][:-1], python[1][-1] if python[1] else None, python[2])
-    if _types(numpy) != [str, list, int, int, float] or numpy[0] != "MT19937" or numpy[3] not in (0, 1):
+    if checks.types(numpy) != (tuple, str, list, int, int, float) or numpy[0] != "MT19937" or numpy[3] not in (0, 1):
         raise ValueError("the random state of numpy is not a state of MT19937")
     _check_twister("numpy", numpy[1], numpy[2], numpy[4])
     generator = torch.Generator()
@@ -59,13 +59,8 @@ def check_states(kept: dict[str, Any]) -> None:
         checks.tensor("the random state of cuda", kept["cuda"], (16,), torch.uint8)  # seed and offset
 
 
-def _types(value: Any) -> list[type] | None:
-    """The types of a tuple's items; None if it is not a tuple."""
-    return [*map(type, value)] if type(value) is tuple else None
-
-
 def _check_twister(name: str, words: Sequence[Any], index: Any, normal: Any) -> None:
-    """Checks a Mersenne Twister's 624 words, the index of the next, and a normal number that is left over, or None."""
+    """Checks a Mersenne Twister: its 624 words, the index of the next one, and a stored normal number, if any."""
     if len(words) != 624:
         raise ValueError(f"the random state of {name} has {len(words)} words, not 624")
     for word in words:
@@ -78,15 +73,12 @@ def _check_twister(name: str, words: Sequence[Any], index: Any, normal: Any) -> 
 
 
 def set_states(kept: dict[str, Any], device: torch.device, data: torch.Generator) -> None:
-    """Puts the generators back; a run that changed from CPU to GPU keeps the GPU's as it is seeded.
+    """Restores the generators, and ``data``, the generator of the data's order and augmentation.
 
-    Args:
-        kept: what :func:`states` gave and :func:`check_states` accepts.
-        device: of the run.
-        data: the generator of the data's order and augmentation.
+    A run that moves from the CPU to a GPU has no state for the GPU's generator, which stays as it was seeded.
 
     Raises:
-        ValueError: the GPU does not take its state.
+        ValueError: the GPU's generator does not accept its state.
     """
     if device.type == "cuda" and "cuda" in kept:
         try:

@@ -1,4 +1,4 @@
-"""One training step as a unit: forward, loss, backward, optimizers; in a CUDA graph where there is a GPU."""
+"""One training step: forward, loss, backward, optimizers. On a GPU it runs as a CUDA graph."""
 
 import contextlib
 
@@ -14,31 +14,31 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def set_precision(precision: str, device: torch.device) -> None:
-    """Lets matrix products and convolutions on a GPU use TensorFloat-32, or not (bf16 is :func:`autocast`'s)."""
+    """Turns TensorFloat-32 on a GPU off for fp32 and on otherwise; for bf16, use :func:`autocast` as well."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context of a forward pass: under bf16, products take bfloat16, all state stays float32."""
+    """The context of a forward pass: with bf16, products use bfloat16; all state stays float32."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 class TrainingStep:
-    """Takes one step on a batch; returns its loss and how many predictions were right, on the device.
+    """Trains on one batch; returns the loss and the number of correct predictions, both on the device.
 
-    With ``graph``, on a GPU, the first :attr:`WARMUP` steps run as they are; then the step is captured as
-    a CUDA graph and replayed on copies of the batches, so that the host no longer launches each kernel.
-    Dropout and noise draw fresh numbers at each replay: the graph advances the default generator.
-    The optimizers must be capturable then, and their settings have no effect after the capture, until :meth:`renew`.
+    With ``graph``, on a GPU, the first :attr:`WARMUP` steps run eagerly. Then the step is captured as a CUDA graph and
+    replayed on copies of the batches, so the host no longer launches each kernel. Each replay draws new dropout masks
+    and noise, because the graph advances the default generator. The optimizers must be capturable. New settings of an
+    optimizer take effect only after :meth:`drop_graph`.
 
-    The returned tensors are overwritten by the next step: whoever keeps them copies them.
+    The next step overwrites the returned tensors: copy them to keep them.
 
     Attributes:
-        finite: knows of the first loss, gradient or weight that was not finite.
+        finite: finds the first loss, gradient or parameter that is not finite.
     """
 
     WARMUP = 3
@@ -53,10 +53,10 @@ class TrainingStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
 
-    def renew(self) -> None:
-        """Has the step captured anew, with the optimizers' present settings, after one step as it is."""
+    def drop_graph(self) -> None:
+        """Drops the captured graph; the next step runs eagerly, then the graph is captured again."""
         self.graph = None
-        # the step between is for kernels that new settings may need: they cannot be built during a capture
+        # the eager step builds the kernels that new settings may need; a capture cannot build them
         self.calls = min(self.calls, self.WARMUP - 1)
 
     def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class TrainingStep:
         return self.outputs
 
     def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A step as it is, on a side stream, as capturing asks for: kernels are built, optimizers get their state."""
+        """An eager step before a capture, on a side stream: builds the kernels and the optimizers' state."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

@@ -66,6 +66,11 @@ def reason(error: BaseException) -> str:
     return short((text or type(error).__name__).splitlines()[0], 300)
 
 
+def types(value: Any) -> tuple[type, ...]:
+    """The type of a value and, if it is a list or tuple, those of its items: 1, 1.0 and True are equal, but differ."""
+    return (type(value), *map(type, value)) if isinstance(value, list | tuple) else (type(value),)
+
+
 # -- tensors ---------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
-"""Checks that a checkpoint fits the run: every field, by type, range and consistency, before any is applied.
+"""Checks every field of a checkpoint before any is loaded: its type, its range, and that it fits the run.
 
 A checkpoint may come from another version or another run, or may have been edited. Each function raises ValueError
-with one line that names the field and what is wrong with it; the caller names the file.
+with one line that names the field and the problem; the caller names the file.
 """
 
 import re
@@ -19,20 +19,20 @@ from training import logs, randomness
 from training.command_line.types import LARGEST
 from training.files import checks
 
-# What a checkpoint holds, with the type of each.
+# The fields of a checkpoint and their types.
 CONTENT = {
     "format": int,
     "arguments": dict,
     "versions": dict,
     "data": str,  # the data set's fingerprint
     "epoch": int,  # finished epochs
-    "step": int,  # updates in all
-    "position": int,  # batches done of the epoch begun
+    "step": int,  # updates so far
+    "position": int,  # batches done in the current epoch
     "best_accuracy": float,
-    "epoch_loss": float,  # sums over the batches done of the epoch begun
+    "epoch_loss": float,  # sums over the batches done in the current epoch
     "epoch_right": int,
-    "seconds": dict,  # spent in the epoch begun, by what they were spent on
-    "masks": dict,  # the connections at the end of the epoch before, a bit each
+    "seconds": dict,  # spent in the current epoch on training, tests and checkpoints
+    "masks": dict,  # the connections at the end of the last epoch, one bit each
     "network": dict,
     "optimizers": list,
     "random": dict,
@@ -40,16 +40,16 @@ CONTENT = {
     "files": dict,  # the lengths of the log files
 }
 FINGERPRINT = re.compile(r"(\d{1,12})\+\d{1,12} images, crc32 [0-9a-f]{8}")
-EXACT = 2**24  # the most steps that a float32 can count; an optimizer's count stays there
-# Settings of an optimizer that say how it is executed: these depend on the machine.
+EXACT = 2**24  # an optimizer counts its steps in float32, which stops at this number
+# These settings of an optimizer say how a step is executed. They depend on the machine, not on the run.
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 
 
-# -- what can be told without the run --------------------------------------------------------------------
+# -- checks that need only the checkpoint ----------------------------------------------------------------
 
 
 def check_content(saved: dict[str, Any]) -> None:
-    """Checks the types of a checkpoint's fields, their ranges, and that the counters agree."""
+    """Checks the fields' types and ranges, and that the counters agree."""
     checks.keys("it", saved, CONTENT)
     for key, kind in CONTENT.items():
         if type(saved[key]) is not kind:
@@ -99,11 +99,11 @@ def _check_counters(saved: dict[str, Any]) -> None:
     checks.whole_number("epoch_right", saved["epoch_right"], 0, position * arguments["batch_size"])
 
 
-# -- what is of this run ---------------------------------------------------------------------------------
+# -- checks against the run ------------------------------------------------------------------------------
 
 
 def check_network(saved: dict[str, Any], network: nn.Module) -> None:
-    """Checks the tensors of a network's state; ``saved`` is the whole checkpoint, its content is checked."""
+    """Checks the network's state in the checkpoint ``saved``, after :func:`check_content`."""
     state = saved["network"]
     checks.tensors("the network", state, network.state_dict())
     updates = saved["step"] * saved["arguments"]["T"]
@@ -114,9 +114,9 @@ def check_network(saved: dict[str, Any], network: nn.Module) -> None:
 
 
 def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Checks what training goes on from: the optimizers, with the settings that they have now, masks, random numbers.
+    """Checks the optimizers, masks and random states of the checkpoint ``saved``, after :func:`check_network`.
 
-    ``saved`` is the whole checkpoint; its content and its network are checked.
+    The settings in it must be those of the ``optimizers``.
     """
     if len(saved["optimizers"]) != len(optimizers):
         raise ValueError(f"it has {len(saved['optimizers'])} optimizers, not {len(optimizers)}")
@@ -126,9 +126,13 @@ def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[O
             if not _is_adam(optimizer):
                 _check_values(name, of_parameter)
                 continue
-            _check_moments(name, of_parameter, parameter, group["amsgrad"], saved["step"])
-            if isinstance(optimizer, RewiringOptimizer):
-                _check_connections(name, of_parameter, saved["network"][name], optimizer.own_state(group))
+            own = optimizer.own_state(group) if isinstance(optimizer, RewiringOptimizer) else set()
+            maximum = {"max_exp_avg_sq"} if group["amsgrad"] else set()
+            expected = {"step", "exp_avg", "exp_avg_sq"} | maximum | own
+            checks.keys(f"{type(optimizer).__name__}'s state of {name}", of_parameter, expected)
+            _check_moments(name, of_parameter, parameter, saved["step"])
+            if own:
+                _check_connections(name, of_parameter, saved["network"][name])
     weights = prunable(network)
     masks = {
         name: torch.empty((weight.numel() + 7) // 8, dtype=torch.uint8, device="meta")
@@ -147,7 +151,7 @@ def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[O
 def _states(
     saved: Any, optimizer: Optimizer, names: dict[int, str], stepped: bool
 ) -> Iterator[tuple[str, Tensor, dict[str, Any], dict[str, Any]]]:
-    """Yields name, parameter, state and group of each parameter, once groups and keys are checked."""
+    """Checks an optimizer's groups; yields the name, parameter, state and group of each parameter with a state."""
     kind, present = type(optimizer).__name__, optimizer.state_dict()
     checks.keys(kind, _dictionary(kind, saved), present)
     groups = saved["param_groups"]
@@ -156,14 +160,14 @@ def _states(
     parameters = []
     for old, new, group in zip(groups, present["param_groups"], optimizer.param_groups, strict=True):
         _dictionary(f"a parameter group of {kind}", old)
-        later = getattr(optimizer, "LATER", {})  # settings that the optimizers of older checkpoints lack
+        later = getattr(optimizer, "LATER", {})  # settings that older checkpoints lack
         old = {**{key: value for key, value in later.items() if key in new and key not in EXECUTION}, **old}
         checks.keys(kind, old, new)
         for key in new:
             if key in EXECUTION:
                 if old[key] is not None and type(old[key]) is not bool:
                     raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not True, False or None")
-            elif _types(old[key]) != _types(new[key]) or old[key] != new[key]:
+            elif checks.types(old[key]) != checks.types(new[key]) or old[key] != new[key]:
                 raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not {_shown(new[key])}")
         parameters += [(parameter, group) for parameter in group["params"]]
     states = _dictionary(f"{kind}'s state", saved["state"])
@@ -175,23 +179,16 @@ def _states(
         parameter, group = parameters[index]
         name = names[id(parameter)]
         _dictionary(f"{kind}'s state of {name}", state)
-        if not _is_adam(optimizer):
-            yield name, parameter, state, group
-            continue
-        expected = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
-        if isinstance(optimizer, RewiringOptimizer):
-            expected |= optimizer.own_state(group)
-        checks.keys(f"{kind}'s state of {name}", state, expected)
         yield name, parameter, state, group
 
 
 def _is_adam(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's state is known to be Adam's, with what ours add to it."""
+    """Whether an optimizer's state is that of Adam, apart from the keys that a pruning optimizer adds."""
     return isinstance(optimizer, (Adam, RewiringOptimizer))
 
 
 def _check_values(name: str, state: dict[Any, Any]) -> None:
-    """Checks a parameter's state of any other optimizer: plain values, and tensors that are finite."""
+    """Checks a parameter's state in an unknown optimizer: plain values and finite tensors."""
     for key, value in state.items():
         checks.text(f"a key of the state of {name}", key)
         if isinstance(value, Tensor):
@@ -200,8 +197,8 @@ def _check_values(name: str, state: dict[Any, Any]) -> None:
             _check_plain(f"{key} of {name}", value)
 
 
-def _check_moments(name: str, state: dict[str, Tensor], parameter: Tensor, amsgrad: bool, steps: int) -> None:
-    """Checks Adam's part of a parameter's state; all of it is of the parameter's shape and type, but the step."""
+def _check_moments(name: str, state: dict[str, Tensor], parameter: Tensor, steps: int) -> None:
+    """Checks the tensors of a parameter's state, and the values that Adam's own tensors can have."""
     for key, value in state.items():
         shape = () if key == "step" else parameter.shape
         dtype = {"step": torch.float32, "sign": torch.int8}.get(key, parameter.dtype)
@@ -209,15 +206,15 @@ def _check_moments(name: str, state: dict[str, Tensor], parameter: Tensor, amsgr
     if float(state["step"]) != min(steps, EXACT):
         raise ValueError(f"step of {name} is {float(state['step'])} after {steps} steps")
     _check_range(f"exp_avg_sq of {name}", state["exp_avg_sq"], low=0)
-    if amsgrad and not bool((state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()):
+    if "max_exp_avg_sq" in state and not bool((state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()):
         raise ValueError(f"max_exp_avg_sq of {name} is less than exp_avg_sq")
 
 
-def _check_connections(name: str, state: dict[str, Tensor], weight: Tensor, own: set[str]) -> None:
-    """Checks sign and theta against the weight: w = s * max(theta, 0); without theta, w = 0 or of sign s."""
+def _check_connections(name: str, state: dict[str, Tensor], weight: Tensor) -> None:
+    """Checks sign s and theta against the weight: w = s max(theta, 0), or, without theta, w = 0 or sign(w) = s."""
     sign = state["sign"]
     _check_range(f"sign of {name}", sign, -1, 1)
-    if "theta" in own:
+    if "theta" in state:
         if not torch.equal(weight, state["theta"].clamp(min=0) * sign):
             raise ValueError(f"theta and sign of {name} are not those of its weights: w = sign * max(theta, 0)")
     elif not bool(((weight == 0) | (weight.sign() == sign)).all()):
@@ -236,11 +233,6 @@ def _dictionary(name: str, value: Any) -> dict[Any, Any]:
     return value
 
 
-def _types(value: Any) -> Any:
-    """The type of a setting, and of what it holds: 1, 1.0 and True are different settings."""
-    return (type(value), *map(type, value)) if isinstance(value, list | tuple) else type(value)
-
-
 def _shown(value: Any) -> str:
     text = repr(value) if isinstance(value, bool | int | float | str | list | tuple | None) else type(value).__name__
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return checks.short(text, 60)

@@ -14,7 +14,7 @@ from torch import nn
 from c10.model import Cifar10Net
 from gradrewire import GradRewiring
 from mnist.model import MnistNet
-from training import checkpoint, fit
+from training import checkpoint, checkpoint_checks
 from training.files import storage
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8"]  # five steps an epoch
@@ -74,7 +74,10 @@ FIELDS = [  # of what has to fit whatever is done with it
     (("format",), torch.ones(2), "is of format tensor"),
     (("seconds",), None, "it lacks seconds"),
     (("surplus",), 1, "it has the unknown surplus"),
-    *(((name,), b"", f"{name} is bytes, not {kind.__name__}") for name, kind in [*fit.CONTENT.items()][1:]),
+    *(
+        ((name,), b"", f"{name} is bytes, not {kind.__name__}")
+        for name, kind in [*checkpoint_checks.CONTENT.items()][1:]
+    ),
     (("data",), "40 images", "data is '40 images', not a fingerprint"),
     (("data",), "7+20 images, crc32 00000000", "not a fingerprint of at least 8 training images"),
     (("epoch",), 1.0, "epoch is float, not int"),
@@ -284,7 +287,7 @@ def test_nothing_is_applied_of_a_checkpoint_that_does_not_fit(run, tmp_path):
     before = [parameter.clone() for parameter in network.parameters()]
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
     with pytest.raises(ValueError, match="lacks sign"):
-        fit.check_training(state, network, optimizers)
+        checkpoint_checks.check_training(state, network, optimizers)
     assert all(map(torch.equal, before, network.parameters()))
     assert len(optimizers[0].state) == 0
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
@@ -298,8 +301,8 @@ def test_batch_norm_has_a_variance_and_a_count():
         state = {**network.state_dict(), **changes}
         return {"network": state, "step": 3, "arguments": {"T": 4}}
 
-    fit.check_network(saved(), network)
-    fit.check_network(saved(**{"0.num_batches_tracked": torch.tensor(12)}), network)
+    checkpoint_checks.check_network(saved(), network)
+    checkpoint_checks.check_network(saved(**{"0.num_batches_tracked": torch.tensor(12)}), network)
     for name, value, message in (
         ("0.running_var", torch.tensor([1.0, -1.0]), "0.running_var has values from -1.0 to 1.0"),
         ("0.num_batches_tracked", torch.tensor(13), "0.num_batches_tracked has values from 13 to 13"),
@@ -307,7 +310,7 @@ def test_batch_norm_has_a_variance_and_a_count():
         ("0.running_mean", torch.tensor([math.nan, 0]), "0.running_mean has values that are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit.check_network(saved(**{name: value}), network)
+            checkpoint_checks.check_network(saved(**{name: value}), network)
 
 
 def test_bits_behind_the_last_connection_are_none():
@@ -316,7 +319,7 @@ def test_bits_behind_the_last_connection_are_none():
     mask = torch.tensor([255, 129], dtype=torch.uint8)
     saved = {"optimizers": [optimizer.state_dict()], "network": network.state_dict(), "step": 0, "position": 1}
     with pytest.raises(ValueError, match=r"the mask of 0\.weight has bits behind its last connection"):
-        fit.check_training({**saved, "masks": {"0.weight": mask}}, network, [optimizer])
+        checkpoint_checks.check_training({**saved, "masks": {"0.weight": mask}}, network, [optimizer])
 
 
 def test_a_log_that_leads_elsewhere_is_not_cut(run, tmp_path):
@@ -373,5 +376,9 @@ def test_intervals_of_a_start_are_recorded_from_there_on(run, tmp_path):
 
 
 def test_all_that_names_a_run_has_to_be_the_same(refused):
-    assert refused(GRAD, ["-test"], ("arguments", "seed"), 3).rstrip().endswith("use the same, or another --dump-dir")
+    assert (
+        refused(GRAD, ["-test"], ("arguments", "seed"), 3)
+        .rstrip()
+        .endswith("use the same value, or another --dump-dir")
+    )
     assert {"interval_test", "interval_train"} == checkpoint.RECORDING_OPTIONS
