@@ -1,4 +1,4 @@
-"""What the two networks share: the paper's neuron, BatchNorm per time step, and the simulation over time.
+"""The paper's neuron, BatchNorm per time step, and the simulation over time.
 
 Chen et al., "Pruning of Deep Spiking Neural Networks through Gradient Rewiring", IJCAI 2021.
 """
@@ -16,11 +16,11 @@ __all__ = ["LIFNode", "SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
 
 
 class LIFNode(neuron.LIFNode):
-    """SpikingJelly's LIF neuron, whose membrane potential stays float32 when its input is of lower precision."""
+    """SpikingJelly's LIF neuron, but the membrane potential stays float32 if the input has a lower precision."""
 
     def materialize_states(self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str) -> tuple:
         x, *others = inputs
-        if x.dtype in (torch.bfloat16, torch.float16):  # the potential takes its dtype, shape and device from the input
+        if x.dtype in (torch.bfloat16, torch.float16):  # the potential gets dtype, shape and device of x
             x = x.new_empty((), dtype=torch.float32).expand(x.shape)
         return super().materialize_states((x, *others), states, step_mode)
 
@@ -38,11 +38,10 @@ def lif() -> LIFNode:
 
 
 class StepwiseBatchNorm2d(nn.BatchNorm2d, base.StepModule):
-    """BatchNorm2d that treats each time step by itself, as the paper's network does.
+    """BatchNorm2d for each time step separately, as in the paper's network.
 
-    Batch statistics are taken per time step, over [N, H, W], and the running statistics are updated at
-    every time step, in order. SpikingJelly's ``layer.BatchNorm2d`` pools all time steps in 'm' mode,
-    which is a different network.
+    Batch statistics are over [N, H, W] of one time step. The running statistics are updated at every time step, in
+    order. SpikingJelly's ``layer.BatchNorm2d`` pools all time steps in 'm' mode: a different network.
     """
 
     def __init__(self, num_features: int, step_mode: str = "s"):
@@ -53,31 +52,31 @@ class StepwiseBatchNorm2d(nn.BatchNorm2d, base.StepModule):
         """Normalises [N, C, H, W] in 's' mode, [T, N, C, H, W] in 'm' mode."""
         if self.step_mode == "s":
             return super().forward(x)
-        if self.training or self.running_mean is None:  # then evaluation goes by batch statistics, too
+        if self.training or self.running_mean is None:  # without running statistics, evaluation uses batch statistics
             return torch.stack([nn.BatchNorm2d.forward(self, x_t) for x_t in x])
         return nn.BatchNorm2d.forward(self, x.flatten(0, 1)).view_as(x)
 
 
 class SpikingNetwork(nn.Module):
-    """Counts the output spikes that a static image causes within T time steps.
+    """Counts the output spikes for a static image in T time steps.
 
-    The input does not change over time, so the first layer (:meth:`static`) runs once per image, and
-    the rest (:meth:`spiking`) runs T times on its constant output.
+    The input is constant, so the first layer (:meth:`static`) runs once per image, and the other layers
+    (:meth:`spiking`) run T times on its output.
 
     Args:
         T: number of time steps, >= 1.
-        step_mode: 'm' runs the spiking part layer by layer, each layer over all time steps; 's' runs it
-            time step by time step. The same network, with the same results within rounding.
+        step_mode: 'm' runs the spiking part layer by layer, each over all time steps; 's' runs it time step by time
+            step. Both give the same results within rounding.
 
-    Both can be set later, too; the layers follow the network's step_mode.
+    Both can be changed later; the layers follow the network's step_mode.
 
     Attributes:
-        fused: let fused kernels run on the CPU wherever they are proven to give the same results within rounding
-            (:mod:`spiking_kernels.proof`). If there is a kernel for this network but it does not apply, the plain
-            layers run, and a warning says why, once for each reason. Off at first.
-        spike_counts: to each of these dictionaries such kernels add the spikes of every neuron by the name of
-            its LIF layer, int64 of the layer's shape; a hook with such a dictionary as its attribute
-            ``spike_counts`` need not be called then (see measuring.SpikeCounter).
+        fused: whether to run fused kernels on the CPU, if they are proven to give the same results within rounding
+            (:mod:`spiking_kernels.proof`). If a kernel exists but does not apply, the plain layers run and a warning
+            says why, once for each reason. The default is False.
+        spike_counts: dictionaries to which fused kernels add the spikes of each neuron, int64 of the layer's shape, by
+            the name of the LIF layer. Kernels need not call a hook whose attribute ``spike_counts`` is one of these
+            dictionaries (see measuring.SpikeCounter).
 
     Raises:
         ValueError: T or step_mode is not accepted.
@@ -110,23 +109,23 @@ class SpikingNetwork(nn.Module):
         if step_mode not in ("s", "m"):
             raise ValueError(f"step_mode={step_mode!r} is not accepted: step_mode must be 's' or 'm'")
         self._step_mode = step_mode
-        for child in self.children():  # in another mode than the network's, layers would read images as time steps
+        for child in self.children():  # in the wrong mode, a layer would take images for time steps
             functional.set_step_mode(child, step_mode)
 
     def static(self, images: Tensor) -> Tensor:
-        """The first layer: images to the input current of the first neurons."""
+        """The first layer: maps images to the input current of the first neurons."""
         raise NotImplementedError
 
     def spiking(self, current: Tensor) -> Tensor:
-        """The rest, for one time step ('s') or for all, time first ('m'): input current to output spikes."""
+        """Maps the input current to output spikes, for one time step ('s') or for all, time first ('m')."""
         raise NotImplementedError
 
     def readout(self, counts: Tensor) -> Tensor:
-        """The spike counts of the output neurons, to one number per class."""
+        """Maps the spike counts of the output neurons to one number per class."""
         return counts
 
     def simulate(self, images: Tensor) -> Tensor:
-        """:meth:`forward` from the present membrane potentials on, leaving them as they are after T steps."""
+        """Like :meth:`forward`, but starts from the current membrane potentials and keeps those after T steps."""
         return self._counts(self.static(images))
 
     def _counts(self, current: Tensor) -> Tensor:
@@ -137,15 +136,15 @@ class SpikingNetwork(nn.Module):
         return self.readout(spikes.sum(0, dtype=torch.promote_types(spikes.dtype, torch.float32)))
 
     def fused_counts(self, current: Tensor) -> Tensor | None:
-        """What :meth:`forward` makes of :meth:`static`'s output on the CPU, by a kernel; None if there is none for it.
+        """Computes the result of :meth:`forward` from :meth:`static`'s output by a CPU kernel; None without a kernel.
 
         Raises:
-            Unfit: the kernel does not compute what the layers do, or does not take the current; nothing has changed.
+            Unfit: the kernel would not compute the same, or does not accept this input; nothing has changed.
         """
         return None
 
     def counts_for(self, hook: Any) -> bool:
-        """Whether a hook has its numbers from :attr:`spike_counts`."""
+        """Whether a hook gets its numbers from :attr:`spike_counts`."""
         return any(getattr(hook, "spike_counts", None) is counts for counts in self.spike_counts)
 
     def add_spikes(self, spikes: dict[str, Tensor]) -> None:
@@ -161,7 +160,7 @@ class SpikingNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.
 
-        Membrane potentials and the dropout mask are reset before, and released after.
+        Membrane potentials and dropout masks are reset before and after.
         """
         functional.reset_net(self)
         current, counts = self.static(images), None
@@ -172,5 +171,5 @@ class SpikingNetwork(nn.Module):
                 self._say_plain(str(reason))
         if counts is None:
             counts = self._counts(current)
-            functional.reset_net(self)  # their graph would hold the activations until the next batch
+            functional.reset_net(self)  # otherwise their graph keeps the activations until the next batch
         return counts

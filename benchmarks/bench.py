@@ -212,7 +212,7 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> list[dict]:
         for images, labels in execution.batches:
             loss, _ = execution.step(images, labels)
             losses[name].append(float(loss))
-        masks = {k: measuring.connected(w) for k, w in measuring.prunable(execution.network).items()}
+        masks = measuring.masks(execution.network)
         sparsity[name] = measuring.total(measuring.count(masks)).sparsity
     rows = []
     for step in (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 299):

@@ -83,7 +83,7 @@ def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -
         with measuring.SpikeCounter(network) as spikes:
             network(batches[0])
         differing = int((torch.cat([made["sparse"](batch) for batch in batches]) != dense).sum())
-        masks = {key: measuring.connected(weight) for key, weight in measuring.prunable(network).items()}
+        masks = measuring.masks(network)
         sparsity = f"{100 * measuring.total(measuring.count(masks)).sparsity:.2f} %"
 
         def seconds(parts: tuple[Tensor, ...], made=made) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a file: its folder, where `c10` would be this script, gives way to the repository
+if not __package__:  # run as a file: import from the repository, not from this folder, where `c10` is this script
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from c10.data import CIFAR10
@@ -28,7 +28,7 @@ EXPERIMENT = Experiment(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    from training import script  # which loading a network does not need
+    from training import script  # here, because loading a network does not need it
 
     return script.run(EXPERIMENT, argv)
 

@@ -1,4 +1,4 @@
-"""CIFAR-10, as torchvision keeps it or in class folders of images."""
+"""CIFAR-10, from torchvision's files or from class folders of images."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def read_cifar10(folder: Path) -> Dataset:
 
     if any((folder / part).is_dir() for part in ("train", "test")):
         return Dataset(*(read_class_folders(folder / part, CLASSES, 32, 32) for part in ("train", "test")))
-    # they are pickles, which could run code: torchvision opens none whose MD5 is not the published one's
+    # the files are pickles, which could run code: torchvision opens only those with the published MD5
     base, meta = folder / CIFAR10.base_folder, CIFAR10.meta
     published = [*CIFAR10.train_list, *CIFAR10.test_list, (meta["filename"], meta["md5"])]
     parts = torchvision_parts(
         CIFAR10,
         folder,
-        "cifar-10-batches-py, or train/<class>/* and test/<class>/* images,",
+        "cifar-10-batches-py (this program also reads images train/<class>/* and test/<class>/*)",
         [(folder / CIFAR10.filename, CIFAR10.tgz_md5), *((base / name, md5) for name, md5 in published)],
     )
     return Dataset(

@@ -14,7 +14,7 @@ def block(width: int) -> tuple[nn.Module, nn.Module, nn.Module]:
 class Cifar10Net(SpikingNetwork):
     """Maps images [N, 3, 32, 32] to spike counts [N, 10], each the average over ten output neurons.
 
-    No biases but BatchNorm's. The dropout mask is drawn once per batch and held for all time steps.
+    Only BatchNorm has biases. A dropout mask is drawn for each batch and used for all its time steps.
 
     Args:
         T, step_mode: see :class:`spiking.SpikingNetwork`.
@@ -55,4 +55,4 @@ class Cifar10Net(SpikingNetwork):
         return self.fc(self.conv(current))
 
     def readout(self, counts: Tensor) -> Tensor:
-        return self.boost(counts.unsqueeze(1)).squeeze(1)  # without a channel axis, AvgPool1d refuses an empty batch
+        return self.boost(counts.unsqueeze(1)).squeeze(1)  # AvgPool1d needs a channel axis for an empty batch

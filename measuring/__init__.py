@@ -1,10 +1,11 @@
-"""What a network is and what it costs: connections, spikes, accuracy, energy, paths; each defined once."""
+"""Measures a network: connections, spikes, accuracy, energy and paths. Each is defined once, here."""
 
 from measuring.classification import Evaluation, accuracy, confusion, correct, evaluate, loss_function, wilson_interval
 from measuring.connections import (
     Connections,
     connected,
     count,
+    masks,
     pack,
     prunable,
     record_connections,

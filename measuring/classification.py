@@ -1,4 +1,4 @@
-"""Classification: the loss, and how many predictions are right."""
+"""Classification: the loss and the number of correct predictions."""
 
 import math
 from collections.abc import Iterable
@@ -16,14 +16,14 @@ def loss_function(counts: Tensor, labels: Tensor, T: int) -> Tensor:
 
 
 def correct(counts: Tensor, labels: Tensor) -> Tensor:
-    """How many predictions, the class with the most spikes, are right: 0-dimensional."""
+    """The number of correct predictions, a 0-dimensional tensor. The prediction is the class with the most spikes."""
     return (counts.argmax(1) == labels).sum()
 
 
 def confusion(counts: Tensor, labels: Tensor) -> Tensor:
-    """How often images of each class (rows) were taken for each class (columns): int64 [classes, classes].
+    """The confusion matrix, true classes by predicted classes: int64 [classes, classes], on the same device.
 
-    Counts are [N, classes], labels [N]; the prediction is that of :func:`correct`. Nothing leaves the device.
+    ``counts`` are [N, classes], ``labels`` [N]. The prediction is that of :func:`correct`.
     """
     classes = counts.shape[1]
     cells = labels * classes + counts.argmax(1)
@@ -32,26 +32,26 @@ def confusion(counts: Tensor, labels: Tensor) -> Tensor:
 
 
 def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share of which ``right`` of ``n`` were seen; 95 % with z = 1.96.
+    """Wilson's score interval for the probability of success, given ``right`` of ``n``; 95 % with z = 1.96.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", Journal of the
     American Statistical Association 22 (1927).
 
     Raises:
-        ValueError: not 0 <= right <= n with n >= 1.
+        ValueError: unless 0 <= right <= n and n >= 1.
     """
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"right={right}, n={n} is not accepted: must be 0 <= right <= n, and n >= 1")
     share, z2 = right / n, z * z
     center = (right + z2 / 2) / (n + z2)
     half = z * math.sqrt(n * share * (1 - share) + z2 / 4) / (n + z2)
-    # the ends are exact, where rounding would leave them a little off
+    # without rounding errors at the ends
     return 0.0 if right == 0 else center - half, 1.0 if right == n else center + half
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over labelled images gave: their confusion matrix, int64 [classes, classes] on the CPU."""
+    """The result of one pass over labelled images: the confusion matrix, int64 [classes, classes], on the CPU."""
 
     confusion: Tensor
 
@@ -61,7 +61,7 @@ class Evaluation:
 
     @property
     def right(self) -> int:
-        """How many images were classified correctly."""
+        """The number of images that were classified correctly."""
         return int(self.confusion.diagonal().sum())
 
     @property
@@ -72,7 +72,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Runs the network, in eval mode, once over all batches; the host waits for the device at the end only."""
+    """Runs the network in eval mode over all batches. The host waits for the device only at the end."""
     network.eval()
     matrix = torch.zeros((), dtype=torch.int64, device="cpu")
     for inputs, labels in batches:
@@ -81,5 +81,5 @@ def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Ev
 
 
 def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The share of images that the network, in eval mode, classifies correctly."""
+    """The share of images that the network classifies correctly in eval mode."""
     return evaluate(network, batches).accuracy

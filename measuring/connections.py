@@ -1,7 +1,7 @@
-"""Connections: which weights can be pruned, which are connected, and how many.
+"""Connections: which weights are prunable, which are connected, and how many.
 
-A connection is connected when its weight is not 0. Sparsity is the share of pruned (not connected)
-weights, connectivity = 1 - sparsity the share of connected ones.
+A weight is connected if it is not 0; otherwise it is pruned. Sparsity is the share of pruned weights, and
+connectivity = 1 - sparsity the share of connected weights.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that pruning is about, by name: those of linear and convolutional layers, so all but BatchNorm's."""
+    """The prunable weights by name: those of linear and convolutional layers."""
     return {
         f"{name}.weight": module.weight
         for name, module in network.named_modules()
@@ -22,24 +22,29 @@ def prunable(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def connected(weight: Tensor) -> Tensor:
-    """Which connections are connected: bool, of the weight's shape. The one definition: w != 0."""
+    """Which weights are connected: bool, of the weight's shape. The one definition: w != 0."""
     return weight.detach() != 0
 
 
+def masks(network: nn.Module) -> dict[str, Tensor]:
+    """Which prunable weights of a network are connected, by name."""
+    return {name: connected(weight) for name, weight in prunable(network).items()}
+
+
 def pack(mask: Tensor) -> Tensor:
-    """A bool tensor as bits, uint8 [(n + 7) // 8], on the CPU."""
+    """Packs n bools into bits: uint8 [(n + 7) // 8], on the CPU."""
     return torch.from_numpy(np.packbits(mask.flatten().cpu().numpy()))
 
 
 def unpack(bits: Tensor, like: Tensor) -> Tensor:
-    """The bool tensor of the shape and on the device of ``like`` that was packed."""
+    """Unpacks bits to bools, with the shape and on the device of ``like``."""
     mask = np.unpackbits(bits.numpy(), count=like.numel()).astype(bool)
     return torch.from_numpy(mask).view(like.shape).to(like.device)
 
 
 @dataclass(frozen=True)
 class Connections:
-    """How many connections there are, of how many weights; per layer or in all."""
+    """The number of connected weights and of all weights, of one layer or several."""
 
     connected: int
     weights: int
@@ -60,12 +65,12 @@ class Connections:
 
 
 def count(masks: dict[str, Tensor]) -> dict[str, Connections]:
-    """Counts the connections of every layer from its mask of connected weights."""
+    """Counts the connections of each layer from its mask of connected weights."""
     return {name: Connections(int(mask.sum()), mask.numel()) for name, mask in masks.items()}
 
 
 def total(layers: dict[str, Connections], others: int = 0) -> Connections:
-    """All layers together; ``others`` further parameters, such as BatchNorm's, count as connected."""
+    """The sum over all layers, and over ``others`` more parameters that are never pruned, such as BatchNorm's."""
     return Connections(
         sum(layer.connected for layer in layers.values()) + others,
         sum(layer.weights for layer in layers.values()) + others,
@@ -73,16 +78,16 @@ def total(layers: dict[str, Connections], others: int = 0) -> Connections:
 
 
 def rewired(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Counts, per layer, the connections pruned and those regrown between two sets of masks."""
+    """Counts, for each layer, the connections that were pruned and regrown between two sets of masks."""
     return {
         name: (int((before[name] & ~mask).sum()), int((~before[name] & mask).sum())) for name, mask in after.items()
     }
 
 
 def record_connections(record: Callable[..., None], layers: dict[str, Connections], others: int | None = None) -> None:
-    """Records the connections of all layers, by ``record(key, number)``, and of each, by ``layer=name`` as well.
+    """Records the connections of the network by ``record(key, number)``, and those of each layer with ``layer=name``.
 
-    With ``others``, the number of parameters that are never pruned, also what the network's shares are with these.
+    With ``others``, the number of parameters that are never pruned, it also records the shares of all parameters.
     """
     record("sparsity", total(layers).sparsity)
     record("connectivity", total(layers).connectivity)
@@ -97,7 +102,7 @@ def record_connections(record: Callable[..., None], layers: dict[str, Connection
 
 
 def record_rewired(record: Callable[..., None], layers: dict[str, tuple[int, int]]) -> None:
-    """Records what :func:`rewired` counted, of all layers together and of each."""
+    """Records the numbers of :func:`rewired`, for the network and for each layer."""
     record("pruned", sum(pruned for pruned, _ in layers.values()))
     record("regrown", sum(regrown for _, regrown in layers.values()))
     for name, (pruned, regrown) in layers.items():

@@ -1,4 +1,4 @@
-"""Distributions of a layer's values."""
+"""Histograms of a layer's values."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ BINS = 64
 
 
 def distribution(values: Tensor) -> dict[str, list]:
-    """A histogram from the least to the greatest value: ``edges`` (one more than bins) and ``counts``."""
+    """A histogram from the smallest to the largest value: ``edges``, one more than bins, and ``counts``."""
     values = values.detach().flatten()
     low, high = (float(end) for end in values.aminmax())
     if low == high:

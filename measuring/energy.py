@@ -1,16 +1,14 @@
-"""What an image costs: synaptic operations per layer, and the energy of their arithmetic.
+"""The cost of an image: synaptic operations per layer, and the energy of their arithmetic.
 
-A spike that arrives at a connected weight (w != 0) costs one synaptic operation: one accumulate (AC),
-whatever the hardware does in between. Weights of 0 cost nothing, and so do the taps of a kernel that
-would lie on the padding: a spike at the border meets fewer weights. What arrives is counted where it
-arrives, so that max pooling between neurons and weights has its effect. The first layer takes real
-numbers and runs once per image: every input value at every connected weight is one multiply-accumulate
-(MAC); a pixel of value 0 counts like any other (after normalisation it is none). BatchNorm (which
-inference can fold into the weights), biases, pooling and the neurons' own updates are not counted.
+A spike that arrives at a connected weight (w != 0) costs one synaptic operation: one accumulate (AC). Weights of 0
+cost nothing. Padding costs nothing either: a spike at the border meets fewer weights of a kernel. Spikes are counted
+at the input of the weights, so after max pooling. The first layer gets real numbers and runs once per image: each
+input value at each connected weight costs one multiply-accumulate (MAC), whatever its value. BatchNorm (which can be
+folded into the weights), biases, pooling and the updates of the neurons are not counted.
 
-Energy of 32-bit floating point arithmetic in 45 nm at 0.9 V: 0.9 pJ per addition, 3.7 pJ per
-multiplication; no memory access, no communication. M. Horowitz, "Computing's energy problem (and what
-we can do about it)", ISSCC 2014, doi 10.1109/ISSCC.2014.6757323.
+Energy of 32-bit floating point arithmetic in 45 nm at 0.9 V: 0.9 pJ per addition, 3.7 pJ per multiplication, without
+memory access and communication. M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014,
+doi 10.1109/ISSCC.2014.6757323.
 """
 
 from collections.abc import Iterable
@@ -27,19 +25,19 @@ from spiking import SpikingNetwork
 PICOJOULES_PER_AC = 0.9
 PICOJOULES_PER_MAC = 0.9 + 3.7
 
-# what may stand between neurons and weights without changing the spikes, in eval mode
+# in eval mode, these leave spikes unchanged between neurons and weights
 _IDENTITIES = (nn.Sequential, nn.Flatten, layer.Dropout, surrogate.SurrogateFunctionBase)
 
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of one layer for all images together.
+    """The operations of one layer, summed over all images.
 
     Attributes:
-        images: how many images caused them.
+        images: the number of images.
         pruned: the operations at connected weights.
-        dense: the operations if all weights were connected, with the same inputs.
-        kind: "MAC" for the first layer, "SynOp" for all others.
+        dense: the operations for the same inputs if all weights were connected.
+        kind: "MAC" for the first layer, "SynOp" for the other layers.
     """
 
     images: int
@@ -55,14 +53,14 @@ class Operations:
 
 @dataclass(frozen=True)
 class Energy:
-    """Energy per image in picojoules, as pruned and with all weights connected."""
+    """Energy per image in picojoules: of the connected weights, and if all weights were connected."""
 
     pruned: float
     dense: float
 
 
 def energy_per_image(layers: Iterable[Operations]) -> Energy:
-    """The energy per image of some layers' operations together."""
+    """The energy per image, summed over layers."""
     layers = list(layers)
     return Energy(
         sum(operations.pruned * operations.picojoules / operations.images for operations in layers),
@@ -71,24 +69,24 @@ def energy_per_image(layers: Iterable[Operations]) -> Energy:
 
 
 def fan_out(module: nn.Linear | nn.Conv2d, mask: Tensor, shape: torch.Size) -> Tensor:
-    """How many of the layer's weights in ``mask`` each element of an input of ``shape`` meets.
+    """Counts, for each input element of a layer, the weights in ``mask`` to which it is connected.
 
     Args:
-        module: gives stride, padding, dilation and groups of a convolution.
+        module: the layer; a convolution's stride, padding, dilation and groups matter.
         mask: bool, of the weight's shape.
-        shape: of the input without batch: [C, H, W] of a convolution, [in] of a linear layer.
+        shape: the input's shape without the batch: [C, H, W] for a convolution, [in] for a linear layer.
 
     Returns:
         int64 of ``shape``, on the device of ``mask``.
 
     Raises:
-        ValueError: a convolution pads with something else than zeros, which costs operations of its own.
+        ValueError: a convolution does not pad with zeros; other padding would cost operations, too.
     """
     if isinstance(module, nn.Linear):
         return mask.sum(0)
     if module.padding_mode != "zeros":
         raise ValueError(f"padding_mode={module.padding_mode!r} is not accepted: operations are counted with 'zeros'")
-    # the transpose of the convolution, of ones; float64 is exact, whatever the device does to float32
+    # the transposed convolution of ones; float64 is exact, float32 may not be on a GPU
     with torch.enable_grad():
         x = torch.zeros(1, *shape, dtype=torch.float64, device=mask.device, requires_grad=True)
         out = F.conv2d(x, mask.double(), None, module.stride, module.padding, module.dilation, module.groups)
@@ -97,13 +95,13 @@ def fan_out(module: nn.Linear | nn.Conv2d, mask: Tensor, shape: torch.Size) -> T
 
 
 class OperationCounter(SpikeCounter):
-    """A :class:`SpikeCounter` that counts the spikes before every weight as well, for :meth:`operations`.
+    """A :class:`SpikeCounter` that also counts the spikes at the input of each layer, for :meth:`operations`.
 
-    The synaptic operations of a layer are the sum over its inputs of the spikes that arrive there times
-    the connected weights that they meet (:func:`fan_out`). So one count per input neuron is all that is
-    recorded; it stays on the device until :meth:`operations` is called.
+    The synaptic operations of a layer are the sum over its inputs of the spikes times the connected weights that each
+    meets (:func:`fan_out`). So it records one count per input element, which stays on the device until
+    :meth:`operations` is called.
 
-    The first layer in order, which :meth:`spiking.SpikingNetwork.static` runs, is the real-valued one.
+    The first layer, which :meth:`spiking.SpikingNetwork.static` runs, is the one with real-valued inputs.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -122,7 +120,7 @@ class OperationCounter(SpikeCounter):
         return self
 
     def _rows(self, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The layer's input with one leading axis for all time steps and images: [rows, C, H, W] or [rows, in]."""
+        """A layer's input, with time steps and images in one axis: [rows, C, H, W] or [rows, in]."""
         axes = 3 if isinstance(self._weighted[name], nn.Conv2d) else 1
         x = inputs[0].detach()
         return x.reshape(-1, *x.shape[-axes:])
@@ -138,14 +136,14 @@ class OperationCounter(SpikeCounter):
     def _count_arrivals(self, name: str):
         def count_arrivals(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = self._rows(name, inputs)
-            # one batch's sum is exact in float32, the sum of all in float64, which shows what is no spike
+            # float32 is exact for one batch, float64 for all batches; a fraction shows inputs that are no spikes
             self._arrived[name] = self._arrived.get(name, 0) + rows.sum(0, dtype=torch.float32).double()
             self._rows_counted[name] = self._rows_counted.get(name, 0) + len(rows)
 
         return self._counted(count_arrivals)
 
     def _neurons_before(self, name: str) -> str:
-        """The layer of neurons whose spikes arrive unchanged, where a fused kernel ran the layer without its hook."""
+        """The neurons whose spikes a layer receives unchanged. Needed if a fused kernel ran it without its hook."""
         modules = list(self.network.named_modules())
         position = [other for other, _ in modules].index(name)
         for other, module in reversed(modules[:position]):
@@ -153,24 +151,24 @@ class OperationCounter(SpikeCounter):
                 return other
             if not isinstance(module, _IDENTITIES):
                 break
-        raise ValueError(f"{name} was not run as a layer, and what arrives there is not what neurons send")
+        raise ValueError(f"{name} was not run as a layer, and its inputs are not the spikes of the neurons before it")
 
     def _arrivals(self, name: str) -> Tensor:
         first = next(iter(self._weighted))
         if name != first and self._rows_counted.get(name, 0) < self._images * self.network.T:
-            return self._counts[self._neurons_before(name)]  # of some images a fused kernel ran the layer
+            return self._counts[self._neurons_before(name)]  # a fused kernel ran the layer for some images
         arrived = self._arrived[name]
         counts = arrived.long()
         if not torch.equal(counts.double(), arrived):
-            raise ValueError(f"{name} is not the first layer, but what arrives there are not spikes")
+            raise ValueError(f"{name} is not the first layer, but its inputs are not spikes")
         return counts
 
     def operations(self) -> dict[str, Operations]:
-        """The operations of every layer, by its weight's name, as the weights are now.
+        """The operations of each layer with its current weights, by the weight's name.
 
         Raises:
-            ValueError: no image was counted; what arrives at a layer after the first are not spikes; or
-                a convolution's padding is not of zeros.
+            ValueError: no image was counted, a layer after the first has inputs that are not spikes, or a convolution
+                does not pad with zeros.
         """
         if not self._images:
             raise ValueError("no image was counted")

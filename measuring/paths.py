@@ -1,14 +1,13 @@
-"""Structural connectivity: the connections that lie on some path from an input to an output.
+"""Structural connectivity: the connections on a path from an input to an output.
 
-A connected weight changes nothing when no input reaches the unit that it starts from, or when the unit
-that it ends at reaches no output. What remains after both are taken away is the structural network.
+A connected weight has no effect if no input reaches the unit where it starts, or if the unit where it ends reaches no
+output. The structural network is what remains without such weights.
 
-A unit is a feature of a linear layer or a channel of a convolution, and a weight of a kernel is a
-connection between its two channels: positions within a channel are not told apart. Where a convolution
-is flattened into a linear layer, a channel is connected by every weight at any of its positions. So, in
-a convolution, the count is an upper bound of what paths through single neurons would give. All pixels
-are inputs, all units of the last layer outputs. Biases and BatchNorm's shifts are no inputs, although
-they may let a unit spike that nothing reaches.
+A unit is a feature of a linear layer or a channel of a convolution. Each weight of a kernel connects two channels,
+whatever its position. After flattening, each weight at any position of a channel connects that channel. So for
+convolutions the count is an upper bound of the count over paths through single neurons. All pixels are inputs; all
+units of the last layer are outputs. Biases and BatchNorm's shifts do not count as inputs, although they can make an
+unreached unit spike.
 """
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor
 
 
 def _adjacency(mask: Tensor) -> Tensor:
-    """Which units of a layer are connected, [out, in], from its mask of a linear layer or a convolution."""
+    """Which units a layer connects: [out, in], from the mask of its weight."""
     return mask if mask.dim() == 2 else mask.flatten(2).any(2)  # [out, in, kernel height, kernel width]
 
 
 def _positions(masks: dict[str, Tensor]) -> list[int]:
-    """For every layer, how many of its inputs come from one unit before: 1, or after flattening H x W."""
+    """The inputs of each layer per unit of the layer before: 1, or H x W after flattening."""
     positions, before, units = [], None, None
     for name, mask in masks.items():
         if mask.dim() not in (2, 4):
@@ -36,27 +35,27 @@ def _positions(masks: dict[str, Tensor]) -> list[int]:
 
 
 def structural(masks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Which connections are structural, from which are connected.
+    """Finds the structural connections among the connected ones.
 
     Args:
-        masks: bool by layer, a chain in the order of the layers: [out, in] of linear layers,
-            [out, in, kernel height, kernel width] of convolutions.
+        masks: the connected weights, bool, of a chain of layers in order: [out, in] for linear layers,
+            [out, in, kernel height, kernel width] for convolutions.
 
     Returns:
-        Masks of the same names, shapes and devices; to be counted with :func:`measuring.count`.
+        The structural connections: masks of the same names, shapes and devices.
 
     Raises:
         ValueError: a layer's inputs do not fit the units of the layer before.
     """
     positions = _positions(masks)
     adjacencies = [_adjacency(mask) for mask in masks.values()]
-    reached = []  # by layer: which of its inputs are reached from an input of the network
+    reached = []  # for each layer: which of its inputs an input of the network reaches
     units = torch.ones_like(adjacencies[0][0])
     for adjacency, size in zip(adjacencies, positions, strict=True):
         reached.append(units.repeat_interleave(size))
         units = (adjacency & reached[-1]).any(1)
     result = {}
-    units = torch.ones_like(adjacencies[-1][:, 0])  # which units of a layer reach an output
+    units = torch.ones_like(adjacencies[-1][:, 0])  # which outputs of a layer reach an output of the network
     for name, adjacency, size, inputs in reversed(list(zip(masks, adjacencies, positions, reached, strict=True))):
         mask = masks[name]
         on_path = units.unsqueeze(1) & inputs

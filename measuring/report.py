@@ -1,9 +1,9 @@
-"""A network evaluated in full, by one pass over the test set: the numbers, to print and to record."""
+"""The full test of a network in one pass over the test set: the numbers, to print and to record."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import measuring
 from measuring import Connections, energy, neuron_results, paths
@@ -12,15 +12,15 @@ from spiking import SpikingNetwork
 
 @dataclass(frozen=True)
 class Report:
-    """What a test finds out; :meth:`lines` gives every number to read, :meth:`record` to store.
+    """The results of a test.
 
     Attributes:
-        epoch: how many epochs the network was trained.
-        evaluation: predictions and labels of all images.
-        connected: connections of every layer, by its weight's name.
-        structural: those on a path from an input to an output, see :mod:`measuring.paths`.
-        rates: firing rate of every neuron, by the LIF layer's name: spikes per image and time step.
-        operations: operations of every layer, by its weight's name, see :mod:`measuring.energy`.
+        epoch: the number of epochs for which the network was trained.
+        evaluation: the confusion matrix of all images.
+        connected: the connections of each layer, by the weight's name.
+        structural: the connections on a path from an input to an output, see :mod:`measuring.paths`.
+        rates: the firing rate of each neuron, in spikes per image and time step, by the LIF layer's name.
+        operations: the operations of each layer, by the weight's name, see :mod:`measuring.energy`.
     """
 
     epoch: int
@@ -31,7 +31,7 @@ class Report:
     operations: dict[str, energy.Operations]
 
     def lines(self) -> list[str]:
-        """The report for the console, at most 100 columns wide."""
+        """The report for the console, up to 100 columns wide."""
         blocks = [
             self._accuracy_lines(),
             self._structural_lines(),
@@ -94,7 +94,7 @@ class Report:
         ]
 
     def record(self, record: Callable[..., None]) -> None:
-        """Records every number by a call ``record(key, number)``, or with ``layer=name`` for each layer."""
+        """Records each number by ``record(key, number)``, and those of a layer with ``layer=name``."""
         seen = self.evaluation
         record("epoch", self.epoch)
         record("accuracy", seen.accuracy)
@@ -119,15 +119,15 @@ class Report:
 
 
 def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Report:
-    """Tests a network, in eval mode, in one pass over all batches.
+    """Tests a network in eval mode, in one pass over all batches.
 
     Raises:
-        ValueError: the network's operations cannot be counted, see :class:`measuring.energy.OperationCounter`,
-            or its layers are no chain, see :func:`measuring.paths.structural`.
+        ValueError: the operations cannot be counted, see :class:`measuring.energy.OperationCounter`, or the layers do
+            not form a chain, see :func:`measuring.paths.structural`.
     """
     with energy.OperationCounter(network) as counter:
         evaluation = measuring.evaluate(network, batches)
-    masks = _masks(network)
+    masks = measuring.masks(network)
     return Report(
         epoch,
         evaluation,
@@ -136,10 +136,6 @@ def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]],
         counter.rates(),
         counter.operations(),
     )
-
-
-def _masks(network: nn.Module) -> dict[str, Tensor]:
-    return {name: measuring.connected(weight) for name, weight in measuring.prunable(network).items()}
 
 
 def percent(fraction: float) -> str:
@@ -155,7 +151,7 @@ def _share(part: float, whole: float) -> str:
 
 
 def _table(rows: list[list[str]]) -> list[str]:
-    """Aligns columns, the first to the left, numbers to the right."""
+    """Aligns the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

@@ -18,7 +18,7 @@ def read_mnist(folder: Path) -> Dataset:
     if not all(path.is_file() for part in parts for path in part):
         published = ((raw / name, md5) for name, md5 in MNIST.resources)
         torchvision_parts(MNIST, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte", published)
-    # torchvision checks the MD5 of downloads only, and what it then reads with assertions that have no text
+    # not read by torchvision: it checks the MD5 only of downloads, and its assertions have no message
     return Dataset(
         *(Split(read_idx(images, (28, 28)).unsqueeze(1), read_idx(labels).long()) for images, labels in parts)
     )
@@ -27,8 +27,8 @@ def read_mnist(folder: Path) -> Dataset:
 def read_digits(folder: Path) -> Dataset:
     """scikit-learn's digits: 1797 images of 8x8 pixels, part of the UCI Optical Recognition of Handwritten Digits.
 
-    Scaled to 28x28 (bilinear) so that they fit MNIST's network. Every sixth image is a test image; the
-    same people wrote both parts, so the accuracy is not to be set beside MNIST's.
+    Scaled to 28x28 (bilinear) for MNIST's network. Every sixth image is a test image. The same people wrote both
+    parts, so the accuracy is not comparable to MNIST's.
     """
     try:
         from sklearn.datasets import load_digits
@@ -50,8 +50,8 @@ DIGITS = DataSource(
     "digits",
     read_digits,
     (1, 28, 28),
-    mean=(0.1307,),  # MNIST's: the digits stand in for it
+    mean=(0.1307,),  # MNIST's, which the digits replace in trials
     std=(0.3081,),
     augmentation=AUGMENTATION,
-    about="scikit-learn's 1797 small digits, which need no download",
+    about="scikit-learn's 1797 small digits, without a download",
 )

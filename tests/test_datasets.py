@@ -205,7 +205,7 @@ def test_a_pickle_that_is_not_cifar10s_is_never_opened(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("0001.bmp", r"0001\.bmp is an image, but not \.png, \.jpg or \.jpeg; move it away, or convert it"),
+        ("0001.bmp", r"0001\.bmp is an image, but not \.png, \.jpg or \.jpeg; move it away or convert it"),
         ("0001.webp", r"0001\.webp is an image, but"),
         ("more", r"more is a folder in a class folder"),
     ],

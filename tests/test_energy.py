@@ -284,7 +284,7 @@ def test_what_is_no_spike_is_refused():
     network.body[0] = nn.Identity()  # the next layer gets a current
     with torch.no_grad(), energy.OperationCounter(network) as counter:
         network(torch.rand(2, 1, 6, 6) + 0.1)
-    with pytest.raises(ValueError, match=r"body\.1 is not the first layer, but what arrives there are not spikes"):
+    with pytest.raises(ValueError, match=r"body\.1 is not the first layer, but its inputs are not spikes"):
         counter.operations()
 
 

@@ -140,7 +140,7 @@ def jpeg_of_size(side):
         pytest.param(
             saved(icc_profile=profile(swap=True)), "its colours are not sRGB: its profile is 'sRGB", id="profile"
         ),
-        pytest.param(saved("L", icc_profile=profile()), "is not one for its channels", id="profile of another mode"),
+        pytest.param(saved("L", icc_profile=profile()), "does not fit its channels", id="profile of another mode"),
         pytest.param(saved(icc_profile=b"none" * 40), "cannot open profile", id="profile that is none"),
         pytest.param(
             png(PIXELS, 8, 2, (b"gAMA", struct.pack(">I", 100_000))), "not sRGB: it has a gamma of 1", id="linear"

@@ -80,7 +80,7 @@ class Trainer:
         self.weights = measuring.prunable(network)
         self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
-        self.masks = self._masks()
+        self.masks = measuring.masks(network)
         self.lengths: dict[str, int] = {}  # of the log files, at the checkpoint
         self._begin_epoch()
         self.first_step = 0  # of this process
@@ -99,9 +99,6 @@ class Trainer:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.options.device)
         self.right = torch.zeros((), dtype=torch.int64, device=self.options.device)
         self.seconds = {"train": 0.0, "test": 0.0, "checkpoint": 0.0}
-
-    def _masks(self) -> dict[str, Tensor]:
-        return {name: measuring.connected(weight) for name, weight in self.weights.items()}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -280,7 +277,7 @@ class Trainer:
         with measuring.SpikeCounter(self.network) if full else contextlib.nullcontext() as spikes:
             accuracy = self._accuracy()
         self.best_accuracy = max(self.best_accuracy, accuracy)
-        before, self.masks = self.masks, self._masks()
+        before, self.masks = self.masks, measuring.masks(self.network)
         batches, (group, *_) = len(self.training), self.optimizers[0].param_groups
         with self.recorder.epoch(epoch, full) as record:
             record("epoch", epoch)

@@ -1,4 +1,4 @@
-"""Images, from the files that publish them to the batches of a run."""
+"""Images: from published files to the batches of a run."""
 
 from training.data.batches import TestBatches, TrainingBatches
 from training.data.dataset import Dataset, DataSource, Split

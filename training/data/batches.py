@@ -14,18 +14,18 @@ from training.errors import Refusal
 
 
 class TrainingBatches:
-    """The batches of training epochs: shuffled, augmented, normalised, the last incomplete one dropped.
+    """The batches of a training epoch: shuffled, augmented and normalised, without the last incomplete batch.
 
     Args:
-        split: the training part, on the device of the network.
+        split: the training images, on the device of the network.
         batch_size: at most the number of images.
         augmentation: :class:`RandomAffine` or :class:`RandomCropFlip`.
-        normalisation: from uint8 to the network's input.
-        generator: of the order and of the augmentation, on the CPU; each epoch draws from it once, at its start.
-        fused: let a fused kernel make the batches where there is one, bitwise the same.
+        normalisation: maps uint8 images to the network's input.
+        generator: a CPU generator for the order and the augmentation; only the start of an epoch draws from it.
+        fused: makes the batches with a fused kernel if there is one; they are bitwise the same.
 
     Raises:
-        Refusal: the training part is smaller than a batch.
+        Refusal: there are fewer training images than a batch holds.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TrainingBatches:
     ):
         if batch_size > len(split):
             raise Refusal(
-                f"argument -b/--batch-size: must be at most {len(split)}, the training images, not {batch_size}"
+                f"argument -b/--batch-size: must be at most {len(split)} (all training images), not {batch_size}"
             )
         self.split, self.batch_size, self.generator = split, batch_size, generator
         self.augmentation, self.normalisation = augmentation, normalisation
@@ -50,7 +50,7 @@ class TrainingBatches:
         return len(self.split) // self.batch_size
 
     def _kernel_applies(self) -> bool:
-        """Whether affine_lookup computes what _inputs does otherwise."""
+        """Whether the kernel computes the same as the other branch of :meth:`_inputs`."""
         images, parts = self.split.images, (self.augmentation, self.normalisation)
         known = [type(part) for part in parts] == [RandomAffine, Normalisation]
         as_made = not any(hasattr(type(part), key) for part in parts for key in vars(part))
@@ -58,13 +58,13 @@ class TrainingBatches:
         return known and as_made and takes and spiking_kernels.unavailable() is None
 
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
-        """The images of one batch, as the network takes them."""
+        """The network's input for one batch."""
         if self.fused:
             return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.table)
         return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
 
     def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the (images, labels) of one epoch from batch ``start`` on: float32 [B, C, H, W] and int64 [B]."""
+        """Yields an epoch's (images, labels) from batch ``start``: float32 [B, C, H, W] and int64 [B]."""
         device = self.split.images.device
         self.order = torch.randperm(len(self.split), generator=self.generator, device="cpu")
         order = self.order.to(device)
@@ -78,14 +78,14 @@ class TrainingBatches:
         return self.epoch()
 
     def indices(self, step: int) -> Tensor:
-        """Which training images the batch ``step`` of the epoch begun has, int64 [B]."""
+        """The indices of the training images in batch ``step`` of the current epoch: int64 [B]."""
         return self.order[step * self.batch_size : (step + 1) * self.batch_size]
 
 
 class TestBatches:
-    """All images of a split in their order, normalised: (images, labels), the last batch as it comes."""
+    """All images of a split in order, normalised, as (images, labels). The last batch may be smaller."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
+    __test__ = False  # not a test class of pytest
 
     def __init__(self, split: Split, batch_size: int, normalisation: Normalisation):
         self.split, self.batch_size, self.normalisation = split, batch_size, normalisation

@@ -1,4 +1,4 @@
-"""Data sets: what an experiment can train on, and its images in memory."""
+"""Data sets: where they come from, and their images in memory."""
 
 import zlib
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Dataset:
     test: Split
 
     def fingerprint(self) -> str:
-        """A checksum of all images and labels, to tell one data set from another."""
+        """A checksum of all images and labels, which identifies the data."""
         checksum = 0
         for split in (self.train, self.test):
             for tensor in (split.images, split.labels):
@@ -44,16 +44,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set that an experiment can train on: where its images come from, and how they enter the network.
+    """A data set on which an experiment can train.
 
     Attributes:
-        name: what --dataset takes.
-        read: reads the data set from a folder (--dataset-dir), or downloads it there; raises Refusal.
-        shape: of an image: channels, height, width.
-        mean, std: of the pixels, which are scaled to [0, 1], for each channel; images are normalised with them.
-        augmentation: of the training images.
-        about: for --help, where the name alone does not say enough.
-        classes: labels are from 0 to classes - 1.
+        name: its name for --dataset.
+        read: reads the data set from the folder --dataset-dir, or downloads it there; may raise Refusal.
+        shape: the shape of an image: channels, height, width.
+        mean, std: the mean and standard deviation of each channel, for pixels in [0, 1]; they normalise the images.
+        augmentation: the augmentation of the training images.
+        about: an explanation for --help, if needed.
+        classes: the number of classes; labels are from 0 to classes - 1.
     """
 
     name: str
@@ -69,15 +69,15 @@ class DataSource:
         return Normalisation(self.mean, self.std, device)
 
     def load(self, folder: Path) -> Dataset:
-        """Reads the data set from a folder, and checks it.
+        """Reads the data set from a folder and checks shapes and labels.
 
         Raises:
-            Refusal: the data cannot be loaded, or are not what they should be.
+            Refusal: the data cannot be loaded, or a check fails.
         """
         place = f"argument --dataset-dir: {self.name} in {folder}"
         try:
             dataset = self.read(folder)
-        except OSError as error:  # a folder that may not even be looked into
+        except OSError as error:  # for example a folder without permission
             raise Refusal(f"{place} cannot be read: {one_line(error)}") from None
         for split in (dataset.train, dataset.test):
             if split.images.shape[1:] != self.shape or split.images.dtype != torch.uint8:

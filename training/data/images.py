@@ -1,4 +1,4 @@
-"""Reads image files whose picture is exactly 8-bit RGB; refuses all others with one line that says why."""
+"""Reads image files that are exactly 8-bit RGB, and refuses all other files with one line that says why."""
 
 import io
 import stat
@@ -9,30 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
+from training.data.dataset import one_line
 from training.errors import Refusal
 
-LARGEST = 1 << 24  # bytes of a file: a small picture with all that cameras and editors write beside it
-MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # whose values are 8-bit RGB, or lead to it by a table
-SRGB = {  # what PNG's chunks gAMA and cHRM say of sRGB
+LARGEST = 1 << 24  # bytes of a file: enough for a small picture with the metadata of cameras and editors
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # 8-bit RGB, grey or a palette
+SRGB = {  # the values of PNG's chunks gAMA and cHRM for sRGB
     "gamma": (1 / 2.2,),
     "chromaticity": (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06),
 }
 
 
 def read_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
-    """Reads a PNG or JPEG file of this size as it is shown: uint8 [height, width, 3], in sRGB.
+    """Reads a PNG or JPEG file of this size as a viewer shows it: uint8 [height, width, 3], in sRGB.
 
-    What another form of storage says exactly is accepted: grey levels, a palette, an alpha channel that is opaque
-    everywhere, a rotation in the EXIF data, a colour profile that changes nothing. What a conversion would change is
-    refused: more than 8 bits, transparency, CMYK, other colours, several frames. Nothing is decoded before its size is
-    known.
+    It accepts what converts to 8-bit RGB exactly: grey levels, a palette, an opaque alpha channel, a rotation in the
+    EXIF data, a colour profile that changes nothing. It refuses what a conversion would change: more than 8 bits,
+    transparency, CMYK, other colours, several frames. It decodes nothing before it knows the size.
 
     Raises:
         ValueError: the file is not accepted; the text is one line that says why.
         OSError: the file cannot be read.
     """
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
         raise ValueError("it is not a regular file")
     if status.st_size > LARGEST:
         raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST:,}")
@@ -50,7 +50,7 @@ def read_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
     except Image.UnidentifiedImageError:
         raise ValueError("it is damaged, or neither PNG nor JPEG") from None
     except Exception as error:  # Pillow raises whatever its parsers, struct and zlib do
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ValueError(one_line(error)) from None
     return np.asarray(picture)
 
 
@@ -60,7 +60,7 @@ def _check_size(found: tuple[int, int], width: int, height: int) -> None:
 
 
 def _check_png_header(content: bytes, width: int, height: int) -> None:
-    """Refuses 16-bit RGB: Pillow drops its lower half without a word."""
+    """Refuses a PNG with more than 8 bits per channel: Pillow silently drops the lower bits."""
     if content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and len(content) > 24:
         *size, depth = struct.unpack(">IIB", content[16:25])
         _check_size(tuple(size), width, height)
@@ -69,7 +69,7 @@ def _check_png_header(content: bytes, width: int, height: int) -> None:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """The same picture in mode RGB; ValueError where it is not the same."""
+    """The same picture in mode RGB; raises ValueError if it would not be the same."""
     if image.mode not in MODES:
         raise ValueError(f"its colours are {image.mode}, which is not RGB, grey or a palette")
     if image.mode == "P" and np.asarray(image).max() >= len(image.palette.palette) // len(image.palette.mode):
@@ -88,7 +88,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _check_profile(image: Image.Image) -> None:
-    """Raises ValueError if the profile's colours are other numbers in sRGB, beyond rounding."""
+    """Raises ValueError if the conversion from the profile to sRGB changes a colour by more than rounding."""
     grey = image.mode in ("1", "L", "LA")
     values = image.convert("L" if grey else "RGB")
     profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
@@ -96,18 +96,18 @@ def _check_profile(image: Image.Image) -> None:
     try:
         shown = ImageCms.profileToProfile(values, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except ImageCms.PyCMSError:
-        raise ValueError(f"its colour profile {name!r} is not one for its channels") from None
+        raise ValueError(f"its colour profile {name!r} does not fit its channels") from None
     difference = np.asarray(shown, dtype=int) - np.asarray(values.convert("RGB"), dtype=int)
     if np.abs(difference).max() > 1:
         raise ValueError(f"its colours are not sRGB: its profile is {name!r}")
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file in a class folder is to be read; Refusal for an image, or a folder, that would be left out."""
+    """Whether to read a file in a class folder. Raises Refusal for a folder or an unsupported image format."""
     suffix = path.suffix.lower()
     if path.name.startswith(".") or (suffix not in Image.registered_extensions() and not path.is_dir()):
         return False
     if suffix not in (".png", ".jpg", ".jpeg"):
         what = "a folder in a class folder" if path.is_dir() else "an image, but not .png, .jpg or .jpeg"
-        raise Refusal(f"argument --dataset-dir: {path} is {what}; move it away, or convert it")
+        raise Refusal(f"argument --dataset-dir: {path} is {what}; move it away or convert it")
     return True

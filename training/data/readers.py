@@ -1,4 +1,4 @@
-"""Readers of the files that data sets are published in; each file is checked before it is used."""
+"""Readers for the files of published data sets. Each file is checked before use."""
 
 import contextlib
 import io
@@ -18,29 +18,29 @@ from training.errors import Refusal
 
 
 def torchvision_parts(dataset_class: type, folder: Path, files: str, published: Iterable[tuple[Path, str]]) -> list:
-    """The training and the test part by torchvision, downloaded if need be.
+    """Loads the training and the test part of a torchvision data set, and downloads missing files.
 
     Args:
-        dataset_class: torchvision's.
-        folder: that it is given.
-        files: what it looks for there, for the message.
-        published: the files whose MD5 it checks, with that.
+        dataset_class: torchvision's class.
+        folder: its root folder.
+        files: the files that it needs there, for the message.
+        published: the files whose MD5 it checks, with their MD5.
     """
     from torchvision.datasets.utils import check_integrity
 
     try:
-        # torchvision reports its attempts on the standard output
+        # torchvision prints its attempts
         with contextlib.redirect_stdout(io.StringIO()):
             return [dataset_class(root=folder, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # torchvision raises what the operating system, urllib and zlib do
+    except Exception as error:  # torchvision passes on errors of the operating system, urllib and zlib
         reason = one_line(error)
     changed = [str(path) for path, md5 in published if path.is_file() and not check_integrity(path, md5)]
     if changed:
         reason = f"{', '.join(changed)} not as published; {reason}"
     raise Refusal(
-        f"argument --dataset-dir: {dataset_class.__name__} is not usable in {folder} "
-        f"({reason}), where torchvision looks for {files} and downloads what is missing; "
-        "put the files there, or try mnist.py --dataset digits, which needs no download"
+        f"argument --dataset-dir: {dataset_class.__name__} in {folder} is not usable ({reason}). Torchvision expects "
+        f"{files} there and downloads missing files. Copy the files there, or try mnist.py --dataset digits, which "
+        "needs no download"
     )
 
 
@@ -48,7 +48,7 @@ def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
     """Reads an IDX file (yann.lecun.com/exdb/mnist) of bytes: uint8 [N, *shape].
 
     Raises:
-        Refusal: the file is not one, is of another shape, or is not of the length that its header says.
+        Refusal: the file is not an IDX file, or has another shape or another length than its header says.
     """
     try:
         with open(path, "rb") as file:
@@ -70,19 +70,23 @@ def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
     except (OSError, ValueError) as error:
         reason = one_line(error)
     raise Refusal(
-        f"argument --dataset-dir: {path} is not usable: {reason}; put the right one there, or move it away, and "
-        "torchvision downloads it"
+        f"argument --dataset-dir: {path} is not usable: {reason}; replace it, or move it away to have torchvision "
+        "download it"
     )
 
 
 def read_class_folders(folder: Path, classes: Sequence[str], width: int, height: int) -> Split:
-    """Reads images kept as ``<folder>/<class>/<image>``, PNG or JPEG, in the files' order.
+    """Reads PNG or JPEG images ``<folder>/<class>/<image>``, sorted by class and file name.
 
-    Hidden files and folders, and files that are no images by their names, are passed over.
+    It ignores hidden files and folders, and files whose name is not that of an image.
+
+    Args:
+        folder: the folder of the class folders.
+        classes: their names, in alphabetical order.
+        width, height: the size of each image.
 
     Raises:
-        Refusal: the folders are not the ``classes``, in the alphabet's order, or a file is not an image of this size in
-            8-bit RGB, as :func:`training.data.images.read_rgb` says.
+        Refusal: the folders are not the ``classes``, or :func:`training.data.images.read_rgb` refuses a file.
     """
     try:
         found = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
@@ -111,7 +115,7 @@ def read_class_folders(folder: Path, classes: Sequence[str], width: int, height:
             ) from None
 
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # Pillow's, of a picture that is refused for its size a moment later
+        warnings.simplefilter("ignore")  # Pillow's, about a large picture that read_rgb then refuses
         images = np.stack(list(pool.map(read, (path for path, _ in paths))))
     return Split(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),

@@ -1,6 +1,6 @@
-"""What is done to images on their way into a network: augmentation and normalisation.
+"""Augmentation and normalisation of images.
 
-All randomness comes from one CPU generator, so the batches of a seed are the same on every device.
+All randomness comes from one CPU generator, so the batches for a seed are the same on every device.
 """
 
 import math
@@ -12,19 +12,19 @@ from torch import Generator, Tensor
 class RandomAffine:
     """torchvision's RandomAffine (nearest, fill 0) for a batch of uint8 images, each with its own parameters.
 
-    The inverse map is evaluated in 16.16 fixed point, as Pillow does for a PIL image.
+    Like Pillow for a PIL image, it evaluates the inverse map in 16.16 fixed point.
 
     Args:
         degrees: the angle is uniform in [-degrees, degrees].
-        translate: largest shifts, as fractions of width and height; a shift is a whole number of pixels.
-        scale: range of the scale factor.
+        translate: the largest shifts as fractions of width and height; shifts are whole pixels.
+        scale: the range of the scale factor.
     """
 
     def __init__(self, degrees: float, translate: tuple[float, float], scale: tuple[float, float]):
         self.degrees, self.translate, self.scale = degrees, translate, scale
 
     def draw(self, images: Tensor, generator: Generator) -> Tensor:
-        """Draws the transform of every image [N, C, H, W]; returns int32 [N, 6], for :meth:`apply`."""
+        """Draws a transform for each image of [N, C, H, W]; returns int32 [N, 6], for :meth:`apply`."""
         n, _, height, width = images.shape
         uniform = torch.rand(4, n, generator=generator, dtype=torch.float64, device="cpu")
         angle = (2 * uniform[0] - 1) * self.degrees
@@ -35,25 +35,26 @@ class RandomAffine:
 
     @staticmethod
     def inverse(angle: Tensor, shift_x: Tensor, shift_y: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
-        """The inverse maps, output to input pixel, in 16.16 fixed point.
+        """The inverse maps, from output to input pixels, in 16.16 fixed point.
 
-        With x, y the output pixel, the input pixel is (a x + b y + c, d x + e y + f) / 65536, rounded down.
+        The input pixel of the output pixel x, y is (a x + b y + c, d x + e y + f) / 65536, rounded down.
 
         Args:
-            angle: degrees, clockwise, float64 [N]; rotation about the centre, before the shift.
+            angle: degrees, clockwise, float64 [N]; the rotation is about the centre and before the shift.
             shift_x: pixels to the right, float64 [N].
             shift_y: pixels down, float64 [N].
             scale: scale factors, float64 [N].
+            height, width: the size of the images.
 
         Returns:
-            a, b, c, d, e, f of every image, int32 [N, 6].
+            a, b, c, d, e, f of each image, int32 [N, 6].
         """
         radians = angle * (math.pi / 180)
         cos, sin = radians.cos() / scale, radians.sin() / scale
         centre_x, centre_y = width * 0.5, height * 0.5
         offset_x = cos * (-centre_x - shift_x) + sin * (-centre_y - shift_y) + centre_x
         offset_y = -sin * (-centre_x - shift_x) + cos * (-centre_y - shift_y) + centre_y
-        # pixel centres lie at halves
+        # the centre of a pixel is at + 0.5
         start_x = offset_x + cos * 0.5 + sin * 0.5
         start_y = offset_y - sin * 0.5 + cos * 0.5
         matrices = torch.stack([cos, sin, start_x, -sin, cos, start_y], dim=1)
@@ -81,7 +82,7 @@ class RandomCropFlip:
         self.padding = padding
 
     def draw(self, images: Tensor, generator: Generator) -> Tensor:
-        """Draws the transform of every image; returns top, left (of the padded image) and flip, int32 [N, 3]."""
+        """Draws a transform for each image: top and left in the padded image, and flip; int32 [N, 3]."""
         n = len(images)
         corner = torch.randint(0, 2 * self.padding + 1, (n, 2), generator=generator, device="cpu")
         flip = torch.randint(0, 2, (n, 1), generator=generator, device="cpu")
@@ -110,7 +111,7 @@ class Normalisation:
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
 
     def table(self) -> Tensor:
-        """What each pixel value becomes, float32 [256]; for images of one channel."""
+        """The normalised value of each pixel value, float32 [256], for images with one channel."""
         return self(torch.arange(256, device=self.mean.device).view(1, 1, 256)).flatten()
 
     def __call__(self, images: Tensor) -> Tensor:
