@@ -124,10 +124,6 @@ class SpikingNetwork(nn.Module):
         """Maps the spike counts of the output neurons to one number per class."""
         return counts
 
-    def simulate(self, images: Tensor) -> Tensor:
-        """Like :meth:`forward`, but starts from the current membrane potentials and keeps those after T steps."""
-        return self._counts(self.static(images))
-
     def _counts(self, current: Tensor) -> Tensor:
         if self.step_mode == "m":
             spikes = self.spiking(current.expand(self.T, *current.shape))

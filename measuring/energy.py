@@ -11,7 +11,7 @@ memory access and communication. M. Horowitz, "Computing's energy problem (and w
 doi 10.1109/ISSCC.2014.6757323.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -114,33 +114,23 @@ class OperationCounter(SpikeCounter):
 
     def __enter__(self) -> "OperationCounter":
         super().__enter__()
-        first, *others = self._weighted
-        self._hooks.append(self._weighted[first].register_forward_pre_hook(self._count_values(first)))
-        self._hooks += [self._weighted[name].register_forward_pre_hook(self._count_arrivals(name)) for name in others]
+        for number, (name, module) in enumerate(self._weighted.items()):
+            hook = self._count_inputs(name, first=number == 0)
+            self._hooks.append(module.register_forward_pre_hook(hook if number == 0 else self._counted(hook)))
         return self
 
-    def _rows(self, name: str, inputs: tuple[Tensor, ...]) -> Tensor:
-        """A layer's input, with time steps and images in one axis: [rows, C, H, W] or [rows, in]."""
+    def _count_inputs(self, name: str, first: bool) -> Callable[..., None]:
         axes = 3 if isinstance(self._weighted[name], nn.Conv2d) else 1
-        x = inputs[0].detach()
-        return x.reshape(-1, *x.shape[-axes:])
 
-    def _count_values(self, name: str):
-        def count_values(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = self._rows(name, inputs)
-            ones = torch.full(rows.shape[1:], len(rows), dtype=torch.float64, device=rows.device)
-            self._arrived[name] = self._arrived.get(name, 0) + ones
-
-        return count_values
-
-    def _count_arrivals(self, name: str):
-        def count_arrivals(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = self._rows(name, inputs)
+        def count_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            rows = x.reshape(-1, *x.shape[-axes:])  # time steps and images in one axis: [rows, C, H, W] or [rows, in]
             # float32 is exact for one batch, float64 for all batches; a fraction shows inputs that are no spikes
-            self._arrived[name] = self._arrived.get(name, 0) + rows.sum(0, dtype=torch.float32).double()
+            arrived = (torch.ones_like(rows) if first else rows).sum(0, dtype=torch.float32).double()
+            self._arrived[name] = self._arrived.get(name, 0) + arrived
             self._rows_counted[name] = self._rows_counted.get(name, 0) + len(rows)
 
-        return self._counted(count_arrivals)
+        return count_inputs
 
     def _neurons_before(self, name: str) -> str:
         """The neurons whose spikes a layer receives unchanged. Needed if a fused kernel ran it without its hook."""

@@ -563,7 +563,7 @@ def test_a_place_that_cannot_be_written_to_is_refused(option, tmp_path, capsys):
     (tmp_path / "file").touch()
     argv = ["mnist", option, str(tmp_path / "file" / "below")]
     assert reproduce.main([*argv, "--slurm", str(tmp_path / "x")] if option == "--dump-dir" else argv) == 2
-    assert re.match(rf".*: error: argument {option}: cannot write (to )?{tmp_path / 'file'}", capsys.readouterr().err)
+    assert re.match(rf".*: error: argument {option}: cannot write {tmp_path / 'file'}", capsys.readouterr().err)
     assert reproduce.main([*argv[:1], option, ""]) == 2
     assert re.search(rf"argument {option}: must be the path of a (folder|file)", capsys.readouterr().err)
 

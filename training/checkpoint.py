@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from training import checkpoint_checks, dump_dir
+from training.command_line import writing
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.locks import Lock
@@ -26,36 +27,27 @@ FORMAT = 2
 LATER_CONTENT = {"schedule": {}}  # fields that older checkpoints lack, with the values that these would have
 
 
-def folder_of(options: Namespace) -> Path:
-    return options.dump_dir / "models" / options.name
+def load(path: Path) -> dict[str, Any] | None:
+    """Loads the checkpoint ``path`` to the CPU, or the previous one beside it if it is damaged; None without any.
 
-
-def path_of(folder: Path) -> Path:
-    """The newest checkpoint in a model's folder. The previous one is kept beside it, see :func:`storage.write`."""
-    return folder / "checkpoint.pt"
-
-
-def load(folder: Path) -> dict[str, Any] | None:
-    """Loads the newest intact checkpoint from a model's folder to the CPU; None if the folder holds none.
-
-    A line on the console names each damaged file.
+    A line on the console names each damaged file. :func:`storage.write` keeps the previous checkpoint.
 
     Raises:
         Refusal: all checkpoints are damaged, or the newest is from another version or not accepted.
     """
     try:
-        state, complaints = storage.newest(path_of(folder))
+        state, complaints = storage.newest(path)
     except storage.DamagedError as error:
-        raise Refusal(f"{error}; no intact checkpoint is left: move the folder away to start again") from None
+        raise Refusal(f"{error}; no intact checkpoint is left: move the folder away and start again") from None
     for complaint in complaints:
         print(f"{complaint}; using the previous checkpoint.", flush=True)
     if state is None:
         return None
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if type(found) is not int or found != FORMAT:
-        raise Refusal(f"{path_of(folder)} is of format {found!r:.40}, not {FORMAT}: it was written by another version")
+        raise Refusal(f"{path} is of format {found!r:.40}, not {FORMAT}: it was written by another version")
     state = {**LATER_CONTENT, **state}
-    with checking(path_of(folder)):
+    with checking(path):
         checkpoint_checks.check_content(state)
     return state
 
@@ -81,32 +73,27 @@ class Store:
     """
 
     def __init__(self, options: Namespace):
-        self.options, self.folder = options, folder_of(options)
-        self.path = path_of(self.folder)
+        self.options, self.folder = options, options.dump_dir / "models" / options.name
+        self.path = self.folder / "checkpoint.pt"
         self.lock = Lock(self.folder)
         self.writer = storage.Writer(self.path)
 
     def __enter__(self) -> "Store":
-        if not self.options.test:
-            self._acquire()
         try:
             if not self.options.test:
+                with writing("--dump-dir", self.folder):
+                    acquired = self.lock.acquire()
+                if not acquired:
+                    raise Refusal(
+                        f"argument --dump-dir: another process is training in {self.folder}; "
+                        "wait for it, or use another folder"
+                    )
                 storage.temporary_of(self.path).unlink(missing_ok=True)  # left by a process that was killed
             self.saved = self._load()
         except BaseException:
             self.lock.release()
             raise
         return self
-
-    def _acquire(self) -> None:
-        try:
-            acquired = self.lock.acquire()
-        except OSError as error:
-            raise Refusal(f"argument --dump-dir: cannot write to {self.folder}: {error.strerror}") from None
-        if not acquired:
-            raise Refusal(
-                f"argument --dump-dir: another process is training in {self.folder}; wait for it, or use another folder"
-            )
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         try:
@@ -116,7 +103,7 @@ class Store:
             self.lock.release()
 
     def _load(self) -> dict[str, Any] | None:
-        saved, options = load(self.folder), self.options
+        saved, options = load(self.path), self.options
         if saved is None:
             if options.test:
                 raise Refusal(f"argument -test: there is no saved model {self.path}; to train it, leave out -test")

@@ -11,4 +11,5 @@ from training.command_line.types import (
     number,
     output_file,
     whole_number,
+    writing,
 )

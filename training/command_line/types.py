@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -93,27 +92,27 @@ folder_path = _path_to("folder")  # the type of an option that takes a folder; i
 file_path = _path_to("file")  # the type of an option that takes a file; it need not exist
 
 
-def check_writable(option: str, folder: Path) -> None:
-    """Creates the folder that an option names.
-
-    Raises:
-        Refusal: the folder cannot be created, or no file can be written in it.
-    """
+@contextlib.contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turns an OSError into a Refusal: the file or folder that an option names cannot be written."""
     try:
+        yield
+    except OSError as error:
+        raise Refusal(f"argument {option}: cannot write {path}: {error.strerror or error}") from None
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Creates the folder that an option names; raises Refusal unless a file can be written in it."""
+    with writing(option, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise Refusal(f"argument {option}: cannot write to {folder}: {reason}") from None
 
 
 def check_output(option: str, path: Path, parents: bool = False) -> None:
     """Raises Refusal unless the file that an option names can be written. Call it before a long computation."""
-    try:
+    with writing(option, path):
         files.check_replacing(path, parents)
-    except OSError as error:
-        raise Refusal(f"argument {option}: cannot write {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -124,8 +123,6 @@ def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path
         Refusal: the file cannot be written. This is known at the start, before anything is computed.
     """
     with contextlib.ExitStack() as stack:
-        try:
+        with writing(option, path):
             temporary = stack.enter_context(files.replacing(path, parents=parents))
-        except OSError as error:
-            raise Refusal(f"argument {option}: cannot write {path}: {error.strerror}") from None
         yield temporary
