@@ -47,7 +47,7 @@ class Entry:
         texts = []
         for option in sorted(self.row.method.options, key=lambda option: (option.place == "last", option is PENALTY)):
             if option.type is not None and (parts := option.parts(self.row.options)):
-                texts += [option.spellings[0], parts[1].removesuffix(".0")]
+                texts += [option.spellings.split("/")[0], parts[1].removesuffix(".0")]
         return " ".join([*texts, "-lr", format_number(self.row.options.learning_rate)])
 
 

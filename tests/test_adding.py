@@ -106,7 +106,7 @@ def test_a_state_of_a_parameter_that_is_not_there_is_refused(run, added, tmp_pat
 
 def test_the_options_of_a_method_are_its_own(run, added, capsys):
     assert "argument --keep: needs -m magnitude" in run("--keep", "0.1").err
-    assert "argument --keep: required by -m magnitude" in run("-m", "magnitude").err
+    assert "argument --keep: required with -m magnitude" in run("-m", "magnitude").err
     assert "argument -s/--sparsity: needs -m grad or -m deep" in run(*KEEP, "-s", "0.9").err
     with pytest.raises(SystemExit):
         mnist.main(["--help"])

@@ -836,7 +836,7 @@ def test_a_method_that_is_added_has_its_place_in_tables_and_figures(tmp_path, mo
 
     class Cut(Method):
         name, label, about = "cut", "Cut", "cutting"
-        options = {PENALTY: "p", SPARSITY: "s", Option("hard", ("--hard",), "hard"): "h", TEMPERATURE: "t"}  # noqa: RUF012
+        options = {PENALTY: "p", SPARSITY: "s", Option("--hard"): "h", TEMPERATURE: "t"}  # noqa: RUF012
 
     class Plain(Method):
         name, label, about, prunes = "plain", "plain SGD", "SGD", False

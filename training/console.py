@@ -39,12 +39,6 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     ]
 
 
-def epoch_line(epoch: int, epochs: int, numbers: str, left: float | None) -> str:
-    """The line after an epoch; ``left`` is the remaining time in seconds, None if unknown."""
-    remaining = "" if left is None else f"  {duration(left)} left"
-    return f"epoch {epoch}/{epochs}  {numbers}{remaining}"
-
-
 def duration(seconds: float) -> str:
     """Writes a duration in a suitable unit: 45 seconds, 12 minutes, 3.5 hours, 13 days, 1.4 years."""
     for unit, length, most in UNITS:

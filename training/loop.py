@@ -70,7 +70,7 @@ class Trainer:
             source.augmentation,
             normalisation,
             self.generator,
-            fused=options.compile,
+            options.compile,
         )
         self.test_set = TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
         set_precision(options.precision_used, device)
@@ -78,7 +78,7 @@ class Trainer:
         self.training_step = TrainingStep(network, optimizers, options.precision_used, device, graph=options.compile)
         self.schedule = schedule.build(options, optimizers, options.epoch * len(self.training))
         self.weights = measuring.prunable(network)
-        self.others = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
+        self.never_pruned = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
         self.masks = measuring.masks(network)
         self.lengths: dict[str, int] = {}  # of the log files, at the checkpoint
@@ -194,7 +194,10 @@ class Trainer:
             self.store.save(self._state(), [])
             self.store.wait()
             self.seconds["checkpoint"] += time.perf_counter() - start
-        with Signals() as self.signals, recording.Recorder(self.folder, self.lengths, self.others > 0) as self.recorder:
+        with (
+            Signals() as self.signals,
+            recording.Recorder(self.folder, self.lengths, self.never_pruned > 0) as self.recorder,
+        ):
             about = run_info.describe(self.options, self.network, checkpoint.versions())
             json_files.write(self.folder / "run.json", about)
             self.saved_at = time.monotonic()
@@ -286,7 +289,7 @@ class Trainer:
             record("train_accuracy", int(self.right) / (batches * self.options.batch_size))
             record("test_accuracy", accuracy)
             record("best_accuracy", self.best_accuracy)
-            measuring.record_connections(record, measuring.count(self.masks), self.others)
+            measuring.record_connections(record, measuring.count(self.masks), self.never_pruned)
             measuring.record_rewired(record, measuring.rewired(before, self.masks))
             record("learning_rate", float(group["lr"]))
             record("penalty", group.get(METHODS[self.options.mode].penalty))
@@ -302,7 +305,8 @@ class Trainer:
         self._save()
         self.time_left.tested(full)
         left = self.time_left.left(epoch)
-        print(console.epoch_line(epoch, self.options.epoch, record.words(), left), flush=True)
+        remaining = "" if left is None else f"  {console.duration(left)} left"
+        print(f"epoch {epoch}/{self.options.epoch}  {record.words()}{remaining}", flush=True)
 
     # -- testing -------------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         kind = {"action": "store_true"} if option.type is None else {"type": option.type, "metavar": option.metavar}
         about = "; ".join(f"{method.name}: {method.options[option]}" for method in takers)
         if len(takers) == 1:
-            about = f"{takers[0].options[option]}, with -m {takers[0].name}"
-        add(*option.spellings, dest=option.name, help=f"{about} (default: {option.default})", **kind)
+            about = f"with -m {takers[0].name}{option.beside}: {takers[0].options[option]}"
+        add(*option.spellings.split("/"), dest=option.name, help=f"{about} (default: {option.default})", **kind)
     add(
         "--recipe",
         choices=("paper", "fast"),

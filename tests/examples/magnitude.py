@@ -10,9 +10,7 @@ from training.command_line import number
 from training.methods import Method, Option
 
 KEEP = Option(
-    "keep",
-    ("--keep",),
-    "keep",  # in the names of runs: …-keep-1e-1-magnitude
+    "--keep",  # in the names of runs: …-keep-1e-1-magnitude
     number("above 0, at most 1", lambda x: 0 < x <= 1),
     "K",
     default="none; required",
@@ -47,7 +45,7 @@ class Magnitude(Method):
 
     def check(self, options: Namespace) -> None:
         if options.keep is None:
-            KEEP.refuse("required by -m magnitude")
+            KEEP.refuse("required with -m magnitude")
 
     def optimizer(self, weights: list[Tensor], options: Namespace) -> MagnitudeSGD:
         return MagnitudeSGD(weights, options.keep, lr=options.learning_rate, momentum=0.9)

@@ -10,16 +10,9 @@ from deeprewire import DeepRewiring
 from training.command_line import number
 from training.methods.method import PENALTY, SPARSITY, Method, Option, execution
 
-SOFT = Option("soft", ("-soft", "--soft"), "soft", place="first")
+SOFT = Option("-soft/--soft", place="first")
 TEMPERATURE = Option(
-    "temperature",
-    ("-temperature", "--temperature"),
-    "temperature",
-    number(">= 0", lambda x: x >= 0),
-    "T",
-    default="0",
-    place="last",
-    unnamed=0.0,
+    "-temperature/--temperature", number(">= 0", lambda x: x >= 0), "T", default="0", place="last", unnamed=0.0
 )
 
 
@@ -29,9 +22,9 @@ class DeepR(Method):
     about = "Deep R"
     options: ClassVar = {
         PENALTY: "L1 penalty (l1), >= 0",
-        SPARSITY: "maximum sparsity, in [0, 1]; with -soft the target of the prior, not the final sparsity",
-        SOFT: "soft Deep R instead of Deep R",
-        TEMPERATURE: "temperature of the noise: sqrt(2 T) in the Deep R paper's symbols",
+        SPARSITY: "maximum sparsity, in [0, 1], or the target of the prior with -soft",
+        SOFT: "soft Deep R",
+        TEMPERATURE: "strength of the noise, sqrt(2 T) in the Deep R paper",
     }
     penalty = "l1"
 

@@ -11,16 +11,14 @@ from training.command_line import number
 from training.methods.method import PENALTY, SPARSITY, Method, Option, execution
 
 CONNECTIVITY = Option(
-    "connectivity",
-    ("--connectivity",),
-    "connectivity",
+    "--connectivity",
     number("above 0, at most 1", lambda x: 0 < x <= 1, share=True),
     "C",
     default="none, a constant penalty",
     place="settings",
     beside=" and --recipe fast",
 )
-PLAIN_GRADIENT = Option("plain_gradient", ("--plain-gradient",), "plain-gradient")
+PLAIN_GRADIENT = Option("--plain-gradient")
 
 
 class GradR(Method):
@@ -28,10 +26,10 @@ class GradR(Method):
     label = "Grad R"
     about = "Grad R"
     options: ClassVar = {
-        CONNECTIVITY: "final share of connected weights, with --recipe fast; schedules the penalty",
+        CONNECTIVITY: "final share of connected weights; schedules the penalty",
         PENALTY: "strength of the prior (alpha), >= 0",
-        SPARSITY: "target of the prior, in [0.5, 1), not the final sparsity: --connectivity sets that",
-        PLAIN_GRADIENT: "Grad R without its redefined gradient, for ablations: pruned connections get no gradient",
+        SPARSITY: "target of the prior, in [0.5, 1); use --connectivity to set the final sparsity",
+        PLAIN_GRADIENT: "no redefined gradient, for ablations: pruned connections get no gradient",
     }
     penalty = "alpha"
 

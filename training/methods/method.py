@@ -18,59 +18,53 @@ class Option:
     """A command-line option of one or more methods.
 
     Attributes:
-        name: its name in the parsed options.
-        spellings: how it is written on the command line.
-        label: what stands in a run's name: before the value, or alone for a switch.
+        spellings: how it is written on the command line, as in "-s/--sparsity"; the last one gives its :attr:`name`.
         type: converts the text to a value; None for a switch, which is off by default.
         metavar: the placeholder for the value in --help.
         default: the default, as --help shows it.
         place: the position in a run's name: "first", among the "settings", "after" the method, or "last".
+        label: what stands in a run's name, before the value or alone for a switch; by default the name with dashes.
         show: formats the value in a run's name.
         unnamed: a value that does not appear in a run's name, besides None.
         beside: what the option needs besides its method, for a message.
     """
 
-    name: str
-    spellings: tuple[str, ...]
-    label: str
+    spellings: str
     type: Callable[[str], Any] | None = None
     metavar: str | None = None
     default: str = "off"
     place: str = "after"
+    label: str | None = None
     show: Callable[[Any], str] = format_number
     unnamed: Any = None
     beside: str = ""
 
+    @property
+    def name(self) -> str:
+        """Its name in the parsed options."""
+        return self.spellings.split("/")[-1].lstrip("-").replace("-", "_")
+
     def refuse(self, text: str) -> NoReturn:
-        raise Refusal(f"argument {'/'.join(self.spellings)}: {text}")
+        raise Refusal(f"argument {self.spellings}: {text}")
 
     def parts(self, options: Namespace) -> list[str]:
         """Its parts of a run's name."""
-        value = getattr(options, self.name)
+        value, label = getattr(options, self.name), self.label or self.name.replace("_", "-")
         if self.type is None:
-            return [self.label] if value else []
-        return [] if value is None or value == self.unnamed else [self.label, self.show(value)]
+            return [label] if value else []
+        return [] if value is None or value == self.unnamed else [label, self.show(value)]
 
 
 SPARSITY = Option(
-    "sparsity",
-    ("-s", "--sparsity"),
-    "s",
+    "-s/--sparsity",
     number("from 0 to 1", lambda x: 0 <= x <= 1, share=True),
     "S",
     default="none; required with grad and deep",
     place="settings",
+    label="s",
     show=repr,
 )
-PENALTY = Option(
-    "penalty",
-    ("-penalty", "--penalty"),
-    "penalty",
-    number(">= 0", lambda x: x >= 0),
-    "P",
-    default="1e-3",
-    place="settings",
-)
+PENALTY = Option("-penalty/--penalty", number(">= 0", lambda x: x >= 0), "P", default="1e-3", place="settings")
 
 
 class Method:
