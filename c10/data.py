@@ -25,14 +25,9 @@ def read_cifar10(folder: Path) -> Dataset:
         "cifar-10-batches-py (this program also reads images train/<class>/* and test/<class>/*)",
         [(folder / CIFAR10.filename, CIFAR10.tgz_md5), *((base / name, md5) for name, md5 in published)],
     )
-    return Dataset(
-        *(
-            Split(
-                torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets, device="cpu")
-            )
-            for part in parts
-        )
-    )
+    images = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
+    labels = (torch.tensor(part.targets, device="cpu") for part in parts)
+    return Dataset(*map(Split, images, labels))
 
 
 CIFAR10 = DataSource(

@@ -112,7 +112,7 @@ def test_the_options_of_a_method_are_its_own(run, added, capsys):
         mnist.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "magnitude (SGD that keeps the largest weights)" in text
-    assert "share of the weights of each layer to keep, with -m magnitude (default: none; required)" in text
+    assert "with -m magnitude: share of the weights of each layer to keep (default: none; required)" in text
 
 
 def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, monkeypatch):

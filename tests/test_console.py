@@ -79,15 +79,15 @@ def test_the_speed_is_known_inside_a_long_epoch_and_told_once(clock, tmp_path):
     options = parse(C10, ["--dump-dir", str(tmp_path)])
     options.device = torch.device("cpu")
     assert time_left.line(0, 14, options) == (
-        "An epoch takes about 6.1 hours of training here, the rest of the 2,048 epochs about 1.4 years, without tests. "
+        "An epoch trains for about 6.1 hours; 1.4 years remain in all, without tests. "
         "To shorten it: a GPU, --recipe fast or a smaller -N."
     )
     slow = TimeLeft(2048, 3125, 128, wait=lambda: None)
     slow.start()
     assert steps(slow, clock, 40, 10) == [2]
     options.device, options.recipe = torch.device("cuda"), "fast"
-    assert time_left.line(2047, 0, options).endswith("the rest of the 2,048 epochs about 6.1 hours, without tests.")
-    line = "the rest of the 2,048 epochs about 2 days, without tests. To shorten it: a smaller -N."
+    assert time_left.line(2047, 0, options).endswith("; 6.1 hours remain in all, without tests.")
+    line = "; 2 days remain in all, without tests. To shorten it: a smaller -N."
     assert time_left.line(2040, 0, options).endswith(line)
 
 
@@ -153,7 +153,7 @@ def test_the_device_is_waited_for_before_the_clock_is_read(clock):
 
 def test_a_run_tells_early_and_after_every_epoch_and_after_a_resume(run, monkeypatch):
     monkeypatch.setattr(TimeLeft, "ENOUGH", 0.0)  # as if the steps were long
-    early = r"An epoch takes about \S+ \w+ of training here, the rest of the \d epochs about \S+ \w+, without tests\."
+    early = r"An epoch trains for about \S+ \w+; \S+ \w+ remain in all, without tests\."
     for argv, epochs in ((["-N", "2"], [1, 2]), (["-N", "5"], [3, 4, 5])):
         out = run(*GRAD, *argv).out
         (at,) = [match.start() for match in re.finditer(early, out)]
@@ -164,13 +164,13 @@ def test_a_run_tells_early_and_after_every_epoch_and_after_a_resume(run, monkeyp
 
 
 def test_short_epochs_are_not_announced(run):
-    assert "An epoch takes" not in run(*GRAD, "-N", "2").out
+    assert "An epoch trains for" not in run(*GRAD, "-N", "2").out
 
 
 def test_the_time_left_is_told_beside_a_progress_bar(run, monkeypatch):
     monkeypatch.setattr(TimeLeft, "ENOUGH", 0.0)
     monkeypatch.setattr("training.loop.sys.stderr.isatty", lambda: True)
-    assert "An epoch takes" in run(*GRAD, "-N", "1").out
+    assert "An epoch trains for" in run(*GRAD, "-N", "1").out
 
 
 # -- the first lines ---------------------------------------------------------------------------------------

@@ -130,11 +130,7 @@ class TimeLeft:
     def line(self, epoch: int, position: int, options: Namespace) -> str:
         """The line to print when the speed is known."""
         left = self.left(epoch, position)
-        rest = f"the {counted(self.epochs, 'epoch')}" if self.epochs > 1 else "it"
-        line = (
-            f"An epoch takes about {duration(self.per_epoch)} of training here, the rest of {rest} about "
-            f"{duration(left)}, without tests"
-        )
+        line = f"An epoch trains for about {duration(self.per_epoch)}; {duration(left)} remain in all, without tests"
         if left < LONG:
             return f"{line}."
         ways = ["a GPU"] if options.device.type == "cpu" else []

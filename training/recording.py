@@ -1,7 +1,7 @@
-"""What a run records while it goes on: TensorBoard's events, and a line of results for each epoch.
+"""Records the numbers of a run: TensorBoard's events, and a line of results for each epoch.
 
-:mod:`training.metrics` says which numbers there are and where each of them is written. Steps count the updates, epochs
-the finished epochs, at the time of measuring: train/loss at step 0 is the loss before the first update.
+:mod:`training.metrics` lists the numbers and where each is written. The step is the number of updates before the
+measurement, so train/loss at step 0 is the loss before the first update. The epoch is the number of finished epochs.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from training.metrics import DISTRIBUTION, EPOCH, FULL, STEP, Metric
 
 
 class Recording:
-    """The numbers of one moment. Each is recorded by one call: ``record("connected", n, layer=name)``.
+    """The numbers of one moment. One call records one number: ``record("connected", n, layer=name)``.
 
     Args:
-        moments: whose numbers are due, of :data:`training.metrics.STEP` and so on.
-        write: is called with every metric, its value and its layer.
+        moments: the moments whose numbers are due, such as :data:`training.metrics.STEP`.
+        write: called with each metric, its value and its layer.
     """
 
     def __init__(self, *moments: str, write: Callable[[Metric, Any, str | None], None] = lambda *number: None):
@@ -41,7 +41,7 @@ class Recording:
         """Records a number, or all values of a distribution.
 
         Raises:
-            ValueError: the table has no such number for this moment, with or without a layer; or it was recorded.
+            ValueError: the table has no such number for this moment, or it is already recorded.
         """
         of = "without a layer" if layer is None else f"of {layer}"
         for metric in self.values:
@@ -55,7 +55,7 @@ class Recording:
         self._write(metric, value, layer)
 
     def check(self) -> None:
-        """Raises ValueError if a number is missing: altogether, or for a layer that others of its group have."""
+        """Raises ValueError if a number is missing, for all layers or for one of its group's layers."""
         groups: dict[str, set] = {}
         for metric, values in self.values.items():
             groups.setdefault(metric.group, set()).update(values)
@@ -64,7 +64,7 @@ class Recording:
                 raise ValueError(f"{metric.key!r} is not recorded" + (" for every layer" if values else ""))
 
     def content(self) -> dict[str, Any]:
-        """The numbers as their JSON file has them, in the table's order, once all are there."""
+        """The numbers for their JSON file, in the table's order; raises ValueError if one is missing."""
         self.check()
         content: dict[str, Any] = {}
         for metric, values in self.values.items():
@@ -85,7 +85,7 @@ class Recording:
 def record_distributions(
     record: Recording, network: nn.Module, optimizers: list[Optimizer], names: tuple[str, ...] | None
 ) -> None:
-    """Records the weights and, where the method has it, theta: of all layers, or of ``names``."""
+    """Records the weights and, if the method has it, theta, of all layers or of ``names``."""
     for name, weight in measuring.prunable(network).items():
         if names is None or name in names:
             record("w", weight.detach(), layer=name)
@@ -96,7 +96,7 @@ def record_distributions(
 
 @contextlib.contextmanager
 def _quiet_writer() -> Iterator[None]:
-    """Keeps Python from printing an error of TensorBoard's thread: the next call that logs raises it."""
+    """Stops Python from printing an error of TensorBoard's thread; the next call that logs raises it."""
     before = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:
@@ -115,13 +115,13 @@ class Recorder:
 
     Args:
         folder: the log folder.
-        lengths: of the log files at the checkpoint from which the run goes on, as :meth:`lengths` gave
-            them; what an interrupted run logged after it is removed, and logged again.
+        lengths: the lengths of the log files at the checkpoint, from :meth:`lengths`. What an interrupted run logged
+            after the checkpoint is removed.
         batch_norm: whether the network has parameters that are never pruned; some tags depend on it.
 
     Raises:
-        OSError: as every method, where the folder cannot be written (any more); it names the folder or a file in it.
-            TensorBoard writes in a thread: its failure is raised by a later call.
+        OSError: the folder cannot be written; the error names it or a file in it. Every method can raise it.
+            TensorBoard writes in a thread, so a later call raises its error.
     """
 
     def __init__(self, folder: Path, lengths: dict[str, int], batch_norm: bool = False):
@@ -135,7 +135,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _naming(self, path: Path | None = None) -> Iterator[None]:
-        """Raises an OSError of its body as one that names the file (default: the folder), or says that it is gone."""
+        """Adds the file (default: the folder) to an OSError, or replaces it if the folder is gone."""
         try:
             with files.naming(path or self.folder):
                 yield
@@ -148,18 +148,18 @@ class Recorder:
             raise FileNotFoundError(errno.ENOENT, "the folder was removed during the run", str(self.folder))
 
     def lengths(self) -> dict[str, int]:
-        """Flushes all that was logged, and gives the length of every log file."""
+        """Flushes the logs and returns the length of each log file."""
         with self._naming():
             self.writer.flush()
             self._check_folder()
             return {path.name: path.stat().st_size for path in log_files(self.folder)}
 
     def results(self, line: dict[str, Any]) -> None:
-        """Appends the results of an epoch, in one write: who reads meanwhile sees whole lines, but perhaps the last."""
+        """Appends the results of an epoch in one write, so that a reader sees whole lines, except perhaps the last."""
         rest = (json.dumps(line, allow_nan=False) + "\n").encode()
         path = self.folder / RESULTS
         with self._naming(path), open(path, "ab", buffering=0) as file:
-            while rest:  # a disk that becomes full takes a part and refuses the rest
+            while rest:  # a full disk writes a part; the next write raises OSError
                 rest = rest[file.write(rest) :]
 
     def recording(self, step: int, *moments: str) -> Recording:
@@ -175,7 +175,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def epoch(self, epoch: int, full: bool) -> Iterator[Recording]:
-        """Records the numbers after an epoch, and at the end appends their line to the results."""
+        """Records the numbers after an epoch; at the end, appends their line to the results."""
         record = self.recording(epoch, *((EPOCH, FULL) if full else (EPOCH,)))
         yield record
         self.results(record.content())
@@ -192,7 +192,7 @@ class Recorder:
                 self.writer.add_scalar(tag, value, step)
 
     def describe(self, command: str, arguments: dict[str, Any]) -> None:
-        """Records the command line (the text tab) and the arguments (the hparams tab, beside the last recordings)."""
+        """Logs the command line (text tab) and the arguments (hparams tab, beside the latest metrics)."""
         known = {key: value for key, value in arguments.items() if value is not None}
         keys = ("test_accuracy", "connectivity")
         tags = [metric.tag for metric in metrics.METRICS if metric.key in keys and metric.tag]
@@ -214,4 +214,4 @@ class Recorder:
             self.close()
         except OSError:
             if error is None:
-                raise  # else the first failure is the one to tell
+                raise  # otherwise the first error is the one to report
