@@ -88,7 +88,7 @@ class SpikingNetwork(nn.Module):
         self.step_mode = step_mode
         self.fused = False
         self.spike_counts: list[dict[str, Tensor]] = []
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def T(self) -> int:
@@ -148,9 +148,9 @@ class SpikingNetwork(nn.Module):
             for name, number in spikes.items():
                 counts[name] = counts.get(name, 0) + number
 
-    def _say_plain(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
+    def _warn_once(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
             warnings.warn(f"{type(self).__name__} runs its plain layers, not the fused kernel: {reason}", stacklevel=2)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class SpikingNetwork(nn.Module):
             try:
                 counts = self.fused_counts(current)
             except Unfit as reason:
-                self._say_plain(str(reason))
+                self._warn_once(str(reason))
         if counts is None:
             counts = self._counts(current)
             functional.reset_net(self)  # otherwise their graph keeps the activations until the next batch

@@ -15,9 +15,10 @@ from tqdm import tqdm
 import measuring
 from measuring import report
 from spiking import SpikingNetwork
-from training import checkpoint, checkpoint_checks, console, logs, randomness, recording, run_info, schedule, testing
+from training import checkpoint, checkpoint_checks, console, logs, randomness, recording, run_info, schedule
 from training.data import Dataset, TestBatches, TrainingBatches
 from training.errors import DivergedError, Interrupted, Refusal
+from training.evaluation import store_report
 from training.experiment import Experiment
 from training.files import json_files
 from training.interrupt import Signals, StopRequested
@@ -324,4 +325,4 @@ class Trainer:
         """Evaluates the network; prints the results and stores them in the log folder."""
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
             found = report.report_on(self.network, bar, self.epoch)
-        testing.store(self.folder, found)
+        store_report(self.folder, found)

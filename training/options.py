@@ -28,8 +28,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         epilog="Run the same command again to resume an interrupted run from its last checkpoint.",
     )
     add = parser.add_argument
-
-    least_one = whole_number(1)
+    least_one, positive = whole_number(1), number("> 0", lambda x: x > 0)
     paper, fast = experiment.paper, experiment.fast
     modes = [f"{name} ({method.about})" for name, method in sorted(methods.METHODS.items())]
     add(
@@ -62,7 +61,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     add(
         "-lr",
         "--learning-rate",
-        type=number("> 0", lambda x: x > 0),
+        type=positive,
         metavar="LR",
         help="learning rate of all optimizers; fast: the peak of its cycle "
         f"(default: {format_number(paper.learning_rate)}; fast: {format_number(fast.learning_rate)})",
@@ -131,7 +130,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     )
     add(
         "--checkpoint-minutes",
-        type=number("> 0", lambda x: x > 0),
+        type=positive,
         default=10.0,
         metavar="M",
         help="minutes between checkpoints within an epoch; each epoch ends with one, too (default: 10)",

@@ -12,7 +12,7 @@ from training.metrics import FILES, TEST
 from training.recording import Recording
 
 
-def store(folder: Path, report: Report) -> None:
+def store_report(folder: Path, report: Report) -> None:
     """Prints a test's results and stores them in the log folder."""
     folder.mkdir(parents=True, exist_ok=True)
     print("\n".join(report.lines()))
