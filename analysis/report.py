@@ -1,4 +1,4 @@
-"""Looks at runs: a table on the terminal, and a page with pictures that needs nothing else. See --help.
+"""Shows runs: a table on the terminal, and one HTML page with pictures. See --help.
 
 python -m analysis.report runs -o report.html
 """
@@ -31,7 +31,7 @@ from training.files.json_files import nested, number, printable, shown
 if TYPE_CHECKING:
     from analysis.pictures import Picture
 
-COLUMNS = {  # of the table; how the page aligns them
+COLUMNS = {  # of the page's table, and how it aligns them
     "run": "text",
     "method": "text",
     "epochs": "number",
@@ -43,6 +43,8 @@ COLUMNS = {  # of the table; how the page aligns them
     "device": "text",
     "commit": "text",
 }
+# of the terminal's table: the long names are last, so that they do not break the others where a line wraps
+PRINTED = ("method", "epochs", "test accuracy", "best", "connectivity", "s/epoch", "run")
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -50,17 +52,17 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         prog="python -m analysis.report",
         description="Shows runs, finished or still running: a table on the terminal, pictures on one HTML page.",
     )
-    text = "dump folder (--dump-dir) with all its runs, folder of such folders, or of one run in logs or models"
+    text = "a dump folder (--dump-dir), a folder of dump folders, or the folder of one run in logs or models"
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help=text)
-    text = "HTML page to write, in place of one that is there (default: %(default)s)"
+    text = "HTML page to write; replaces an existing one (default: %(default)s)"
     parser.add_argument("-o", "--output", type=file_path, default=Path("report.html"), metavar="FILE", help=text)
-    text = "runs, those that changed last, with pictures of their own (default: %(default)s); comparisons show all runs"
+    text = "draw pictures of each of the N runs that changed last; comparisons show all runs (default: %(default)s)"
     parser.add_argument("--details", type=whole_number(0), default=40, metavar="N", help=text)
     return parser.parse_args(argv)
 
 
 def row(run: SavedRun) -> dict[str, str]:
-    """The table's row of a run: its numbers as they are in the last line of ``results.jsonl``."""
+    """The row of a run in the tables, with the numbers of the last line of ``results.jsonl``."""
     shares = (number(run.last, key) for key in ("test_accuracy", "best_accuracy", "connectivity"))
     connections, seconds = run.connections, run.seconds_per_epoch
     cells = (
@@ -77,15 +79,15 @@ def row(run: SavedRun) -> dict[str, str]:
 
 
 def print_table(rows: Sequence[dict[str, str]]) -> None:
-    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
-    widths = {column: max(len(line[column]) for line in lines) for column in COLUMNS}
+    lines = [dict(zip(PRINTED, PRINTED, strict=True)), *rows]
+    widths = {column: max(len(line[column]) for line in lines) for column in PRINTED}
     for line in lines:
-        cells = (f"{line[c]:{'>' if kind == 'number' else '<'}{widths[c]}}" for c, kind in COLUMNS.items())
+        cells = (f"{line[c]:{'>' if COLUMNS[c] == 'number' else '<'}{widths[c]}}" for c in PRINTED)
         print("  ".join(cells).rstrip())
 
 
 def facts(run: SavedRun) -> dict[str, str]:
-    """What else the page says of a run: where it is, how it was made, what it is made of."""
+    """What else the page says of a run: its folders, its command, its size."""
     counts = {"prunable weights": number(run.info, "parameters", "prunable")}
     counts["others"] = number(run.info, "parameters", "others")
     versions = [f"{name} {shown(version)}" for name, version in (nested(run.info, "versions") or {}).items()]
@@ -117,7 +119,7 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    gc.freeze()  # all that the imports made stays; looking through it again and again would take a tenth of the time
+    gc.freeze()  # what the imports made stays; to search it again and again takes a tenth of the time
 
 
 def _end_with_parent() -> None:
@@ -144,9 +146,9 @@ def _changed(run: SavedRun) -> float:
 
 
 def page(runs: Sequence[SavedRun], details: int) -> str:
-    """The HTML page of these runs; what is damaged in their checkpoints is added to their problems.
+    """The HTML page of these runs. Adds what is damaged in their checkpoints to their problems.
 
-    The ``details`` runs that changed last have pictures of their own: to draw them takes nearly all of the time.
+    Only the ``details`` runs that changed last have pictures of their own, which take nearly all of the time.
     """
     jinja2, pictures = (imported(name, "the report's page") for name in ("jinja2", "analysis.pictures"))
     newest = sorted(range(len(runs)), key=lambda i: _changed(runs[i]), reverse=True)[:details]

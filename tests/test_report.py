@@ -628,8 +628,9 @@ def test_the_page_shows_every_run_and_picture(dump, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     head, *rows = out.split("\n\n")[0].splitlines()
-    assert head.split() == " ".join(report.COLUMNS).split()
-    assert [row.split()[0] for row in rows] == ["a", "b", "c", "d"]
+    assert head.split() == " ".join(report.PRINTED).split()
+    assert [row.split()[-1] for row in rows] == ["a", "b", "c", "d"]
+    assert max(map(len, rows)) <= 80  # with names of one letter
     assert "Report of 4 runs: " in out
     page = Page(tmp_path / "page.html")
     text = " ".join(page.text)
