@@ -1,4 +1,4 @@
-"""The table of experiments: whoever adds one lists it here, and the report, exports, grids and benchmarks know it."""
+"""The table of experiments, from which the report, exports, grids and benchmarks take them. List a new one here."""
 
 from c10 import c10
 from mnist import mnist

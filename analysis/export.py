@@ -82,7 +82,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         description="Exports the network of a run to one small file, without its pruned weights.",
     )
     parser.add_argument(
-        "run", type=folder_path, help="the run's folder: <dump-dir>/models/<name> or <dump-dir>/logs/<name>"
+        "run",
+        type=folder_path,
+        metavar="RUN",
+        help="folder of the run: <dump-dir>/models/<name> or <dump-dir>/logs/<name>",
     )
     parser.add_argument(
         "--format",
@@ -95,16 +98,18 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "-o",
         "--output",
         type=file_path,
-        help="the file to write (default: beside the run's checkpoint, export.npz or with the format's suffix)",
+        metavar="FILE",
+        help="file to write (default: export, with the format's suffix, beside the run's checkpoint)",
     )
     parser.add_argument(
-        "--check", action="store_true", help="compare all spike counts on the test set with the checkpoint's"
+        "--check", action="store_true", help="compare every spike count on the test set with the checkpoint's"
     )
     parser.add_argument(
         "--dataset-dir",
         type=folder_path,
         default=REPOSITORY / "data",
-        help="folder that holds the data set, for --check (default: data, in the repository)",
+        metavar="DIR",
+        help="with --check: folder of the data set (default: data, in the repository)",
     )
     return parser.parse_args(argv)
 

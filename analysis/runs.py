@@ -1,7 +1,7 @@
-"""Finding runs and reading what they left: results, arguments, weights. Safe while a run still writes.
+"""Finds runs and reads their results, arguments and weights. Safe while a run still writes.
 
 A run NAME under a dump folder D has its logs in ``D/logs/NAME`` (``results.jsonl``, one line per finished epoch, and
-``run.json``) and its checkpoint in ``D/models/NAME``. Any of them may be missing; what is damaged is left out and
+``run.json``) and its checkpoint in ``D/models/NAME``. Any of them may be missing. What is damaged is left out and
 named in :attr:`SavedRun.problems`, so that one bad line never hides the other runs.
 """
 

@@ -1,8 +1,8 @@
-"""Measures speed, and prints tables: ``make bench``, or ``python -m benchmarks.bench --help``.
+"""Measures speed and prints tables: make bench, or python -m benchmarks.bench.
 
-All that is compared runs in the same process, in turns, and every ratio is to the baseline measured beside it.
-The numbers are medians, on a machine that may be shared and noisy. For a slow execution, some of its steps are
-measured and the epoch is extrapolated; the tables say from how many.
+What is compared runs in turns in one process, and every ratio is to the baseline measured beside it. The numbers
+are medians, because the machine may be shared and noisy. Of a slow execution, only some steps are measured, and the
+time of an epoch is computed from them; the tables say from how many.
 """
 
 import statistics

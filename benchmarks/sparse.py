@@ -1,8 +1,8 @@
-"""Measures event-driven sparse evaluation beside the dense one: ``python -m benchmarks.sparse --help``.
+"""Measures event-driven evaluation beside the dense one: python -m benchmarks.sparse.
 
-The networks of the sparsity table are random: weights as initialised, pruned at random, every layer to the
-same sparsity, and scaled so that hidden neurons spike about as much as trained ones do. Runs given on the
-command line are measured beside them. All executions of a row run in turns, in one process.
+The networks of the sparsity table have random weights, pruned at random, every layer to the same sparsity, and
+scaled so that hidden neurons spike about as often as trained ones. Runs given on the command line are measured
+beside them. All executions of a row run in turns in one process.
 """
 
 import sys

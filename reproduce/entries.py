@@ -1,6 +1,7 @@
-"""The results of finished rows, from the dump folder or from an outcome's CSV files; and these files.
+"""Reads the results of finished rows, from the dump folder or from an outcome's CSV files, and writes these files.
 
-``rows.csv`` and ``epochs.csv`` hold all that the other files of an outcome show, so that it outlives the dump folder.
+``rows.csv`` and ``epochs.csv`` hold everything that the other files of an outcome show, so an outcome needs no
+dump folder.
 """
 
 import csv

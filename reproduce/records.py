@@ -1,4 +1,4 @@
-"""How far the rows of a grid are: from the records of finished rows, and from what their runs have logged.
+"""The progress of a grid: which rows are finished, and how far the others are, from the logs of their runs.
 
 A row is finished when its record ``<dump-dir>/rows/<key>.json`` is there. The runner writes it after the row's epochs
 and its ``-test``.

@@ -1,4 +1,4 @@
-"""The Markdown tables of an outcome: rows that differ in their seed together, and the methods at equal connectivity."""
+"""The Markdown tables of an outcome: means over rows that differ only in their seed; methods at equal connectivity."""
 
 import math
 import statistics

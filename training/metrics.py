@@ -90,7 +90,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("train_loss", "", (EPOCH,), "Mean of batch_loss over the batches of the epoch.", "Σ batch_loss / batches"),
     Metric("train_accuracy", SHARE, (EPOCH,), "Share of the epoch's training images classified correctly, each before "
            "the update by its batch.", "Σ batch_accuracy / batches"),
-    Metric("test_accuracy", SHARE, (EPOCH, GRID), "Share of test images whose most-spiking class (the first of equals) "
+    Metric("test_accuracy", SHARE, (EPOCH, GRID), "Share of test images whose most-spiking class (in a tie, the first) "
            "is the label, in eval mode.", "right / images",
            tag="test_acc", words="test accuracy", also="`epochs.csv`, `table.md`, report"),
     Metric("best_accuracy", SHARE, (EPOCH, GRID), "Highest test accuracy of any epoch so far.",
@@ -102,7 +102,7 @@ METRICS: tuple[Metric, ...] = (
            "1927): its two ends.", "(p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96", also="`-test`"),
     Metric("right", "images", (TEST,), "Test images classified correctly.", also="`-test`"),
     Metric("images", "images", (TEST,), "All test images.", also="`-test`"),
-    Metric("confusion", "images", (TEST,), "How many images of class i were taken for class j.",
+    Metric("confusion", "images", (TEST,), "How many images of class i were classified as j.",
            "C[i, j] = #{label i, prediction j}", also="`-test`"),
     Metric("right, last column", SHARE, (TEST,), "Share of a class's images classified correctly.",
            "C[i, i] / Σ_j C[i, j]", path="", also="`-test`"),
@@ -197,8 +197,8 @@ METRICS: tuple[Metric, ...] = (
            "Σ over outputs and kernel of [w ≠ 0]"),
     Metric("receptive field", SHARE, (REPORT,), "Share of the hidden neurons that are connected to a pixel.",
            "fan-out(pixel) / hidden neurons"),
-    Metric("rows, seeds, epochs", "", (GRID,), "Finished rows of the grid; those that differ in their seed only; their "
-           "training epochs.", path="", also="`table.md`"),
+    Metric("rows, seeds, epochs", "", (GRID,), "Finished rows of the grid; how many of them differ only in their seed; "
+           "their training epochs.", path="", also="`table.md`"),
     Metric("±", "", (GRID,), "Standard deviation of the sample over the seeds, beside the mean.",
            "√(Σ (x − mean)² / (n − 1))", path="", also="`table.md`, error bars"),
     Metric("loss against dense", "points of a percent", (GRID,), "Mean test accuracy of the dense rows of the same "
@@ -257,9 +257,9 @@ TensorBoard, a percentage on the console.
 Console, `results.jsonl`, TensorBoard, `-test` and the report show the same numbers for the same epoch (a test compares
 them). An epoch's number says how many epochs are finished; a step's number says how many updates came before it.
 
-Under *where*, a file has the number under its name, or under the path that is given: the keys of nested JSON objects,
-the outermost first. `<layer>` is the name of a weight, such as `fc.1.weight`, or of a LIF layer, such as `fc.0`.
-*Console* is the line after an epoch; `-test` and *report* are what these commands show.
+The column *where* names the files. A number stands there under its name, or under the path given: the keys of nested
+JSON objects, the outermost first. `<layer>` is the name of a weight, such as `fc.1.weight`, or of a LIF layer, such as
+`fc.0`. *Console* is the line after an epoch; `-test` and *report* are what these commands show.
 """
 NOTES = {
     TEST: "`test.json` also has the numbers above that name it.",

@@ -24,7 +24,7 @@ RECORDING_OPTIONS = {"interval_test", "interval_train"}
 
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser = Parser(
-        description=f"Trains, prunes and tests the {experiment.name} network of spiking neurons.",
+        description=f"Trains, prunes and tests the {experiment.label}, a spiking neural network.",
         epilog="Run the same command again to resume an interrupted run from its last checkpoint.",
     )
     add = parser.add_argument

@@ -1,6 +1,6 @@
 """The pictures of a report: matplotlib figures as SVG, which stays sharp and small and follows a page's dark theme.
 
-Numbers of epochs come from ``results.jsonl`` as they are; those of weights come from the checkpoint.
+Numbers of epochs come unchanged from ``results.jsonl``, weights from the checkpoint.
 """
 
 from collections.abc import Sequence
