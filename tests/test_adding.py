@@ -158,7 +158,7 @@ def test_a_data_set_is_trained_on_and_tested(run, tmp_path, monkeypatch):
     export(snapshot, "npz", tmp_path / "network.npz")
     dataset = STRIPES.read(tmp_path)
     normalised = STRIPES.normalisation(torch.device("cpu"))(dataset.test.images)
-    assert sorted(normalised.unique().tolist()) == [-2.0, 2.0]
+    assert sorted(normalised.unique().tolist()) == [-1.0, 1.0]
     (tested,) = tmp_path.glob("logs/*/test.json")
     network = load_pruned(tmp_path / "network.npz")
     assert int((network(normalised).argmax(1) == dataset.test.labels).sum()) == json.loads(tested.read_text())["right"]

@@ -1,7 +1,7 @@
 """What README and docs say: examples run, commands parse, options and results are those of the program."""
 
-import ast
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -67,16 +67,38 @@ def test_the_files_of_the_page_on_adding_are_those_that_tests_add():
     assert [file for file, text in shown if (ROOT / file).read_text() != text] == []
 
 
-def test_the_entries_of_the_page_on_adding_fit():
-    """Each change is of the file named before it, and leaves a table with one more entry."""
-    changes = re.findall(r"`([\w/]+\.py)`:\n\n```diff\n(.*?)^```", ADDING, re.MULTILINE | re.DOTALL)
+def test_what_the_page_on_adding_says_works(tmp_path):
+    """In a copy of the repository with the files and entries of the page, in the places that it names."""
+    for package in ("analysis", "c10", "measuring", "mnist", "spiking_kernels", "training"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for module in ("rewiring", "gradrewire", "deeprewire", "spiking"):
+        shutil.copy(ROOT / f"{module}.py", tmp_path)
+    for file in ("training/methods/magnitude.py", "mnist/stripes.py", "shallow/shallow.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        example = (ROOT / "tests" / "examples" / Path(file).name).read_text()
+        (tmp_path / file).write_text(example.replace("from examples.stripes", "from mnist.stripes"))
+    changes = re.findall(r"`([\w/]+\.py)`[^`]*:\n\n```diff\n(.*?)^```", ADDING, re.MULTILINE | re.DOTALL)
     assert len(changes) == len(blocks("docs/adding.md", "diff")) == 5
     for file, change in changes:
-        lines = change.splitlines(keepends=True)
-        old, new = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
-        content = (ROOT / file).read_text()
-        assert content.count(old) == 1, f"{file} has no\n{old}"
-        ast.parse(content.replace(old, new))
+        content = (tmp_path / file).read_text()
+        for part in change.split("@@\n"):
+            lines = part.splitlines(keepends=True)
+            old, new = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+            assert content.count(old) == 1, f"{file} has no\n{old}"
+            content = content.replace(old, new)
+        (tmp_path / file).write_text(content)
+
+    pytest.importorskip("sklearn")  # for the digits
+    trainings = [line for line in commands("docs/adding.md") if line.startswith("python ")]
+    assert len(trainings) == 3
+    for number, line in enumerate(trainings):
+        words = [sys.executable, *line.split()[1:], "--dump-dir", str(number), "-N", "1"]
+        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        (results,) = (tmp_path / str(number)).glob("logs/*/results.jsonl")
+        assert json.loads(results.read_text())["largest"] > 0
+    program = "from analysis.experiments import EXPERIMENTS; EXPERIMENTS['shallow']"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=300)
 
 
 def test_the_readme_is_one_page():
@@ -130,7 +152,7 @@ def check(line, tmp_path):
             assert name in ("benchmarks.sparse", "benchmarks.bench"), line
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/adding.md"])  # see above
 def test_the_commands_are_accepted(page, tmp_path):
     for line in commands(page):
         if line.strip() and not line.startswith("#"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training.command_line import number
-from training.methods import Method, Option
+from training.methods.method import Method, Option
 
 KEEP = Option(
     "--keep",  # in the names of runs: …-keep-1e-1-magnitude

@@ -25,7 +25,7 @@ STRIPES = DataSource(
     read_stripes,
     shape=(1, 28, 28),
     mean=(0.5,),
-    std=(0.25,),
+    std=(0.5,),
     augmentation=RandomCropFlip(padding=2),
     about="stripes, which are made and not read",
 )
