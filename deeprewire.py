@@ -107,29 +107,33 @@ class DeepRewiring(RewiringOptimizer):
         l1: L1 penalty (the scripts' -penalty), >= 0.
         max_s: maximum sparsity (soft: target sparsity), in [0, 1]; required.
         soft: soft Deep R instead of Deep R.
-        foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
-        maximize: maximize the objective instead of minimizing it.
-        capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
-        fused: update in one pass over memory: with a kernel on the CPU (contiguous float32, where
-            spiking_kernels and a C compiler are there), else compiled by torch.compile.
+        foreach, maximize, capturable, fused: by name; as of :class:`gradrewire.GradRewiring`.
 
     State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``, which the weights are made from
     at every step: whatever else changes weights needs :meth:`load_parameters` to be called after it.
     Noise and re-activation draw from the default generator of the parameter's device; the kernel draws
-    one seed from it for each step and parameter, and makes its numbers from that: other ones, as good.
+    one seed from it for each step and parameter: different draws from the same distribution.
 
     Raises:
         ValueError: an argument, or a setting of a group, is not accepted; the message names it.
     """
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, T: float = 0, l1: float = 1e-5,
-                 max_s: float | None = None, soft: bool = False, *, foreach: bool | None = None,
-                 maximize: bool = False, capturable: bool = False, fused: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,  # Deep R re-activates at it
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        T: float = 0,
+        l1: float = 1e-5,
+        max_s: float | None = None,
+        soft: bool = False,
+        **named: Any,
+    ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
-        settings.update(T=T, l1=l1, max_s=max_s, soft=soft)
-        settings.update(foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
-        super().__init__(params, settings)
+        super().__init__(params, dict(**settings, T=T, l1=l1, max_s=max_s, soft=soft), named)
 
     _update = staticmethod(deep_rewiring)
 
@@ -154,7 +158,7 @@ class DeepRewiring(RewiringOptimizer):
     def _own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"} if group["soft"] else {"sign"}
 
-    def _terms(self, group: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
         T, l1, max_s, theta_min = group["T"], group["l1"], group["max_s"], None
         penalty = l1 * (1 - max_s)
         if group["soft"] and penalty > 0:
@@ -171,15 +175,16 @@ class DeepRewiring(RewiringOptimizer):
             draws["uniform"] = torch.rand_like(param, dtype=dtype)
         return draws
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], eta: float, group: dict[str, Any], **adam: Any) -> None:
-        draws = group["T"] > 0 or (not group["soft"] and group["max_s"] < 1)
+    def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
+        T, soft = settings["T"] or 0.0, tensors[-1] is not None
+        draws = T > 0 or (not soft and settings["max_s"] < 1)
         spiking_kernels.deep_rewiring_step(
             *tensors,
             seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0,
-            max_s=group["max_s"],
+            max_s=settings["max_s"],
             eta=eta,
-            penalty=group["l1"] * eta,
-            temperature=group["T"] * math.sqrt(eta),
-            theta_min=self._terms(group)["theta_min"],
+            penalty=settings["l1"] * eta,
+            temperature=T * math.sqrt(eta),
+            theta_min=settings["theta_min"],
             **adam,
         )

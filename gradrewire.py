@@ -81,11 +81,8 @@ class GradRewiring(RewiringOptimizer):
         s: target sparsity: the probability mass of the prior below theta = 0, in [0.5, 1); needed when
             alpha > eps. A target of the prior, not a bound: the sparsity that is reached depends on
             alpha, lr and the number of steps.
-        foreach: use the multi-tensor path; None chooses as torch.optim.Adam does.
-        maximize: maximize the objective instead of minimizing it.
-        capturable: keep ``step`` on the device, so that a CUDA graph can capture the update.
-        fused: update in one pass over memory: with a kernel on the CPU (contiguous float32, where
-            spiking_kernels and a C compiler are there), else compiled by torch.compile.
+        foreach, maximize, capturable: as in torch.optim.Adam; by name, as all that follow.
+        fused: update in one pass over memory, see :class:`rewiring.RewiringOptimizer`.
         plain_gradient: for ablations, take the gradient of w = s * max(theta, 0) instead of the redefined one: it is 0
             for a pruned connection (``.grad`` is masked in place), whose theta moves by its momentum and the prior.
 
@@ -98,13 +95,20 @@ class GradRewiring(RewiringOptimizer):
 
     LATER: ClassVar[dict[str, Any]] = {**RewiringOptimizer.LATER, "plain_gradient": False}
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, alpha: float = 1e-5,
-                 s: float | None = None, *, foreach: bool | None = None, maximize: bool = False,
-                 capturable: bool = False, fused: bool = False, plain_gradient: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,  # the prior is off unless alpha is greater
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        alpha: float = 1e-5,
+        s: float | None = None,
+        **named: Any,
+    ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, alpha=alpha, s=s)
-        settings.update(foreach=foreach, maximize=maximize, capturable=capturable, fused=fused)
-        super().__init__(params, {**settings, "plain_gradient": plain_gradient})
+        super().__init__(params, settings, named)
 
     _update = staticmethod(grad_rewiring)
 
@@ -121,7 +125,7 @@ class GradRewiring(RewiringOptimizer):
     def _own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"}
 
-    def _terms(self, group: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
         alpha = group["alpha"]
         if alpha <= group["eps"]:
             return {"alpha": None, "mu": None}
@@ -133,41 +137,42 @@ class GradRewiring(RewiringOptimizer):
                 param.grad = param.grad.clone()
             param.grad.masked_fill_(param == 0, 0)
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], eta: float, group: dict[str, Any], **adam: Any) -> None:
-        alpha, mu = self._terms(group).values()
-        prior = {"prior": 0.0, "mu": 0.0} if alpha is None else {"prior": alpha * eta, "mu": mu}
-        spiking_kernels.grad_rewiring_step(*tensors, eta=eta, **prior, **adam)
+    def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
+        alpha, mu = settings["alpha"], settings["mu"]
+        prior, mu = (0.0, 0.0) if alpha is None else (alpha * eta, mu)
+        spiking_kernels.grad_rewiring_step(*tensors, eta=eta, prior=prior, mu=mu, **adam)
 
 
 class ConnectivitySchedule:
-    """Leads the weights in a GradRewiring to a wanted connectivity, by setting the penalty alpha of its groups.
+    """Leads the weights of a GradRewiring to the connectivity C, by setting the penalty alpha of its groups.
 
-    Call :meth:`step` after each step of the optimizer, and after that of a learning-rate scheduler. The connectivity
-    is the share of the weights that are not 0, in all groups together but those with ``prune=False``.
+    Call :meth:`step` after each step of the optimizer and of the learning-rate scheduler, if there is one.
+    Connectivity is the share of the weights that are not 0, over all groups together but those with ``prune=False``.
 
-    The connectivity that is wanted falls from 1 to C between ``begin`` and ``end``, quickly at first and ever more
-    slowly, as under a constant penalty: its logarithm's distance to that of C decays exponentially, by a factor of e
-    five times. It is C from there on, also after ``steps``: go on calling :meth:`step` to hold it.
+    The schedule wants connectivity 1 until ``begin``; from there it falls, fast at first and then ever more slowly,
+    and is C from ``end`` on. It stays C after the last step, as long as :meth:`step` is called.
 
-    Grad R's prior moves theta down by alpha * eta_t in every step. So for each segment of a few steps, alpha is
-    theta_q / (sum of its eta_t), with which the prior would leave the wanted share of the connections; theta_q is the
-    largest theta to be pruned, or 0 where enough are pruned already. With ``foresight``, theta is where the momentum
-    of Adam takes it by the end of the segment, if gradients from now on are 0. What else the gradient does, the next
-    segment makes up for. If the learning rate changes within a segment, so does alpha, so that their product stays.
+    It divides the steps into segments, and looks at theta at the start of each: theta_q is the largest theta among
+    the connections to prune in this segment, or 0 if enough are pruned already. Grad R's prior lowers theta by
+    alpha * eta_t in every step, so it prunes them within the segment if alpha is theta_q / (sum of its eta_t).
+    The gradient moves theta too; the next segment corrects what it did. When the learning rate changes within a
+    segment, alpha * lr stays the same.
 
-    Until C is due, alpha is at most ``max_alpha``: a connection whose gradient never changes its sign moves by eta_t,
-    and holds out against any alpha < 1. There is no way up: where the gradient prunes more than is wanted, alpha is 0.
+    Until C is due, alpha is at most ``max_alpha``. A gradient that never changes its sign moves theta by eta_t in every
+    step, so it can hold a connection against any alpha < 1. The schedule cannot raise the connectivity: where the
+    gradient prunes more than is wanted, alpha is 0.
 
     Args:
-        optimizer: its groups get alpha; and s, where it is None. That s keeps mu, to which the prior moves what is
-            pruned, at -REACH times the largest learning rate so far: near enough for the gradient to bring it back,
-            or connections would only go once enough are pruned.
+        optimizer: the schedule sets alpha in its groups, and s where it is None: so that mu is -REACH times the
+            largest learning rate so far. There the prior leaves a pruned connection, near enough for the gradient to
+            bring it back; otherwise few connections would go before C is due.
         connectivity: C, in (0, 1].
-        steps: in which C is to be reached, >= 1.
+        steps: after which C is reached, >= 1.
         begin, end: shares of ``steps``, 0 <= begin <= end <= 1.
-        segments: into how many ``steps`` are divided at most, >= 1. Each finds the k-th smallest theta once.
+        segments: the most segments in ``steps``, >= 1. Each costs one search for the k-th smallest theta.
         max_alpha: > 0.
-        foresight: False as in the fast recipe, which was published without.
+        foresight: add to theta what Adam's momentum alone will do to it by the end of the segment. Without it, C is
+            met less closely; the fast recipe does without, so that its published runs can be repeated.
 
     Attributes:
         taken: the number of steps so far.
@@ -179,9 +184,18 @@ class ConnectivitySchedule:
 
     REACH = 7.0
 
-    def __init__(self, optimizer: GradRewiring, connectivity: float, steps: int, *, begin: float = 0.05,
-                 end: float = 0.7, segments: int = 200, max_alpha: float = 1.0,
-                 foresight: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        optimizer: GradRewiring,
+        connectivity: float,
+        steps: int,
+        *,
+        begin: float = 0.05,
+        end: float = 0.7,
+        segments: int = 200,
+        max_alpha: float = 1.0,
+        foresight: bool = True,
+    ):
         if not isinstance(optimizer, GradRewiring):
             raise TypeError(
                 f"ConnectivitySchedule sets the alpha of a GradRewiring; {type(optimizer).__name__} has none"
@@ -211,14 +225,14 @@ class ConnectivitySchedule:
             self._set_alphas()
 
     def wanted(self, share: float) -> float:
-        """The connectivity that is wanted after a share of the steps."""
+        """The connectivity that is wanted after a share of the steps: C to a power that tends to 1 exponentially."""
         if share >= self.end:
             return self.connectivity
         passed = max((share - self.begin) / (self.end - self.begin), 0.0)
         return self.connectivity ** ((1 - math.exp(-5 * passed)) / (1 - math.exp(-5)))
 
     def begin_segment(self, taken: int) -> None:
-        """Begins the segment after so many steps; :meth:`step` does so in time."""
+        """Starts a segment after so many steps; :meth:`step` calls this when one is due."""
         groups = self.optimizer.param_groups
         length = min(self.length, self.steps - taken) if taken < self.steps else self.length
         thetas = [self._theta(p, group, length) for group in groups if group["prune"] for p in group["params"]]
@@ -234,7 +248,7 @@ class ConnectivitySchedule:
         self._set_alphas()
 
     def _theta(self, param: Tensor, group: dict[str, Any], length: int) -> Tensor:
-        """Of a parameter: as it is or, with foresight, after a segment of so many steps without gradient and prior."""
+        """The theta of a parameter now or, with foresight, after so many steps that Adam's momentum alone takes."""
         state = self.optimizer.state.get(param, {})
         if "theta" not in state:
             return param.detach().abs()
@@ -249,8 +263,8 @@ class ConnectivitySchedule:
 
     def _set_alphas(self) -> None:
         limit = math.inf if self.taken >= self.end * self.steps else self.max_alpha
-        settings = zip(self.optimizer.param_groups, self.lrs, self.alphas, self.sets_s, strict=False)
-        for group, lr, alpha, sets_s in settings:
+        of_groups = zip(self.optimizer.param_groups, self.lrs, self.alphas, self.sets_s, strict=False)
+        for group, lr, alpha, sets_s in of_groups:
             if not group["prune"]:
                 continue
             now = float(group["lr"])
@@ -261,11 +275,11 @@ class ConnectivitySchedule:
                 group["s"] = min(1 - math.exp(-self.REACH * self.largest_lr * alpha) / 2, 0.9999)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` goes on from; plain data."""
+        """The state of the schedule, for :meth:`load_state_dict`; plain data."""
         return {key: list(x) if type(x) is list else x for key, x in vars(self).items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the schedule was, before or after the optimizer's state is loaded.
+        """Continues a saved schedule. The optimizer's state may be loaded before or after.
 
         Raises:
             ValueError: ``state_dict`` is not that of a ConnectivitySchedule of as many groups; nothing has changed.

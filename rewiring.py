@@ -11,6 +11,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -120,11 +121,9 @@ def _is_finite(value: Real) -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Real) -> bool | int | float:
     """A number of another type, NumPy's say, as a float: it would have others computed in its own precision."""
-    if isinstance(value, (tuple, list)):
-        return value if all(type(x) in PLAIN for x in value) else tuple(map(_plain, value))
-    return float(value) if isinstance(value, Real) and type(value) not in PLAIN else value
+    return value if type(value) in PLAIN else float(value)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -149,13 +148,15 @@ PLAIN = (bool, int, float)  # types of numbers that compute in full precision
 RECOMPILE_LIMIT = 64  # each number of tensors that a group has is compiled once, with and without prior
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+Drawn = list[tuple[Tensor, dict[str, Tensor]]]  # parameters, each with the random numbers of its step
+
 
 class RewiringOptimizer(Optimizer):
     """Base of the rewiring optimizers: an Adam whose update an algorithm redefines.
 
-    A subclass gives its settings and their defaults, checks them in :meth:`_check_settings`, names in
-    :meth:`_own_state` what it keeps, draws the random numbers of a step in :meth:`_draw`, and does the arithmetic in
-    :attr:`_update`, on lists of tensors, with its settings as :meth:`_numbers` gives them.
+    A subclass checks its settings in :meth:`_check_settings`, names in :meth:`_own_state` what it keeps, draws the
+    random numbers of a step in :meth:`_draw`, and does the arithmetic in :attr:`_update`, on lists of tensors, with
+    its settings as :meth:`_numbers` gives them.
 
     That one function serves every way to take a step: it gets one tensor at a time, or with ``foreach`` all of one
     device and dtype; with ``fused`` it is compiled for all of them at once. On the CPU a kernel of spiking_kernels
@@ -166,20 +167,20 @@ class RewiringOptimizer(Optimizer):
     ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and where it is pruned ``sign`` (int8), each of the weight's shape.
     The settings of a group may change between steps: state that they need and that is missing is created then.
     The state follows its weight to another dtype or device. What others keep in it is left alone.
+
+    Args:
+        params: parameters or parameter groups, as torch.optim.Adam takes them.
+        settings, named: of every group that does not name its own; ``named`` are those of :attr:`LATER`.
     """
 
-    # settings that were added later, with the values that older states had
-    LATER: ClassVar[dict[str, Any]] = {
-        "foreach": None,
-        "maximize": False,
-        "capturable": False,
-        "fused": False,
-        "prune": True,
-    }
+    # Settings that are given by name, with their defaults. They were added later: older states mean the defaults.
+    LATER: ClassVar[dict[str, Any]] = dict(foreach=None, maximize=False, capturable=False, fused=False, prune=True)
 
-    def __init__(self, params: Iterable, defaults: dict[str, Any]):
+    def __init__(self, params: Iterable, settings: dict[str, Any], named: dict[str, Any]):
+        if unknown := named.keys() - self.LATER.keys():
+            raise TypeError(f"{type(self).__name__} takes no argument {', '.join(sorted(unknown))}")
         self._seen: dict[int, _Seen] = {}
-        super().__init__(params, {**defaults, "prune": True})
+        super().__init__(params, {**settings, **self.LATER, **named})
 
     # -- what an algorithm defines -------------------------------------------------------------
 
@@ -204,13 +205,14 @@ class RewiringOptimizer(Optimizer):
         """The random numbers that the step of one parameter needs."""
         return {}
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], eta: float, group: dict[str, Any], **adam: Any) -> None:
+    def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
         """Takes a step of one parameter with a kernel of spiking_kernels, which draws random numbers of its own.
 
         Args:
             tensors: weight, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or None, sign, theta or None.
+            settings: those of the update.
             eta: the step size.
-            adam: what the kernel takes of Adam.
+            adam: what the kernel takes of Adam, and ``kept``, what it has checked before.
         """
         raise NotImplementedError
 
@@ -222,31 +224,32 @@ class RewiringOptimizer(Optimizer):
         Raises:
             ValueError: a setting or a parameter is not accepted.
         """
-        if isinstance(param_group, dict):
-            self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        self._make_plain(self.param_groups[-1])
-        for param in self.param_groups[-1]["params"]:
-            try:
-                self._check_param(param, self.param_groups[-1])
-            except ValueError:
-                self.param_groups.pop()
-                raise
+        group = self.param_groups[-1]
+        try:
+            self._accept_group(group)
+            for param in group["params"]:
+                self._check_param(param, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
-    def _check_group(self, group: dict[str, Any], wait: bool = True) -> None:
-        """Raises ValueError for a setting that is not accepted; without ``wait``, it reads no value on a device."""
+    def _accept_group(self, group: dict[str, Any], wait: bool = True) -> None:
+        """Raises ValueError for a setting that is not accepted; without ``wait``, it reads no value on a device.
+
+        Numbers of other types become Python's, which compute in full precision and which :func:`torch.load` takes.
+        """
         lr, betas = group["lr"], group["betas"]
         if isinstance(lr, Tensor):
             if lr.numel() != 1 or lr.is_complex() or lr.is_meta:
                 raise ValueError(f"lr={lr!r} is not accepted: lr must be a number, or a tensor of one real element")
             lr = float(lr) if wait or lr.is_cpu else 0.0
-        check_number("lr", lr, "a finite number >= 0", lambda x: x >= 0)
+        for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+            check_number(name, value, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas={betas!r} is not accepted: betas must be two numbers in [0, 1)")
         for i, beta in enumerate(betas):
             check_number(f"betas[{i}]", beta, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        check_number("eps", group["eps"], "a finite number >= 0", lambda x: x >= 0)
-        check_number("weight_decay", group["weight_decay"], "a finite number >= 0", lambda x: x >= 0)
         for name in ("amsgrad", "maximize", "capturable", "fused", "prune"):
             check_bool(name, group[name])
         check_bool("foreach", group["foreach"], or_none=True)
@@ -254,18 +257,13 @@ class RewiringOptimizer(Optimizer):
             raise ValueError("foreach=True is not accepted with fused=True: choose one of them")
         if group["prune"]:
             self._check_settings(group)
-
-    @staticmethod
-    def _make_plain(group: dict[str, Any]) -> None:
-        """Has the settings of a group hold Python's numbers, which :func:`torch.load` takes, too."""
-        for key, value in group.items():
-            if type(value) not in PLAIN and key not in ("params", "param_names"):
-                group[key] = _plain(value)
+        group["betas"] = tuple(map(_plain, betas))
+        group.update({key: _plain(value) for key, value in group.items() if isinstance(value, Real)})
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         """Raises ValueError for a parameter that no step could update."""
         if param.dtype not in DTYPES:
-            accepted = ", ".join(str(dtype) for dtype in DTYPES)
+            accepted = ", ".join(map(str, DTYPES))
             raise ValueError(f"a parameter of dtype {param.dtype} is not accepted: it must be one of {accepted}")
         if param.layout is not torch.strided:
             raise ValueError(f"a parameter of layout {param.layout} is not accepted: it must be torch.strided")
@@ -284,36 +282,25 @@ class RewiringOptimizer(Optimizer):
     def _state_keys(self, group: dict[str, Any]) -> list[str]:
         return [*ADAM_STATE, *([AMSGRAD_STATE] if group["amsgrad"] else []), *sorted(self.own_state(group))]
 
-    def _check_state(self, param: Tensor, state: Any) -> None:
+    def _check_state(self, param: Tensor, state: Any, **of_loaded: bool) -> None:
         """Raises ValueError unless a parameter's state has all of Adam's tensors, in its shape, or none of them."""
-        if flaw := _flaw(state, param.shape):
+        if flaw := _flaw(state, param.shape, **of_loaded):
             raise ValueError(f"the state of {self._name(param)} is not accepted: {flaw}")
 
     def _begin_state(self, param: Tensor, group: dict[str, Any]) -> None:
         """Creates what the settings need in a parameter's state, with the dtype and the device of the weight."""
-        state, own = self.state[param], self.own_state(group)
+        state, (_, *keys) = self.state[param], self._state_keys(group)
         # torch's fused Adam takes the step where the weights are
         on_device = group["capturable"] or (group["fused"] and not group["prune"])
-        step = state.get("step", 0)
-        if not _is_step(step) or (on_device and step.device != param.device):
-            state["step"] = _as_step(step).to(param.device if on_device else "cpu")
-        moments = (*ADAM_STATE[1:], AMSGRAD_STATE) if group["amsgrad"] else ADAM_STATE[1:]
-        for key in moments:
+        state["step"] = _as_step(state.get("step", 0), param.device if on_device else "cpu")
+        for key in set(OWN_STATE).difference(keys):
+            state.pop(key, None)  # it belongs to earlier weights
+        for key in keys:
             if key not in state:
-                state[key] = torch.zeros_like(param)
-        for key in OWN_STATE:
-            if key not in own:
-                state.pop(key, None)  # it belongs to earlier weights
-        if "sign" in own and "sign" not in state:
-            state["sign"] = param.sign().to(torch.int8)
-        for key in (*moments, *OWN_STATE):
-            value, dtype = state.get(key), torch.int8 if key == "sign" else param.dtype
-            if value is None:
-                continue
+                state[key] = _begun(key, param, state)
+            value, dtype = state[key], torch.int8 if key == "sign" else param.dtype
             if value.dtype != dtype or value.device != param.device or overlaps_itself(value):
                 state[key] = value.to(param.device, dtype).clone()
-        if "theta" in own and "theta" not in state:
-            state["theta"] = (param * state["sign"]).clamp_(min=0)
 
     @torch.no_grad()
     def load_parameters(self) -> None:
@@ -353,7 +340,7 @@ class RewiringOptimizer(Optimizer):
                 if "sign" in entry:  # load_state_dict casts all state but `step` to the weight's dtype
                     entry["sign"] = entry["sign"].to(torch.int8)
                 if "step" in entry:
-                    entry["step"] = _as_step(entry["step"]).to(param.device if group["capturable"] else "cpu")
+                    entry["step"] = _as_step(entry["step"], param.device if group["capturable"] else "cpu")
         super().__setstate__(state)
         self._seen = {}
 
@@ -371,16 +358,11 @@ class RewiringOptimizer(Optimizer):
 
     def _check_loaded(self, groups: list[dict[str, Any]], states: dict[Any, Any]) -> None:
         """Raises ValueError for what cannot be loaded; gives the groups of another optimizer this one's settings."""
-        settings = self.defaults.keys() - {"differentiable"}  # torch adds it
+        settings = self.defaults.keys() - self.LATER.keys() - {"differentiable"}  # torch adds it
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            foreign = not group.keys() & (settings - ADAM_SETTINGS - self.LATER.keys())
+            foreign = not group.keys() & (settings - ADAM_SETTINGS)
             for param in group["params"]:
-                state = states.get(param, {})
-                flaw = _flaw(state, param.shape) or _flaw_of_values(state)
-                if not flaw and foreign and "step" not in state and any(value is not None for value in state.values()):
-                    flaw = f"it has {', '.join(map(str, state))}, but lacks {', '.join(ADAM_STATE)}: it is not Adam's"
-                if flaw:
-                    raise ValueError(f"the state of {self._name(param)} is not accepted: {flaw}")
+                self._check_state(param, states.get(param, {}), loaded=True, foreign=foreign)
             refused = f"param_groups[{number}] is not accepted: "
             if foreign:
                 if group.get("maximize", False) != own["maximize"]:
@@ -390,10 +372,10 @@ class RewiringOptimizer(Optimizer):
                     )
                 group.clear()
                 group.update(own)
-            if lacks := settings - group.keys() - self.LATER.keys():
+            if lacks := settings - group.keys():
                 raise ValueError(f"{refused}it lacks {', '.join(sorted(lacks))}")
             loaded = {**self.LATER, **group}
-            self._check_group(loaded)
+            self._accept_group(loaded)
             for param in group["params"]:
                 self._check_param(param, loaded)
 
@@ -426,37 +408,35 @@ class RewiringOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for update, lists, settings in self._updates(torch.compiler.is_compiling()):
-            update(lists, **settings)
+        for update, tensors, settings in self._updates(torch.compiler.is_compiling()):
+            update(tensors, **settings)
         return loss
 
     @torch._disable_dynamo  # torch.compile traces only the arithmetic, so the random draws are those of an eager step
     def _updates(self, traced: bool) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
         """The updates of a step, each a function and its arguments, once all is checked, created and drawn."""
-        groups = [self._check_step(number, group) for number, group in enumerate(self.param_groups)]
+        checked = [self._check_step(number, group) for number, group in enumerate(self.param_groups)]
         updates: list[tuple[Callable[..., None], Any, dict[str, Any]]] = []
-        for group, (params, changed, seen) in zip(self.param_groups, groups, strict=True):
+        for group, (seen, params, changed) in zip(self.param_groups, checked, strict=True):
             for param in changed:
                 self._begin_state(param, group)
-                seen.looks[param] = _looks(param, self.state[param], seen.keys)
+                seen.looks[param], seen.memory[param] = _looks(param, *map(self.state[param].get, seen.keys)), None
             if not params:
                 continue
             if not group["prune"]:
-                updates.append((_adam_update, self._lists([(param, {}) for param in params], seen), dict(group=group)))
+                updates.append((_adam_update, self._lists([(param, {}) for param in params], seen), {"group": group}))
                 continue
             for param in params:
                 self._prepare_gradient(param, group)
             if group["fused"]:
-                updates.append((self._fused, params, dict(group=group, seen=seen)))
+                updates.append((self._fused, params, {"group": group, "seen": seen}))
                 continue
-            foreach = group["foreach"]
+            foreach, settings = group["foreach"], seen.settings
             if foreach is None:
                 _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
-            drawn = [(param, self._draw(param, group)) for param in params]
-            settings = seen.settings
             if traced:  # what enters by alpha= and value= stays a number, to round as it does in an eager step
-                numbers = {key: settings[key] for key in ("betas", "weight_decay")}
-                settings = {**_as_tensors(settings), **numbers}
+                settings = {**_as_tensors(settings), **{key: settings[key] for key in ("betas", "weight_decay")}}
+            drawn = [(param, self._draw(param, group)) for param in params]
             for some in _alike(drawn) if foreach else [[one] for one in drawn]:
                 updates.append((self._update, self._lists(some, seen), settings))
         return updates
@@ -464,61 +444,63 @@ class RewiringOptimizer(Optimizer):
     @torch._disable_dynamo  # it compiles, or calls a kernel, itself
     def _fused(self, params: list[Tensor], group: dict[str, Any], seen: "_Seen") -> None:
         """Updates parameters in place, in one pass over memory."""
-        rest = [(p, self._draw(p, group)) for p in params if not self._kernel_step(p, group, seen.settings)]
+        steps, rest = [], []
+        for param in params:
+            if self._kernel_step(param, seen):
+                steps.append(self.state[param]["step"])
+            else:
+                rest.append((param, self._draw(param, group)))
+        if steps:
+            torch._foreach_add_(steps, 1)
         for some in _alike(rest):
             _compiled(self._update)(self._lists(some, seen), **seen.settings)
 
-    def _kernel_step(self, param: Tensor, group: dict[str, Any], settings: dict[str, Any]) -> bool:
-        """Takes the step of a parameter with a kernel, if one can."""
-        if not _has_kernel(param):
+    def _kernel_step(self, param: Tensor, seen: "_Seen") -> bool:
+        """Takes the step of a parameter with a kernel, if one can; it does not count the step."""
+        if seen.memory[param] is None and not _may_have_kernel(param):
             return False
-        state, (beta1, beta2) = self.state[param], settings["betas"]
-        tensors = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-        tensors += (state[AMSGRAD_STATE] if group["amsgrad"] else None, state["sign"], state.get("theta"))
+        state, settings = self.state[param], seen.settings
+        beta1, beta2 = settings["betas"]
+        largest = state[AMSGRAD_STATE] if settings["amsgrad"] else None
         t = float(state["step"]) + 1
         try:
             self._kernel(
-                tensors,
+                (param, param.grad, state["exp_avg"], state["exp_avg_sq"], largest, state["sign"], state.get("theta")),
+                settings,
                 float(settings["lr"]) / (1 - beta1**t),
-                group,
                 betas=(beta1, beta2),
                 correction=math.sqrt(1 - beta2**t),
-                **{key: group[key] for key in ("eps", "weight_decay", "maximize")},
+                eps=settings["eps"],
+                weight_decay=settings["weight_decay"] or 0.0,
+                maximize=settings["maximize"],
+                kept=seen.memory,
             )
         except spiking_kernels.Unfit:  # one is not contiguous, say
             return False
-        state["step"].add_(1)
         return True
 
-    def _lists(self, drawn: list[tuple[Tensor, dict[str, Tensor]]], seen: "_Seen") -> Lists:
+    def _lists(self, drawn: Drawn, seen: "_Seen") -> Lists:
         """The tensors of some parameters of a group, with the random numbers drawn for them."""
         lists = {"weight": [param for param, _ in drawn], "grad": [param.grad for param, _ in drawn]}
         lists |= {key: [self.state[param][key] for param, _ in drawn] for key in seen.keys}
         return lists | {key: [draws[key] for _, draws in drawn] for key in drawn[0][1]}
 
-    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What the update takes of a group's settings; None for a term that is off."""
-        settings = {key: group[key] for key in ("eps", "amsgrad", "maximize")}
-        settings |= dict(
-            lr=_scalar(group["lr"]), betas=tuple(group["betas"]), weight_decay=group["weight_decay"] or None
-        )
-        return settings | (self._terms(group) if group["prune"] else {})
-
-    def _check_step(self, number: int, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], "_Seen"]:
+    def _check_step(self, number: int, group: dict[str, Any]) -> tuple["_Seen", list[Tensor], list[Tensor]]:
         """Raises an error, in one line, for what a step of a group cannot use.
 
         Returns:
-            The parameters that have a gradient, those of them whose state may need a change, and what is remembered.
+            What is remembered, the parameters that have a gradient, and those of them whose state may need a change.
         """
-        seen, values = self._seen.get(number), self._values(group)
-        if seen is None or seen.values != values or isinstance(group["lr"], Tensor):
-            self._check_group(group, wait=False)
-            self._make_plain(group)
-            seen = _Seen(self._values(group), self._settings(group), self._state_keys(group))
+        seen = self._seen.get(number)
+        if seen is None or isinstance(group["lr"], Tensor) or seen.values != self._values(group):
+            self._accept_group(group, wait=False)
+            old, seen = seen, _Seen(self._values(group), self._settings(group), self._state_keys(group))
+            if old is not None and old.keys == seen.keys and old.switches() == seen.switches():
+                seen.looks, seen.memory = old.looks, old.memory  # a scheduler changes numbers in every step
             self._seen[number] = seen
         params = [param for param in group["params"] if param.grad is not None]
-        if params and params[0].is_cuda and not group["capturable"]:
-            _check_not_capturing()
+        if params and params[0].is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("to capture step() in a CUDA graph, construct the optimizer with capturable=True")
         changed = []
         for param in params:
             grad = param.grad
@@ -529,38 +511,116 @@ class RewiringOptimizer(Optimizer):
                     f"the gradient of {self._name(param)} is {list(grad.shape)} on {grad.device}, "
                     f"the parameter {list(param.shape)} on {param.device}"
                 )
-            if param in seen.looks and seen.looks[param] == _looks(param, self.state[param], seen.keys):
+            if param in seen.looks and seen.as_before(param, self.state[param]):
                 continue
             self._check_param(param, group)
             if param in self.state:
                 self._check_state(param, self.state[param])
             changed.append(param)
-        return params, changed, seen
+        return seen, params, changed
 
-    def _values(self, group: dict[str, Any]) -> list[tuple[type, Any]]:
+    def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the update takes of a group's settings; None for a term that is off."""
+        settings = {key: group[key] for key in ("betas", "eps", "amsgrad", "maximize")}
+        settings |= dict(lr=_scalar(group["lr"]), weight_decay=group["weight_decay"] or None)
+        return settings | (self._numbers(group) if group["prune"] else {})
+
+    def _values(self, group: dict[str, Any]) -> list[Any]:
         """The settings of a group, to be compared with those of the last step; True and 1 are different ones."""
-        values = map(group.get, self.defaults)
-        return [(type(value), tuple(value) if type(value) is list else value) for value in values]
+        values = [group.get(key) for key in self.defaults]
+        return [*map(type, values), *values]
 
 
+@dataclass
 class _Seen:
     """What a step found good of a group: the next one checks only what is no longer so."""
 
-    def __init__(self, values: list[tuple[type, Any]], settings: dict[str, Any], keys: list[str]):
-        self.values, self.settings, self.keys = values, settings, keys
-        self.looks: dict[Tensor, list[Any]] = {}
+    values: list[Any]
+    settings: dict[str, Any]
+    keys: list[str]
+    looks: dict[Tensor, list[Any]] = field(default_factory=dict)
+    memory: dict[Tensor, Any] = field(default_factory=dict)  # what a kernel has found good
+
+    def switches(self) -> list[Any]:
+        """The settings on which it depends whether a parameter and its state are good."""
+        return [self.settings["eps"], *(value for value in self.values if isinstance(value, bool))]
+
+    def as_before(self, param: Tensor, state: dict[str, Any]) -> bool:
+        """Whether a parameter and its state are as they were found good."""
+        step, *tensors = map(state.get, self.keys)
+        memory = self.memory[param]
+        if memory is not None:
+            return isinstance(step, Tensor) and memory.holds(param, *tensors)
+        return self.looks[param] == _looks(param, step, *tensors)
 
 
-def _looks(param: Tensor, state: dict[str, Any], keys: list[str]) -> list[Any]:
+def _looks(*tensors: Any) -> list[Any]:
     """What the checks of a parameter and its state look at."""
-    tensors = [param, *map(state.get, keys)]
     return [
         (x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) and x.layout is torch.strided else None
         for x in tensors
     ]
 
 
-def _alike(drawn: list[tuple[Tensor, dict[str, Tensor]]]) -> Iterable[list[tuple[Tensor, dict[str, Tensor]]]]:
+def _flaw(state: Any, shape: torch.Size, loaded: bool = False, foreign: bool = False) -> str | None:
+    """What is wrong with a parameter's state; None if nothing is.
+
+    Args:
+        loaded: look at its values too, which waits for the device.
+        foreign: it is another optimizer's, which must be an Adam if it has any state.
+    """
+    if not isinstance(state, dict):
+        return f"it is a {type(state).__name__}, not a dictionary"
+    known = [key for key in (*ADAM_STATE, AMSGRAD_STATE, *OWN_STATE) if key in state]
+    lacks = [key for key in ADAM_STATE if key not in state]
+    if "theta" in state and "sign" not in state:
+        lacks.append("sign")
+    if known and lacks:
+        return f"it has {', '.join(map(str, state))}, but lacks {', '.join(lacks)}"
+    for key in known:
+        value = state[key]
+        if key == "step":
+            if not (isinstance(value, Tensor) and value.numel() == 1) and not isinstance(value, Real):
+                return f"step is {value!r}, not one number"
+            if loaded and not 0 <= float(value) < math.inf:
+                return f"step is {float(value)}, not a number of steps"
+        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return f"{key} is not a dense tensor"
+        elif value.shape != shape:
+            return f"{key} has the shape {list(value.shape)}, the parameter {list(shape)}"
+        elif loaded and key == "sign" and not value.is_meta and bool((value != value.sign()).any()):
+            return "sign has other values than -1, 0 and 1"
+    if foreign and lacks and any(value is not None for value in state.values()):
+        return f"it has {', '.join(map(str, state))}, but lacks {', '.join(lacks)}: it is not Adam's"
+    return None
+
+
+def _begun(key: str, param: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """What a parameter's state holds at first."""
+    if key == "sign":
+        return param.sign().to(torch.int8)
+    return (param * state["sign"]).clamp_(min=0) if key == "theta" else torch.zeros_like(param)
+
+
+def _as_step(value: Real | Tensor, device: torch.device | str) -> Tensor:
+    """A number of steps as the state holds it."""
+    step = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    return step.reshape(()).to(device, torch.float32)
+
+
+def _scalar(lr: float | Tensor) -> float | Tensor:
+    """lr, 0-dimensional if it is a tensor: with more dimensions it would give them to a 0-dimensional weight."""
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def _may_have_kernel(param: Tensor) -> bool:
+    """Whether spiking_kernels takes the update of such a weight: a first look, see Unfit there."""
+    if spiking_kernels is None or not param.is_cpu or param.dtype != torch.float32:
+        return False
+    return spiking_kernels.unavailable() is None
+
+
+def _alike(drawn: Drawn) -> Iterable[Drawn]:
     """Parameters and their random numbers, by device and dtype."""
     together = defaultdict(list)
     for param, draws in drawn:
@@ -571,18 +631,13 @@ def _alike(drawn: list[tuple[Tensor, dict[str, Tensor]]]) -> Iterable[list[tuple
 @torch._disable_dynamo  # compiled, it would round its bias corrections to float32
 def _adam_update(lists: Lists, group: dict[str, Any]) -> None:
     """Updates the parameters of a group that is not pruned, as torch.optim.Adam does."""
-    lr, foreach, on_device = _scalar(group["lr"]), group["foreach"], group["capturable"]
-    on_device = on_device and all(weight.is_cuda for weight in lists["weight"])
+    lr, (beta1, beta2) = _scalar(group["lr"]), group["betas"]
+    on_device = group["capturable"] and all(weight.is_cuda for weight in lists["weight"])
     plain_adam(
-        *(lists["weight"], lists["grad"], lists["exp_avg"], lists["exp_avg_sq"]),
-        *(lists.get(AMSGRAD_STATE, []), lists["step"]),
-        foreach=False if isinstance(lr, Tensor) and not on_device else foreach,
-        capturable=on_device,
-        fused=group["fused"] or None,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=lr,
-        **{key: group[key] for key in ("amsgrad", "weight_decay", "eps", "maximize")},
+        *(lists.get(key, []) for key in ("weight", "grad", "exp_avg", "exp_avg_sq", AMSGRAD_STATE, "step")),
+        **{key: group[key] for key in ("amsgrad", "eps", "weight_decay", "maximize")},
+        **dict(lr=lr, beta1=beta1, beta2=beta2, capturable=on_device, fused=group["fused"] or None),
+        foreach=False if isinstance(lr, Tensor) and not on_device else group["foreach"],
     )
 
 
@@ -592,13 +647,9 @@ def _as_tensors(settings: dict[str, Any]) -> dict[str, Any]:
     def tensor(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(tensor, value))
-        if isinstance(value, Tensor):
-            return value.double()
-        return (
-            value
-            if value is None or isinstance(value, bool)
-            else torch.tensor(value, dtype=torch.float64, device="cpu")
-        )
+        if value is None or isinstance(value, bool):
+            return value
+        return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
     return {key: tensor(value) for key, value in settings.items()}
 
@@ -633,61 +684,3 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
         update(lists, **settings)
 
     return run
-
-
-def _check_not_capturing() -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("to capture step() in a CUDA graph, construct the optimizer with capturable=True")
-
-
-def _flaw(state: Any, shape: torch.Size) -> str | None:
-    """What is wrong with a parameter's state, as far as that shows without reading its values."""
-    if not isinstance(state, dict):
-        return f"it is a {type(state).__name__}, not a dictionary"
-    known = [key for key in (*ADAM_STATE, AMSGRAD_STATE, "sign", "theta") if key in state]
-    lacks = [key for key in ADAM_STATE if key not in known]
-    if "theta" in known and "sign" not in known:
-        lacks.append("sign")
-    if known and lacks:
-        return f"it has {', '.join(map(str, state))}, but lacks {', '.join(lacks)}"
-    for key in known:
-        value = state[key]
-        if key == "step":
-            if not (isinstance(value, Tensor) and value.numel() == 1) and not isinstance(value, Real):
-                return f"step is {value!r}, not one number"
-        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
-            return f"{key} is not a dense tensor"
-        elif value.shape != shape:
-            return f"{key} has the shape {list(value.shape)}, the parameter {list(shape)}"
-    return None
-
-
-def _flaw_of_values(state: dict[str, Any]) -> str | None:
-    """What is wrong with the values of a parameter's state; reading them waits for the device."""
-    if "step" in state and not 0 <= float(state["step"]) < math.inf:
-        return f"step is {float(state['step'])}, not a number of steps"
-    if "sign" in state and not state["sign"].is_meta and bool((state["sign"] != state["sign"].sign()).any()):
-        return "sign has other values than -1, 0 and 1"
-    return None
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32
-
-
-def _as_step(value: Real | Tensor) -> Tensor:
-    """A number of steps as the state holds it."""
-    step = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float32, device="cpu")
-    return step.reshape(()).float()
-
-
-def _has_kernel(param: Tensor) -> bool:
-    """Whether spiking_kernels takes the update of such a weight: a first look, see Unfit there."""
-    if spiking_kernels is None or not param.is_cpu or param.dtype != torch.float32:
-        return False
-    return spiking_kernels.unavailable() is None
-
-
-def _scalar(lr: float | Tensor) -> float | Tensor:
-    """lr, 0-dimensional if it is a tensor: with more dimensions it would give them to a 0-dimensional weight."""
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr

@@ -176,6 +176,27 @@ def test_groups_have_one_quantile_and_each_its_own_penalty():
     assert connectivity([plain]) == 1
 
 
+@pytest.mark.parametrize("foresight", [False, True])
+def test_foresight_is_where_momentum_alone_takes_theta(foresight):
+    """Without a prior; exact where the denominator stays, with amsgrad and a short memory."""
+    optimizer = grad_rewiring(lr=0.01, betas=(0.9, 0.5), amsgrad=True)
+    (group,), generator = optimizer.param_groups, torch.Generator().manual_seed(0)
+    (w,) = group["params"]
+    for _ in range(60):
+        w.grad = torch.rand(w.shape, generator=generator)
+        optimizer.step()
+    thetas = [optimizer.state[w]["theta"].clone()]
+    ConnectivitySchedule(optimizer, 0.5, 8, segments=2, begin=0, end=0, max_alpha=1e6, foresight=foresight)
+    alpha, group["alpha"] = group["alpha"], 0
+    for _ in range(4):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    thetas.append(optimizer.state[w]["theta"])
+    penalties = [max(0, float(theta.kthvalue(5).values)) / moved(0.01, 0.9, 4, first=61) for theta in thetas]
+    assert alpha == pytest.approx(penalties[foresight], rel=1e-4)
+    assert abs(penalties[0] - penalties[1]) > 0.01 * penalties[0]
+
+
 def test_segments_and_the_largest_penalty():
     optimizer = grad_rewiring(lr=1e-3)
     (group,) = optimizer.param_groups
@@ -293,6 +314,7 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing():
         *[("begin", bad) for bad in (-0.1, 1.1, math.nan, None)],
         *[("end", bad) for bad in (0.01, 1.1, math.nan, None)],
         *[("max_alpha", bad) for bad in (0, -1.0, math.inf, None)],
+        *[("foresight", bad) for bad in (None, 1)],
     ],
 )
 def test_a_bad_argument_is_a_value_error_that_names_it(name, bad):

@@ -178,6 +178,33 @@ def test_a_setting_that_is_not_accepted_ends_the_step_before_it_begins(variant, 
     assert_same(snapshot(optimizer, params), before)
 
 
+@variants
+@paths
+def test_parameters_are_checked_again_only_after_a_change_that_matters(variant, path, monkeypatch):
+    """A scheduler that changes numbers in every step costs no check of every weight."""
+    params = parameters()
+    optimizer = make(variant, params, **path)
+    group, checked, check = optimizer.param_groups[0], [], optimizer._check_param
+    monkeypatch.setattr(optimizer, "_check_param", lambda *a: checked.append(1) or check(*a))
+    number = {"grad": "alpha"}.get(variant, "l1")
+    for change, expected in (
+        ({}, 4),
+        ({}, 0),
+        ({"lr": 0.02}, 0),
+        ({number: 0.2, "betas": (0.8, 0.9)}, 0),
+        ({"amsgrad": True}, 4),
+        ({"eps": 1e-5}, 4),
+        ({"capturable": True}, 4),
+        ({"prune": False}, 4),
+        ({"prune": True}, 4),
+        ({"lr": torch.tensor(0.01)}, 0),
+    ):
+        group.update(change)
+        checked.clear()
+        train(optimizer, params, steps=1)
+        assert len(checked) == expected, change
+
+
 # -- weights that others change --------------------------------------------------------------------
 
 MASTERED = ["grad", "soft deep"]  # theta holds the weights

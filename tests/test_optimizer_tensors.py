@@ -6,8 +6,10 @@ import pytest
 import torch
 from optim_helpers import PATHS, VARIANTS, parameters, train
 
+import spiking_kernels
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
+from spiking_kernels.updates import Memory
 
 KINDS = ["grad", "deep", "soft deep"]
 variants = pytest.mark.parametrize("variant", KINDS)
@@ -281,3 +283,82 @@ def test_gradients_of_another_dtype(variant, path, dtype, other):
     for p, q in zip(run(other), run(dtype), strict=True):
         assert p.dtype == dtype
         torch.testing.assert_close(p, q, rtol=0.02, atol=1e-3)
+
+
+# -- what a kernel has accepted once -----------------------------------------------------------------
+
+
+def moved(x, to):
+    x.data = to(x)
+    return x
+
+
+OTHERS = {  # than the tensor that was accepted; most are the same object
+    "another": lambda x: x.clone(),
+    "negated": lambda x: torch._neg_view(x),
+    "elsewhere": lambda x: moved(x, lambda y: y.clone()),
+    "dtype": lambda x: moved(x, lambda y: y.double()),
+    "bits": lambda x: moved(x, lambda y: y.view(torch.int32)),
+    "strides": lambda x: x.t_(),
+    "strides of one shape": lambda x: moved(x, lambda y: y.t()),
+    "shape": lambda x: x.unsqueeze_(0),
+    "fewer": lambda x: moved(x, lambda y: y[:2]),
+    "freed": lambda x: x.untyped_storage().resize_(0) and x,
+    "cut short": lambda x: x.untyped_storage().resize_(x.nbytes - 4) and x,
+    "gone": lambda x: None,
+}
+
+
+@pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="no fused kernels")
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", ["param", "exp_avg", "exp_avg_sq", "sign", "theta"])
+def test_memory_is_of_tensors_that_stay_as_they_are(name, other):
+    tensors = {key: torch.ones(4, 4) for key in ("param", "exp_avg", "exp_avg_sq", "theta")}
+    tensors["sign"] = torch.ones(4, 4, dtype=torch.int8)
+    memory = Memory({"max_exp_avg_sq"}, **tensors, max_exp_avg_sq=None)
+    assert memory.holds(*tensors.values())
+    assert not memory.holds(*list(tensors.values())[:-1])
+    if name == "sign" and other == "bits":
+        pytest.skip("int8 has no other bits of int32")
+    tensors[name] = OTHERS[other](tensors[name])
+    assert not memory.holds(*tensors.values())
+
+
+def doubled(state, key):
+    state[key] = state[key] * 2
+
+
+BETWEEN = {
+    "another": lambda p, state: doubled(state, "exp_avg"),
+    "another theta": lambda p, state: doubled(state, "theta"),
+    "elsewhere": lambda p, state: moved(state["theta"], lambda x: x / 2),
+    "dtype": lambda p, state: moved(state["exp_avg"], lambda x: x.double()),
+    "strides": lambda p, state: state["exp_avg"].t_(),
+    "step": lambda p, state: state.update(step=float(state["step"]) + 5),
+    "weights": lambda p, state: moved(p, lambda x: x.t()),
+    "gradient": lambda p, state: setattr(p, "grad", p.grad.t()),
+    "negated gradient": lambda p, state: setattr(p, "grad", torch._neg_view(p.grad)),
+    "the state as gradient": lambda p, state: setattr(p, "grad", state["exp_avg"]),
+    "sign of a row": lambda p, state: state["sign"][0].zero_(),
+    "nothing": lambda p, state: None,
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+@pytest.mark.parametrize("variant", ["grad", "soft deep"])
+def test_what_changes_between_steps_counts_in_every_path(variant, change):
+    """A kernel that went on with the memory of the last step would not see it."""
+    random = {} if variant == "grad" else dict(T=0.0, max_s=1.0)
+    ends = []
+    for path in (dict(foreach=False), dict(fused=True)):
+        p = parameters(shapes=[(12, 12)])[0]
+        optimizer = make(variant, [p], **path, **random)
+        train(optimizer, [p], steps=3)
+        generator = torch.Generator().manual_seed(3)
+        p.grad = torch.randn(12, 12, generator=generator)
+        BETWEEN[change](p, optimizer.state[p])
+        optimizer.step()
+        train(optimizer, [p], steps=2, seed=2)
+        ends.append([p.detach(), *(optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "theta", "step"))])
+    for plain, fused in zip(*ends, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,7 @@
 """What holds for every optimizer: arguments, the torch.optim interface, the two paths."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -81,6 +82,38 @@ def test_bounds_that_are_accepted(cls, settings):
     params = parameters()
     train(cls(params, **settings), params, steps=2)
     assert all(p.isfinite().all() for p in params)
+
+
+ADAM = "params, lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, amsgrad=False"
+
+
+@pytest.mark.parametrize(
+    ("cls", "own", "values"),
+    [
+        (GradRewiring, "alpha=1e-05, s=None", (0.2, 0.9)),
+        (DeepRewiring, "T=0, l1=1e-05, max_s=None, soft=False", (0.1, 0.2, 0.9, True)),
+    ],
+)
+def test_arguments_are_adams_and_then_their_own_by_position_or_name(cls, own, values):
+    arguments = [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()]
+    *by_position, others = map(str, arguments)
+    assert ", ".join(by_position) == f"{ADAM}, {own}"
+    assert others.startswith("**")
+    adam = (0.1, (0.5, 0.6), 1e-4, 0.2, True)
+    optimizer = cls(parameters(), *adam, *values, foreach=True, maximize=True, capturable=True)
+    given = dict(zip([p.name for p in arguments[1:-1]], (*adam, *values), strict=True))
+    given |= dict(foreach=True, maximize=True, capturable=True, fused=False, prune=True)
+    assert {key: optimizer.param_groups[0][key] for key in given} == given
+    with pytest.raises(TypeError, match=f"{cls.__name__} takes no argument learning_rate, momentum$"):
+        cls(parameters(), momentum=0.9, learning_rate=0.1)
+
+
+def test_prune_is_the_setting_of_groups_that_name_none():
+    pruned, plain = parameters(1), parameters(2)
+    optimizer = GradRewiring([{"params": pruned, "prune": True, "alpha": 0}, {"params": plain}], prune=False)
+    train(optimizer, [*pruned, *plain], steps=1)
+    assert all("theta" in optimizer.state[p] for p in pruned)
+    assert not any("theta" in optimizer.state[p] for p in plain)
 
 
 def test_s_and_max_s_are_required_where_they_are_needed():
