@@ -162,7 +162,9 @@ def bench_convolution(rounds: int) -> list[dict]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     made = parser(__doc__, rounds=7)
-    made.add_argument("runs", nargs="*", type=file_path, help="MNIST runs or exports of them to measure too")
+    made.add_argument(
+        "runs", nargs="*", type=file_path, metavar="RUN", help="an MNIST run or an export of one, to measure too"
+    )
     options = made.parse_args(argv)
     imported("scipy.sparse", "this benchmark")
 

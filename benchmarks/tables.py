@@ -71,11 +71,11 @@ def mnist_images(folder: Path | None) -> data.Dataset:
 
 def parser(description: str, rounds: int) -> Parser:
     made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--dataset-dir", type=folder_path, help="folder with MNIST/raw (default: noise of MNIST's size)")
-    made.add_argument(
-        "--rounds", type=whole_number(1), default=rounds, help="how often each is measured (default: %(default)s)"
-    )
-    made.add_argument("--json", type=file_path, help="also write the tables to this file")
+    text = "folder with MNIST/raw (default: noise of MNIST's size)"
+    made.add_argument("--dataset-dir", type=folder_path, metavar="DIR", help=text)
+    text = "measurements of each execution (default: %(default)s)"
+    made.add_argument("--rounds", type=whole_number(1), default=rounds, metavar="N", help=text)
+    made.add_argument("--json", type=file_path, metavar="FILE", help="also write the tables to this file")
     return made
 
 

@@ -1,4 +1,4 @@
-"""What every command does with a failure: one line, and an exit status."""
+"""How every command fails: with one line and an exit status."""
 
 import contextlib
 import functools
