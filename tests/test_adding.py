@@ -76,6 +76,17 @@ def test_a_method_is_trained_stopped_resumed_and_tested(run, added, tmp_path, mo
     assert json.loads(tested.read_text())["connectivity"] == last["connectivity"]
 
 
+def test_a_method_whose_optimizer_needs_several_gradients_in_a_step_is_refused(run, added, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        magnitude.Magnitude, "optimizer", lambda self, weights, options: torch.optim.LBFGS(weights, lr=0.1)
+    )
+    result = run(*KEEP, "-N", "1")
+    assert result.status == 2
+    assert "a method with LBFGS cannot train" in result.err
+    assert result.err.count("\n") == 1
+    assert not list(tmp_path.glob("models/*/*.pt"))  # nothing that a later run would resume
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

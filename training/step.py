@@ -4,11 +4,12 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 import measuring
 from spiking import SpikingNetwork
 from training.divergence import FiniteCheck
+from training.errors import Refusal
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -39,6 +40,9 @@ class TrainingStep:
 
     Attributes:
         finite: finds the first loss, gradient or parameter that is not finite.
+
+    Raises:
+        Refusal: an optimizer needs the gradient several times in one step.
     """
 
     WARMUP = 3
@@ -46,6 +50,10 @@ class TrainingStep:
     def __init__(
         self, network: SpikingNetwork, optimizers: list[Optimizer], precision: str, device: torch.device, graph: bool
     ):
+        for optimizer in optimizers:
+            if isinstance(optimizer, LBFGS):
+                name = type(optimizer).__name__
+                raise Refusal(f"a method with {name} cannot train: a step has one gradient, {name} needs several")
         self.network, self.optimizers, self.precision, self.device = network, optimizers, precision, device
         self.parameters = list(network.parameters())
         self.finite = FiniteCheck(network, device)
