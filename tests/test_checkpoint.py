@@ -518,3 +518,15 @@ def test_a_checkpoint_of_the_plain_gradient_does_not_go_on_without(run, tmp_path
     assert result.status == 2
     assert "argument --plain-gradient: the run in" in result.err
     assert "was made with True, not False" in result.err
+
+
+def test_a_long_value_in_a_checkpoint_is_shortened_in_the_message(run, tmp_path):
+    run(*GRAD, "-N", "1")
+    state = load(tmp_path)
+    state["arguments"]["width"] = "9" * 1000
+    store(tmp_path, state)
+    result = run(*GRAD, "-N", "2")
+    assert result.status == 2
+    assert "argument --width: the run in " in result.err
+    assert "9" * 40 in result.err
+    assert "9" * 61 not in result.err

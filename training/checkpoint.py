@@ -145,8 +145,9 @@ def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) ->
         # an older checkpoint lacks newer options: its run had their defaults
         was, now = (side.get(key, options.defaults.get(key, "absent")) for side in (saved, present))
         if type(was) is not type(now) or was != now:
+            found = checks.short(str(was), 60)
             raise Refusal(
-                f"argument {options.spellings.get(key, key)}: the run in {folder} was made with {was}, not {now}; "
+                f"argument {options.spellings.get(key, key)}: the run in {folder} was made with {found}, not {now}; "
                 "use the same value, or another --dump-dir"
             )
 
