@@ -16,7 +16,7 @@ IJCAI 2021, doi 10.24963/ijcai.2021/236. To leave 5 % of a network's connections
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -160,7 +160,9 @@ class ConnectivitySchedule:
 
     Until C is due, alpha is at most ``max_alpha``. A gradient that never changes its sign moves theta by eta_t in every
     step, so it can hold a connection against any alpha < 1. The schedule cannot raise the connectivity: where the
-    gradient prunes more than is wanted, alpha is 0.
+    gradient prunes more than is wanted, alpha is 0. The prior moves only weights that have a gradient, and only while
+    their learning rate is above 0: others stay connected, but they count. A group that is added later is scheduled
+    from the next segment on.
 
     Args:
         optimizer: the schedule sets alpha in its groups, and s where it is None: so that mu is -REACH times the
@@ -200,21 +202,44 @@ class ConnectivitySchedule:
             raise TypeError(
                 f"ConnectivitySchedule sets the alpha of a GradRewiring; {type(optimizer).__name__} has none"
             )
-        check_number("connectivity", connectivity, "the share of connections to leave, in (0, 1]", lambda x: 0 < x <= 1)
-        for name, count in (("steps", steps), ("segments", segments)):
-            check_number(name, count, "a whole number >= 1", lambda x: isinstance(x, int) and x >= 1)
-        check_number("begin", begin, "a share of the steps, in [0, 1]", lambda x: 0 <= x <= 1)
-        check_number("end", end, f"a share of the steps, from begin={begin!r} to 1", lambda x: begin <= x <= 1)
-        check_number("max_alpha", max_alpha, "a finite number > 0", lambda x: x > 0)
-        check_bool("foresight", foresight)
+        settings = dict(connectivity=connectivity, steps=steps, begin=begin, end=end, max_alpha=max_alpha)
+        self._check({**settings, "segments": segments, "foresight": foresight})
         if not any(group["prune"] for group in optimizer.param_groups):
             raise ValueError("optimizer is not accepted: all of its groups have prune=False")
-        self.optimizer, self.connectivity, self.steps = optimizer, connectivity, steps
-        self.begin, self.end, self.max_alpha, self.foresight = begin, end, max_alpha, foresight
+        self.optimizer, self.steps, self.foresight = optimizer, steps, foresight
+        # NumPy's numbers are no plain data
+        self.connectivity, self.begin, self.end, self.max_alpha = map(float, (connectivity, begin, end, max_alpha))
         self.length = math.ceil(steps / segments)  # of a segment
-        self.sets_s, self.largest_lr = [group["s"] is None for group in optimizer.param_groups], 0.0
+        self.sets_s, self.largest_lr = [], 0.0
         self.before = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
         self.begin_segment(0)
+
+    @staticmethod
+    def _check(settings: dict[str, Any]) -> None:
+        """Raises ValueError for an argument, or an attribute in a state, that is not accepted."""
+        checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "connectivity": ("the share of connections to leave, in (0, 1]", lambda x: 0 < x <= 1),
+            "begin": ("a share of the steps, in [0, 1]", lambda x: 0 <= x <= 1),
+            "end": (
+                f"a share of the steps, from begin={settings['begin']!r} to 1",
+                lambda x: settings["begin"] <= x <= 1,
+            ),
+            "max_alpha": ("a finite number > 0", lambda x: x > 0),
+            "largest_lr": ("a finite number >= 0", lambda x: x >= 0),
+            **dict.fromkeys(
+                ("steps", "segments", "length"), ("a whole number >= 1", lambda x: type(x) is int and x >= 1)
+            ),
+            **dict.fromkeys(("taken", "before"), ("a whole number >= 0", lambda x: type(x) is int and x >= 0)),
+        }
+        for name, (accepted, condition) in checks.items():
+            if name in settings:
+                check_number(name, settings[name], accepted, condition)
+        check_bool("foresight", settings["foresight"])
+        for name in ("lrs", "alphas"):
+            for value in settings.get(name, ()):
+                check_number(f"a number of {name}", value, "a finite number >= 0", lambda x: x >= 0)
+        for value in settings.get("sets_s", ()):
+            check_bool("a value of sets_s", value)
 
     def step(self) -> None:
         """Sets alpha for the optimizer's next step."""
@@ -239,6 +264,7 @@ class ConnectivitySchedule:
         theta = torch.cat([x.flatten().to(thetas[0].device) for x in thetas])
         pruned = theta.numel() - round(self.wanted((taken + length) / self.steps) * theta.numel())
         theta_q = max(0.0, float(_smallest(theta, pruned))) if pruned else 0.0
+        self.sets_s += [group["s"] is None for group in groups[len(self.sets_s) :]]  # groups may have been added
         self.taken, self.lrs, self.alphas = taken, [float(group["lr"]) for group in groups], []
         self.largest_lr = max(self.largest_lr, *self.lrs)
         for lr, group in zip(self.lrs, groups, strict=True):
@@ -288,10 +314,11 @@ class ConnectivitySchedule:
         if state_dict.keys() != present.keys():
             raise ValueError(f"a ConnectivitySchedule's state has {sorted(present)}, not {sorted(state_dict)}")
         for key, value in present.items():
-            if isinstance(value, list) and len(state_dict[key]) != len(value):
+            if type(value) is list and (type(state_dict[key]) is not list or len(state_dict[key]) != len(value)):
                 raise ValueError(
                     f"a ConnectivitySchedule's {key} are those of {len(value)} groups, not {state_dict[key]}"
                 )
+        self._check(state_dict)
         vars(self).update(copy.deepcopy(state_dict))
         self._set_alphas()
 

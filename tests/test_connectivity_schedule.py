@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -301,6 +302,40 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing():
         with pytest.raises(ValueError, match="ConnectivitySchedule's"):
             schedule.load_state_dict(bad)
         assert schedule.state_dict() == state
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        *[("taken", bad) for bad in ("x", None, -1, math.nan, 1.0, True)],
+        *[("steps", 0), ("length", 0), ("connectivity", 7), ("end", None), ("foresight", 1), ("largest_lr", -1.0)],
+        *[("lrs", [math.inf]), ("lrs", 0.25), ("alphas", ["0"]), ("alphas", [-1.0]), ("sets_s", [None])],
+    ],
+)
+def test_a_state_with_a_bad_value_is_refused_and_changes_nothing(key, bad):
+    schedule = ConnectivitySchedule(grad_rewiring(), 0.5, 10)
+    state, group = schedule.state_dict(), dict(schedule.optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=key):
+        schedule.load_state_dict({**state, key: bad})
+    assert schedule.state_dict() == state
+    assert schedule.optimizer.param_groups[0] == group
+
+
+def test_a_group_that_is_added_later_is_scheduled_too():
+    task = Task(wanted=0.1)
+    last = task.optimizer.param_groups[0]["params"].pop()  # as if it had been forgotten
+    schedule = task.schedule = ConnectivitySchedule(task.optimizer, 0.1, 200)
+    task.train(0, 20)
+    task.optimizer.add_param_group({"params": [last], "alpha": 0})
+    assert task.train(20, 200) == pytest.approx(0.1, rel=0.02)
+    assert task.optimizer.param_groups[-1]["s"] is not None
+    assert schedule.sets_s == [True, True, True]
+
+
+def test_numbers_of_numpy_become_plain():
+    share = np.float32(0.5)
+    schedule = ConnectivitySchedule(grad_rewiring(), share, 10, begin=share / 2, end=share, max_alpha=share)
+    assert {type(value) for value in schedule.state_dict().values()} <= {int, float, bool, list}
 
 
 # -- arguments -----------------------------------------------------------------------------------------
