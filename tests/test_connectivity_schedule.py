@@ -323,6 +323,8 @@ def test_a_state_with_a_bad_value_is_refused_and_changes_nothing(key, bad):
 
 def test_a_group_that_is_added_later_is_scheduled_too():
     task = Task(wanted=0.1)
+    for group in task.optimizer.param_groups:
+        group.update(alpha=0.0, s=None)
     last = task.optimizer.param_groups[0]["params"].pop()  # as if it had been forgotten
     schedule = task.schedule = ConnectivitySchedule(task.optimizer, 0.1, 200)
     task.train(0, 20)
