@@ -130,7 +130,7 @@ def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, m
     run(*KEEP, "-N", "1", dump=tmp_path / "runs")
     run("-lr", "1e-2", "-b", "8", "-N", "1", dump=tmp_path / "runs")
     html, table = the_page(tmp_path, capsys, monkeypatch, tmp_path / "runs")
-    assert "magnitude" in [line.split()[1] for line in table.splitlines() if line.startswith("lr-")]
+    assert [line.split()[0] for line in table.splitlines() if line.endswith("-magnitude")] == ["magnitude"]
     assert ">magnitude<" in html
     # a grid of the two
     (tmp_path / "mnist.toml").write_text(

@@ -54,7 +54,7 @@ def test_the_examples_run(page, tmp_path):
     assert result.returncode == 0, result.stderr
     if page == "README.md":
         connectivity = float(re.search(r"connectivity (0\.\d+)", result.stdout)[1])
-        assert abs(connectivity - 0.05) <= 0.02 * 0.05 + 0.0005  # it is printed with three digits
+        assert abs(connectivity - 0.05) < 0.0035  # four of its 1344 weights, in three digits
 
 
 def _in_repository(program):
