@@ -9,12 +9,13 @@ import torch
 
 import measuring
 from analysis.formats import SUFFIXES, WRITERS, read
-from analysis.snapshot import CHECKPOINT, Snapshot, from_checkpoint, models_folder
+from analysis.snapshot import Snapshot, from_checkpoint, models_folder
 from spiking import SpikingNetwork
 from training import data, files
 from training.command_line import Parser, check_output, command, file_path, folder_path
 from training.defaults import torch_defaults
 from training.errors import Refusal
+from training.files.storage import CHECKPOINT
 from training.options import REPOSITORY
 
 __all__ = ["export", "load_pruned"]

@@ -22,11 +22,13 @@ import torch
 
 from analysis.experiments import EXPERIMENTS
 from analysis.packages import imported
-from analysis.runs import CHECKPOINT, INFO, RESULTS, SavedRun, find, short_names, weights_of
+from analysis.runs import SavedRun, find, short_names, weights_of
 from measuring.report import percent
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
 from training.files.json_files import nested, number, printable, shown
+from training.files.storage import CHECKPOINT
+from training.logs import INFO, RESULTS
 
 if TYPE_CHECKING:
     from analysis.pictures import Picture

@@ -25,6 +25,8 @@ from analysis.experiments import EXPERIMENTS
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
+from training.files.storage import CHECKPOINT
+from training.logs import INFO, RESULTS
 from training.methods import METHODS
 
 LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.jsonl
@@ -33,7 +35,6 @@ MOST_PROBLEMS = 20  # named of one file
 RECORDINGS = 7  # of the distributions, that are kept
 
 NEWLINE = b"\n"
-RESULTS, INFO, CHECKPOINT = "results.jsonl", "run.json", "checkpoint.pt"
 
 
 @dataclass

@@ -17,8 +17,8 @@ from training.defaults import torch_defaults
 from training.errors import Refusal
 from training.experiment import Experiment
 from training.files import checks, storage
+from training.files.storage import CHECKPOINT
 
-CHECKPOINT = "checkpoint.pt"
 FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch")  # of a snapshot, but for its state
 NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 

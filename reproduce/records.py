@@ -15,6 +15,8 @@ from analysis import runs
 from reproduce.grid import Row
 from training.console import duration
 from training.files import json_files
+from training.logs import RESULTS
+from training.metrics import FILES, TEST
 
 MADE = ("cpu", "device", "versions", "git_commit")  # what a record says of how its row was made
 
@@ -54,15 +56,16 @@ def damaged(dump: Path, rows: Sequence[Row]) -> list[str]:
 def write(dump: Path, row: Row) -> dict[str, Any]:
     """Writes and returns the record of a row that was trained and tested; ValueError if results are missing."""
     run = state(dump, row)
+    path = run.logs / FILES[TEST]
     try:
-        test = json_files.read_object(run.logs / "test.json")
+        test = json_files.read_object(path)
     except ValueError as error:
-        raise ValueError(f"{run.logs / 'test.json'}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     if test is not None and test.get("epoch") != row.epochs:  # the run was extended since
         test = None
     result = next((line for line in run.epochs if line["epoch"] == row.epochs), None)
     if result is None:
-        raise ValueError("; ".join([f"{run.logs / runs.RESULTS} has no epoch {row.epochs}", *run.problems]))
+        raise ValueError("; ".join([f"{run.logs / RESULTS} has no epoch {row.epochs}", *run.problems]))
     record = {
         "row": row.key,
         "title": row.title,

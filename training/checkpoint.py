@@ -74,7 +74,7 @@ class Store:
 
     def __init__(self, options: Namespace):
         self.options, self.folder = options, options.dump_dir / "models" / options.name
-        self.path = self.folder / "checkpoint.pt"
+        self.path = self.folder / storage.CHECKPOINT
         self.lock = Lock(self.folder)
         self.writer = storage.Writer(self.path)
 

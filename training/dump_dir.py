@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from training.files import json_files
+from training.logs import INFO
 
 
 def choose(runs: Path, experiment: str, name: str) -> Path:
@@ -25,12 +26,12 @@ def choose(runs: Path, experiment: str, name: str) -> Path:
 
 
 def _exists(dump: Path, name: str) -> bool:
-    return (dump / "logs" / name / "run.json").exists() or any((dump / "models" / name).glob("checkpoint*.pt"))
+    return (dump / "logs" / name / INFO).exists() or any((dump / "models" / name).glob("checkpoint*.pt"))
 
 
 def run_info(logs: Path) -> dict[str, Any]:
     """The content of a log folder's ``run.json``; empty if the file is missing or damaged."""
     try:
-        return json_files.read_object(logs / "run.json") or {}
+        return json_files.read_object(logs / INFO) or {}
     except ValueError:
         return {}

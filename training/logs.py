@@ -1,4 +1,4 @@
-"""The log folder of a run, and the log files in it: results.jsonl and TensorBoard's events."""
+"""The log folder of a run: run.json, and the log files, which are results.jsonl and TensorBoard's events."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import stat
 from argparse import Namespace
 from pathlib import Path
 
-RESULTS = "results.jsonl"
+RESULTS, INFO = "results.jsonl", "run.json"
 
 
 def log_folder(options: Namespace) -> Path:

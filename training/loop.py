@@ -200,7 +200,7 @@ class Trainer:
             recording.Recorder(self.folder, self.lengths, self.never_pruned > 0) as self.recorder,
         ):
             about = run_info.describe(self.options, self.network, checkpoint.versions())
-            json_files.write(self.folder / "run.json", about)
+            json_files.write(self.folder / logs.INFO, about)
             self.saved_at = time.monotonic()
             if not self.lengths:
                 self.recorder.describe(about["command"], about["arguments"])

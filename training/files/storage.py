@@ -20,6 +20,7 @@ from torch import Tensor
 from training import files
 from training.files import archives, checks
 
+CHECKPOINT = "checkpoint.pt"  # the newest state of a run, in the folder of its model
 FOOTER = re.compile(rb"\ngradrewire 2 bytes (\d{20}) sha256 ([0-9a-f]{64})\n")
 FOOTER_LENGTH = len(b"\ngradrewire 2 bytes  sha256 \n") + 20 + 64
 
