@@ -25,12 +25,9 @@ LONG = 86400.0  # seconds; for a longer run, a line says how to shorten it
 def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     """The lines at the start: the method and its settings, the device, the folders."""
     method = METHODS[options.mode]
-    settings = [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
+    settings = [" ".join(parts) for option in method.options if option.listed and (parts := option.parts(options))]
+    settings += [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
     settings += [counted(options.T, "time step"), counted(options.epoch, "epoch"), f"seed {options.seed}"]
-    if options.temperature:
-        settings.insert(0, f"temperature {format_number(options.temperature)}")
-    if options.penalty is not None:
-        settings.insert(0, f"penalty {format_number(options.penalty)}")
     recipe = " with the fast recipe" if options.recipe == "fast" else ""
     return [
         f"{method.title(options)} on {options.dataset}{recipe}: {', '.join(settings)}.",

@@ -10,7 +10,7 @@ from deeprewire import DeepRewiring
 from training.command_line import number
 from training.methods.method import PENALTY, SPARSITY, Method, Option, execution
 
-SOFT = Option("-soft/--soft", place="first")
+SOFT = Option("-soft/--soft", place="first", listed=False)
 TEMPERATURE = Option(
     "-temperature/--temperature", number(">= 0", lambda x: x >= 0), "T", default="0", place="last", unnamed=0.0
 )

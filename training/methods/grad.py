@@ -17,8 +17,9 @@ CONNECTIVITY = Option(
     default="none, a constant penalty",
     place="settings",
     beside=" and --recipe fast",
+    listed=False,
 )
-PLAIN_GRADIENT = Option("--plain-gradient")
+PLAIN_GRADIENT = Option("--plain-gradient", listed=False)
 
 
 class GradR(Method):

@@ -27,6 +27,7 @@ class Option:
         show: formats the value in a run's name.
         unnamed: a value that does not appear in a run's name, besides None.
         beside: what the option needs besides its method, for a message.
+        listed: whether the console's first line lists it; not if the method's title or explanation says it.
     """
 
     spellings: str
@@ -38,6 +39,7 @@ class Option:
     show: Callable[[Any], str] = format_number
     unnamed: Any = None
     beside: str = ""
+    listed: bool = True
 
     @property
     def name(self) -> str:
@@ -63,6 +65,7 @@ SPARSITY = Option(
     place="settings",
     label="s",
     show=repr,
+    listed=False,
 )
 PENALTY = Option("-penalty/--penalty", number(">= 0", lambda x: x >= 0), "P", default="1e-3", place="settings")
 
