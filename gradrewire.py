@@ -260,10 +260,11 @@ class ConnectivitySchedule:
         """Starts a segment after so many steps; :meth:`step` calls this when one is due."""
         groups = self.optimizer.param_groups
         length = min(self.length, self.steps - taken) if taken < self.steps else self.length
-        thetas = [self._theta(p, group, length) for group in groups if group["prune"] for p in group["params"]]
-        theta = torch.cat([x.flatten().to(thetas[0].device) for x in thetas])
-        pruned = theta.numel() - round(self.wanted((taken + length) / self.steps) * theta.numel())
-        theta_q = max(0.0, float(_smallest(theta, pruned))) if pruned else 0.0
+        weights = [(p, group) for group in groups if group["prune"] for p in group["params"]]
+        size, theta_q = sum(p.numel() for p, _ in weights), 0.0
+        if pruned := size - round(self.wanted((taken + length) / self.steps) * size):
+            thetas = [self._theta(p, group, length).flatten().to(weights[0][0].device) for p, group in weights]
+            theta_q = max(0.0, float(_smallest(torch.cat(thetas), pruned)))
         self.sets_s += [group["s"] is None for group in groups[len(self.sets_s) :]]  # groups may have been added
         self.taken, self.lrs, self.alphas = taken, [float(group["lr"]) for group in groups], []
         self.largest_lr = max(self.largest_lr, *self.lrs)
