@@ -1,4 +1,4 @@
-"""How a run's learning rate and penalty change while it trains: not at all, as in the paper, or by the fast recipe."""
+"""The schedule of a run's learning rate and penalty: constant, as in the paper, or that of the fast recipe."""
 
 import math
 import warnings
@@ -17,27 +17,27 @@ class Schedule(ABC):
 
     @abstractmethod
     def advance(self, step: int) -> bool:
-        """Prepares the optimizers for a step, the next one; says whether a setting has changed."""
+        """Prepares the optimizers for the next step, number ``step`` from 0; returns whether a setting has changed."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs beside the optimizers and the number of steps; plain data."""
+        """The state for :meth:`restore`, besides the optimizers and the number of steps; plain data."""
 
     @abstractmethod
     def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Puts the settings back that the optimizers had after ``step`` steps.
+        """Restores the settings that the optimizers had after ``step`` steps.
 
         Raises:
             ValueError: ``state`` is not that of such a schedule.
         """
 
     def complaint(self, connectivity: float) -> str | None:
-        """What to say of the connectivity at the end of a run, if it is not the wanted one."""
+        """A line for the end of a run that missed its connectivity; None if it did not."""
         return None
 
 
 class PaperSchedule(Schedule):
-    """The paper's recipe: the optimizers keep the settings that they were made with."""
+    """The paper's recipe: the optimizers keep their settings."""
 
     def advance(self, step: int) -> bool:
         return False
@@ -51,17 +51,17 @@ class PaperSchedule(Schedule):
 
 
 class FastSchedule(Schedule):
-    """The fast recipe: one cycle of the learning rate, and a penalty that leads to a wanted connectivity.
+    """The fast recipe: one cycle of the learning rate, and with --connectivity a scheduled penalty.
 
-    A run has up to :attr:`SEGMENTS` segments of equally many steps; settings change between them only, so that the
-    steps of a segment can be replayed from one CUDA graph.
+    A run has up to :attr:`SEGMENTS` segments of equally many steps. Settings change only between segments, so that one
+    CUDA graph serves all steps of a segment.
 
-    The learning rate has one cycle (L. N. Smith and N. Topin, "Super-Convergence", 2018): until :attr:`BEGIN` it
-    rises to the one that the optimizers were made with, and from there it falls to 0 along half a cosine. A
-    ConnectivitySchedule sets the penalty; connectivity falls from :attr:`BEGIN` to :attr:`END`.
+    The learning rate has one cycle (L. N. Smith and N. Topin, "Super-Convergence", 2018): it rises
+    to the optimizers' learning rate until :attr:`BEGIN`, then falls to 0 along half a cosine. A ConnectivitySchedule
+    sets the penalty; the connectivity falls from :attr:`BEGIN` to :attr:`END`.
 
     Args:
-        optimizers: the first one a GradRewiring, where a connectivity is wanted.
+        optimizers: with a connectivity, the first is a GradRewiring.
         steps: of the whole run, >= 1.
         connectivity: in (0, 1]; None for a constant penalty.
     """
@@ -118,7 +118,7 @@ class FastSchedule(Schedule):
         self.begun += 1
 
     def _rate(self, segment: int) -> float:
-        """The learning rate in a segment, as a share of its peak: that of the segment's middle."""
+        """The learning rate in a segment, as a share of its peak; taken at the middle of the segment."""
         share = (segment * self.length + min((segment + 1) * self.length, self.steps)) / 2 / self.steps
         if share < self.BEGIN:
             return share / self.BEGIN
@@ -126,5 +126,5 @@ class FastSchedule(Schedule):
 
 
 def build(options: Namespace, optimizers: list[Optimizer], steps: int) -> Schedule:
-    """The schedule of ``options.recipe`` for a run of so many steps in all."""
+    """The schedule of ``options.recipe``, for a run of ``steps`` steps."""
     return FastSchedule(optimizers, steps, options.connectivity) if options.recipe == "fast" else PaperSchedule()

@@ -11,8 +11,6 @@ from spiking import SpikingNetwork
 from training.divergence import FiniteCheck
 from training.errors import Refusal
 
-PRECISIONS = ("fp32", "tf32", "bf16")
-
 
 def set_precision(precision: str, device: torch.device) -> None:
     """Turns TensorFloat-32 on a GPU off for fp32 and on otherwise; for bf16, use :func:`autocast` as well."""
