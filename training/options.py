@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -31,135 +32,62 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     least_one, positive = whole_number(1), number("> 0", lambda x: x > 0)
     paper, fast = experiment.paper, experiment.fast
     modes = [f"{name} ({method.about})" for name, method in sorted(methods.METHODS.items())]
-    add(
-        "-m",
-        "--mode",
-        choices=sorted(methods.METHODS),
-        default=methods.DEFAULT,
-        help=f"method: {either(modes)} (default: %(default)s)",
-    )
+    sets = [source.name for source in experiment.datasets]
+    about_sets = "".join(f"; {source.name}: {source.about}" for source in experiment.datasets if source.about)
+    # fmt: off
+    add("-m", "--mode", choices=sorted(methods.METHODS), default=methods.DEFAULT,
+        help=f"method: {either(modes)} (default: %(default)s)")
     for option, takers in methods.options().items():
         kind = {"action": "store_true"} if option.type is None else {"type": option.type, "metavar": option.metavar}
         about = "; ".join(f"{method.name}: {method.options[option]}" for method in takers)
         if len(takers) == 1:
             about = f"with -m {takers[0].name}{option.beside}: {takers[0].options[option]}"
         add(*option.spellings.split("/"), dest=option.name, help=f"{about} (default: {option.default})", **kind)
-    add(
-        "--recipe",
-        choices=("paper", "fast"),
-        default="paper",
+    add("--recipe", choices=("paper", "fast"), default="paper",
         help="paper: as published; fast: fewer epochs, larger batches, one cycle of the learning rate over -N epochs "
-        "(default: %(default)s)",
-    )
-    add(
-        "-b",
-        "--batch-size",
-        type=least_one,
-        metavar="B",
-        help=f"training batch size (default: {paper.batch_size}; fast: {fast.batch_size})",
-    )
-    add(
-        "-lr",
-        "--learning-rate",
-        type=positive,
-        metavar="LR",
+        "(default: %(default)s)")
+    add("-b", "--batch-size", type=least_one, metavar="B",
+        help=f"training batch size (default: {paper.batch_size}; fast: {fast.batch_size})")
+    add("-lr", "--learning-rate", type=positive, metavar="LR",
         help="learning rate of all optimizers; fast: the peak of its cycle "
-        f"(default: {format_number(paper.learning_rate)}; fast: {format_number(fast.learning_rate)})",
-    )
+        f"(default: {format_number(paper.learning_rate)}; fast: {format_number(fast.learning_rate)})")
     add("-T", type=whole_number(1, checks.T_LIMIT), default=8, help="number of time steps (default: %(default)s)")
-    add(
-        "--width",
-        type=whole_number(1, checks.WIDTH_LIMIT),
-        default=experiment.width,
-        metavar="W",
-        help=f"number of {experiment.width_is} (default: %(default)s)",
-    )
-    add(
-        "-N",
-        "--epoch",
-        type=least_one,
-        metavar="N",
+    add("--width", type=whole_number(1, checks.WIDTH_LIMIT), default=experiment.width, metavar="W",
+        help=f"number of {experiment.width_is} (default: %(default)s)")
+    add("-N", "--epoch", type=least_one, metavar="N",
         help="number of training epochs in all; a larger number extends a run of the paper's recipe "
-        f"(default: {paper.epochs}; fast: {fast.epochs})",
-    )
-    add(
-        "--seed",
-        type=whole_number(0),
-        default=2020,
-        help="seed of the initial weights, the data order, the augmentation and all noise (default: %(default)s)",
-    )
-    add(
-        "-gpu",
-        "--gpu",
-        type=_gpu,
-        metavar="ID",
-        help="id of the GPU to use (default: the first GPU, or the CPU without a GPU)",
-    )
-    names = [source.name for source in experiment.datasets]
-    about = "".join(f"; {source.name}: {source.about}" for source in experiment.datasets if source.about)
-    add("--dataset", choices=names, default=names[0], help=f"data set{about} (default: %(default)s)")
-    add(
-        "--dataset-dir",
-        type=folder_path,
-        default=REPOSITORY / "data",
-        metavar="DIR",
-        help="folder of the data set; a missing one is downloaded there (default: data, in the repository)",
-    )
-    add(
-        "--dump-dir",
-        type=folder_path,
-        metavar="DIR",
-        help=f"folder for logs and models (default: runs/{experiment.name}, in the repository)",
-    )
-    add(
-        "--compile",
-        action="switch",
-        default=True,
-        help="use fused kernels where possible: faster, same results within rounding (default: --compile)",
-    )
-    add(
-        "--precision",
-        choices=("fp32", "tf32", "bf16"),
+        f"(default: {paper.epochs}; fast: {fast.epochs})")
+    add("--seed", type=whole_number(0), default=2020,
+        help="seed of the initial weights, the data order, the augmentation and all noise (default: %(default)s)")
+    add("-gpu", "--gpu", type=_gpu, metavar="ID",
+        help="id of the GPU to use (default: the first GPU, or the CPU without a GPU)")
+    add("--dataset", choices=sets, default=sets[0], help=f"data set{about_sets} (default: %(default)s)")
+    add("--dataset-dir", type=folder_path, default=REPOSITORY / "data", metavar="DIR",
+        help="folder of the data set; a missing one is downloaded there (default: data, in the repository)")
+    add("--dump-dir", type=folder_path, metavar="DIR",
+        help=f"folder for logs and models (default: runs/{experiment.name}, in the repository)")
+    add("--compile", action="switch", default=True,
+        help="use fused kernels where possible: faster, same results within rounding (default: --compile)")
+    add("--precision", choices=("fp32", "tf32", "bf16"),
         help="precision of matrix products and convolutions; all state stays fp32 "
-        "(default: tf32 on a GPU, fp32 on the CPU)",
-    )
-    add(
-        "--deterministic",
-        action="store_true",
-        help="use only deterministic algorithms, so that runs are bitwise reproducible on a GPU too (default: off)",
-    )
-    add(
-        "--checkpoint-minutes",
-        type=positive,
-        default=10.0,
-        metavar="M",
-        help="minutes between checkpoints within an epoch; each epoch ends with one, too (default: 10)",
-    )
+        "(default: tf32 on a GPU, fp32 on the CPU)")
+    add("--deterministic", action="store_true",
+        help="use only deterministic algorithms, so that runs are bitwise reproducible on a GPU too (default: off)")
+    add("--checkpoint-minutes", type=positive, default=10.0, metavar="M",
+        help="minutes between checkpoints within an epoch; each epoch ends with one, too (default: 10)")
     add("-test", "--test", action="store_true", help="evaluate the saved model instead of training (default: off)")
-    add(
-        "-i1",
-        "--interval-test",
-        type=least_one,
-        default=experiment.interval_test,
-        metavar="EPOCHS",
-        help="epochs between full recordings on the test set (default: %(default)s)",
-    )
-    add(
-        "-i2",
-        "--interval-train",
-        type=least_one,
-        default=1024,
-        metavar="STEPS",
-        help="steps between recordings on the training set (default: %(default)s)",
-    )
+    add("-i1", "--interval-test", type=least_one, default=experiment.interval_test, metavar="EPOCHS",
+        help="epochs between full recordings on the test set (default: %(default)s)")
+    add("-i2", "--interval-train", type=least_one, default=1024, metavar="STEPS",
+        help="steps between recordings on the training set (default: %(default)s)")
+    # fmt: on
     return parser
 
 
 def _gpu(text: str) -> int:
     if text.lower() == "cpu":
-        raise argparse.ArgumentTypeError(
-            "must be the id of a GPU; to use the CPU, hide the GPUs: CUDA_VISIBLE_DEVICES="
-        )
+        hint = "to use the CPU, hide the GPUs: CUDA_VISIBLE_DEVICES="
+        raise argparse.ArgumentTypeError(f"must be the id of a GPU; {hint}")
     return whole_number(0)(text)
 
 
@@ -179,11 +107,7 @@ def read(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.
     options.defaults = {action.dest: action.default for action in parser._actions}
     options.spellings = {action.dest: "/".join(action.option_strings) for action in parser._actions}
     pace = experiment.fast if options.recipe == "fast" else experiment.paper
-    for name, default in (
-        ("batch_size", pace.batch_size),
-        ("learning_rate", pace.learning_rate),
-        ("epoch", pace.epochs),
-    ):
+    for name, default in zip(("batch_size", "learning_rate", "epoch"), astuple(pace), strict=True):
         if getattr(options, name) is None:
             setattr(options, name, default)
     method = methods.METHODS[options.mode]
