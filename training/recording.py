@@ -210,8 +210,5 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        try:
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # the first error counts
             self.close()
-        except OSError:
-            if error is None:
-                raise  # otherwise the first error is the one to report

@@ -48,11 +48,8 @@ def processor() -> str:
 
 def _git_commit() -> str | None:
     """The repository's commit, followed by "+" if files were changed; None if unknown."""
+    command = ["git", "-C", REPOSITORY, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        commit, changes = (
-            subprocess.run(["git", "-C", REPOSITORY, *command], capture_output=True, text=True, check=True, timeout=10)
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

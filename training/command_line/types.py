@@ -109,12 +109,6 @@ def check_writable(option: str, folder: Path) -> None:
             pass
 
 
-def check_output(option: str, path: Path, parents: bool = False) -> None:
-    """Raises Refusal unless the file that an option names can be written. Call it before a long computation."""
-    with writing(option, path):
-        files.check_replacing(path, parents)
-
-
 @contextlib.contextmanager
 def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path]:
     """:func:`training.files.replacing` for the file that an option names.
@@ -126,3 +120,13 @@ def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path
         with writing(option, path):
             temporary = stack.enter_context(files.replacing(path, parents=parents))
         yield temporary
+
+
+class _Unchanged(Exception):
+    """Leaves :func:`output_file` without a new file."""
+
+
+def check_output(option: str, path: Path, parents: bool = False) -> None:
+    """Raises Refusal unless the file that an option names can be written. Call it before a long computation."""
+    with contextlib.suppress(_Unchanged), output_file(option, path, parents):
+        raise _Unchanged

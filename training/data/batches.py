@@ -94,6 +94,6 @@ class TestBatches:
         return math.ceil(len(self.split) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self.split), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            yield self.normalisation(self.split.images[batch]), self.split.labels[batch]
+        batches = (part.split(self.batch_size) for part in (self.split.images, self.split.labels))
+        for images, labels in zip(*batches, strict=True):
+            yield self.normalisation(images), labels

@@ -1,7 +1,6 @@
 """Reads image files that are exactly 8-bit RGB, and refuses all other files with one line that says why."""
 
 import io
-import stat
 import struct
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from training.data.dataset import one_line
 from training.errors import Refusal
+from training.files.json_files import read_file
 
 LARGEST = 1 << 24  # bytes of a file: enough for a small picture with the metadata of cameras and editors
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # 8-bit RGB, grey or a palette
@@ -31,12 +31,7 @@ def read_rgb(path: Path, width: int, height: int) -> NDArray[np.uint8]:
         ValueError: the file is not accepted; the text is one line that says why.
         OSError: the file cannot be read.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe could block forever
-        raise ValueError("it is not a regular file")
-    if status.st_size > LARGEST:
-        raise ValueError(f"it has {status.st_size:,} bytes, more than {LARGEST:,}")
-    content = path.read_bytes()
+    content = read_file(path, LARGEST)
     _check_png_header(content, width, height)
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:

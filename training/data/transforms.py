@@ -9,6 +9,21 @@ import torch
 from torch import Generator, Tensor
 
 
+def _coordinates(images: Tensor) -> tuple[Tensor, Tensor]:
+    """x, int32 [W], and y, int32 [H, 1], of the pixels of images [N, C, H, W]."""
+    y, x = (torch.arange(size, dtype=torch.int32, device=images.device) for size in images.shape[2:])
+    return x, y.unsqueeze(1)
+
+
+def _picked(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The pixels of images [N, C, H, W] at x and y, which broadcast to [N, H, W]; 0 outside the image."""
+    n, channels, height, width = images.shape
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = torch.where(inside, y * width + x, 0).long().view(n, 1, -1)
+    picked = images.flatten(2).gather(2, index.expand(n, channels, -1)).view(images.shape)
+    return picked * inside.unsqueeze(1)
+
+
 class RandomAffine:
     """torchvision's RandomAffine (nearest, fill 0) for a batch of uint8 images, each with its own parameters.
 
@@ -63,16 +78,9 @@ class RandomAffine:
     @staticmethod
     def apply(images: Tensor, matrices: Tensor) -> Tensor:
         """Transforms images, uint8 [N, C, H, W], by matrices, int32 [N, 6]."""
-        n, channels, height, width = images.shape
-        x = torch.arange(width, dtype=torch.int32, device=images.device)
-        y = torch.arange(height, dtype=torch.int32, device=images.device).unsqueeze(1)
-        a, b, c, d, e, f = matrices.view(n, 6, 1, 1).unbind(1)
-        source_x = (a * x + (b * y + c)) >> 16  # [N, H, W]
-        source_y = (d * x + (e * y + f)) >> 16
-        inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-        index = torch.where(inside, source_y * width + source_x, 0).long().view(n, 1, -1)
-        picked = images.flatten(2).gather(2, index.expand(n, channels, -1)).view(images.shape)
-        return picked * inside.unsqueeze(1)
+        x, y = _coordinates(images)
+        a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)  # [N, 1, 1]
+        return _picked(images, (a * x + (b * y + c)) >> 16, (d * x + (e * y + f)) >> 16)
 
 
 class RandomCropFlip:
@@ -90,17 +98,10 @@ class RandomCropFlip:
 
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Transforms images, uint8 [N, C, H, W], by parameters, int32 [N, 3]."""
-        n, channels, height, width = images.shape
-        top, left, flip = parameters.view(n, 3, 1).unbind(1)  # [N, 1]
-        column = torch.arange(width, dtype=torch.int32, device=images.device)
-        row = torch.arange(height, dtype=torch.int32, device=images.device)
-        source_x = torch.where(flip.bool(), width - 1 - column, column) + left - self.padding  # [N, W]
-        source_y = row + top - self.padding  # [N, H]
-        inside_x, inside_y = (source_x >= 0) & (source_x < width), (source_y >= 0) & (source_y < height)
-        index = source_y.clamp(0, height - 1).unsqueeze(2) * width + source_x.clamp(0, width - 1).unsqueeze(1)
-        index = index.long().view(n, 1, -1).expand(n, channels, -1)
-        picked = images.flatten(2).gather(2, index).view(images.shape)
-        return picked * (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
+        x, y = _coordinates(images)
+        top, left, flip = parameters[:, :, None, None].unbind(1)  # [N, 1, 1]
+        flipped = torch.where(flip.bool(), images.shape[3] - 1 - x, x)
+        return _picked(images, flipped + left - self.padding, y + top - self.padding)
 
 
 class Normalisation:

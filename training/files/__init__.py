@@ -2,7 +2,6 @@
 
 from training.files.writing import (
     BINARY,
-    check_replacing,
     expanded,
     naming,
     replace,

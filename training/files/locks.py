@@ -50,14 +50,11 @@ class Lock:
 
     def _lock(self, descriptor: int) -> bool:
         """Locks an open file, and keeps it open as long as it is locked."""
-        locked = False
-        try:
-            locked = filelock.lock_descriptor(descriptor, blocking=False)
-        finally:
-            if not locked:
-                os.close(descriptor)
-        if locked:
-            self.descriptor = descriptor
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
+            if locked := filelock.lock_descriptor(descriptor, blocking=False):
+                self.descriptor = descriptor
+                stack.pop_all()
         return locked
 
     def _acquire_on_this_machine(self, reason: str) -> bool:

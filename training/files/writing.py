@@ -160,16 +160,6 @@ def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator
             temporary.unlink(missing_ok=True)
 
 
-class _Unchanged(Exception):
-    """Leaves :func:`replacing` without a new file."""
-
-
-def check_replacing(path: Path, parents: bool = False) -> None:
-    """Raises the OSError that :func:`replacing` would begin with; it names ``path``."""
-    with contextlib.suppress(_Unchanged), replacing(path, parents):
-        raise _Unchanged
-
-
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a small file in a folder of ours; a text in UTF-8.
 

@@ -40,15 +40,10 @@ class DeepR(Method):
         return f"Soft {self.label}" if options.soft else self.label
 
     def explain(self, options: Namespace) -> list[str]:
-        if options.soft:
-            return [
-                f"-s {options.sparsity} is the target of the prior, not the final sparsity, which depends on -penalty, "
-                "-temperature, -lr and -N. To set the final connectivity, use -m grad --recipe fast --connectivity."
-            ]
-        return [
-            f"-s {options.sparsity} is the maximum sparsity, not the final one: beyond it, connections are regrown. "
-            "To set the final connectivity, use -m grad --recipe fast --connectivity."
-        ]
+        hard = "the maximum sparsity, not the final one: beyond it, connections are regrown"
+        soft = "the target of the prior, not the final sparsity, which depends on -penalty, -temperature, -lr and -N"
+        meaning = f"-s {options.sparsity} is {soft if options.soft else hard}."
+        return [f"{meaning} To set the final connectivity, use -m grad --recipe fast --connectivity."]
 
     def optimizer(self, weights: list[Tensor], options: Namespace) -> Optimizer:
         return DeepRewiring(
