@@ -42,8 +42,8 @@ fuzz: .venv/ready ## damage exports and checkpoints, 2000 of each format; each m
 sanitize: .venv/ready ## call the C code at random under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.sanitize
 
-docs: .venv/ready ## write docs/metrics.md from the table in training/metrics.py
-	$(BIN)/python -m training.metrics > docs/metrics.md
+docs: .venv/ready ## write the tables of docs/metrics.md from that in training/metrics.py
+	$(BIN)/python -m training.metrics
 
 lint: .venv/ready ## check the code with ruff
 	$(BIN)/ruff check .

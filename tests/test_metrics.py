@@ -1,6 +1,7 @@
 """The table of metrics: files, TensorBoard, console and docs/metrics.md have every number from it, and no other."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,13 @@ def test_the_page_is_made_from_the_table():
 
 
 def test_every_number_is_defined_once():
+    moments = re.findall(r"^<!-- (\w+) -->$", metrics.page(), re.MULTILINE)
+    assert moments == [STEP, EPOCH, FULL, TEST, GRID]
     names = [(when, metric.key, metric.by_layer) for metric in METRICS for when in metric.when]
     assert len(set(names)) == len(names)
     for metric in METRICS:
         assert metric.definition.endswith("."), metric.key
-        assert set(metric.when) <= set(metrics.TITLES), metric.key
+        assert set(metric.when) <= set(moments), metric.key
         page_row = (metric.key, metric.unit, metric.definition, metric.formula, metric.also)
         assert not any(mark in text for text in page_row for mark in "|\n"), metric.key
         row = f"| {metric.key}{', by layer' if metric.by_layer else ''} | {metric.unit or '–'} | "

@@ -13,9 +13,8 @@ def choose(runs: Path, experiment: str, name: str) -> Path:
     ``runs`` is the old default for all experiments. Its runs must be resumed, not trained again.
     """
     own = runs / experiment
-    if _exists(own, name) or not _exists(runs, name):
-        return own
-    if run_info(runs / "logs" / name).get("experiment") not in (experiment, None):
+    its_own = run_info(runs / "logs" / name).get("experiment") in (experiment, None)
+    if _exists(own, name) or not _exists(runs, name) or not its_own:
         return own
     print(
         f"This run is in {runs}, the old default of --dump-dir, and stays there. "

@@ -31,22 +31,21 @@ class Signals:
         self.save = False
 
     def __enter__(self) -> "Signals":
-        handlers = {"SIGTERM": self._on_stop, "SIGINT": self._on_stop, "SIGUSR1": self._on_save}
-        numbers = known(handlers)
-        self._before = {number: signal.signal(number, handlers[number.name]) for number in numbers}
+        numbers = known(("SIGTERM", "SIGINT", "SIGUSR1"))
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.stop == signal.SIGINT:
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.stop == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = number
-
-    def _on_save(self, number: int, frame: FrameType | None) -> None:
-        self.save = True
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stop = number
+        else:
+            self.save = True
 
     def check(self) -> None:
         """Raises StopRequested if a signal asks to stop."""

@@ -1,20 +1,21 @@
-"""Every number that the program records or shows: one table, from which files, console and docs/metrics.md come.
+"""Every number that the program records: one table, from which files, console and docs/metrics.md come.
 
 To add a number, add an entry to :data:`METRICS` and record it in one line: ``record("my_number", value)``, or
-``record("my_number", value, layer=name)`` for each layer. Then ``make docs`` writes docs/metrics.md anew.
+``record("my_number", value, layer=name)`` for each layer. Then ``make docs`` writes the tables of docs/metrics.md anew.
 """
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from measuring.energy import PICOJOULES_PER_AC as AC
 from measuring.energy import PICOJOULES_PER_MAC as MAC
 from measuring.report import percent
 from training.logs import RESULTS
 
-# when a number is recorded, or what shows it
-STEP, EPOCH, FULL, TEST, REPORT, GRID, EXPORT = "step", "epoch", "full", "test", "report", "grid", "export"
-FILES = {EPOCH: RESULTS, FULL: RESULTS, TEST: "test.json", REPORT: "report.html", GRID: "rows.csv"}
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
+STEP, EPOCH, FULL, TEST, GRID = "step", "epoch", "full", "test", "grid"  # when a number is recorded
+FILES = {EPOCH: RESULTS, FULL: RESULTS, TEST: "test.json", GRID: "rows.csv"}
 SHARE, SECONDS, DISTRIBUTION = "share", "s", "distribution"  # units that are written in a way of their own
 FORMATS = {SHARE: percent, SECONDS: lambda seconds: f"{seconds:.1f} s"}
 LAYERS, NEURONS, DISTRIBUTIONS = "layers/{layer}/{key}", "neurons/{layer}/{key}", "distributions/{layer}/{key}"
@@ -52,11 +53,6 @@ class Metric:
     @property
     def by_layer(self) -> bool:
         return "{layer}" in self.path + self.tag
-
-    @property
-    def recorded(self) -> bool:
-        """Whether it is written anywhere; else it is computed where it is shown."""
-        return bool(self.path or self.tag or self.words is not None)
 
     @property
     def group(self) -> str:
@@ -104,8 +100,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("images", "images", (TEST,), "All test images.", also="`-test`"),
     Metric("confusion", "images", (TEST,), "How many images of class i were classified as j.",
            "C[i, j] = #{label i, prediction j}", also="`-test`"),
-    Metric("right, last column", SHARE, (TEST,), "Share of a class's images classified correctly.",
-           "C[i, i] / Σ_j C[i, j]", path="", also="`-test`"),
     # connections
     Metric("sparsity", SHARE, (EPOCH, TEST), "Share of prunable weights that are pruned.", "1 − connectivity",
            tag="sparsity", tag_with_bn="sparsity/without bn", words="sparsity", also="`-test`"),
@@ -120,8 +114,6 @@ METRICS: tuple[Metric, ...] = (
            "some path from an input to an output through connected weights. The path's units are neurons of linear "
            "layers and channels of convolutions.",
            "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w", also="`-test`"),
-    Metric("of the connected", SHARE, (TEST,), "Share of the connected weights that lie on such a path.",
-           "structural / connected", path="", also="`-test`"),
     Metric("pruned", "weights", (EPOCH,), "Connections of the previous epoch that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", also="`epochs.csv`, report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the previous epoch did not have.",
@@ -186,31 +178,7 @@ METRICS: tuple[Metric, ...] = (
            "energy/pruned", also="`-test`"),
     Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.",
            f"{MAC:g} · MACs + {AC:g} · SynOps", "energy/dense", also="`-test`, as “all connected”"),
-    Metric("of all", SHARE, (TEST,), "Operations or energy of the pruned network, as a share of the dense one's.",
-           "pruned / dense", path="", also="`-test`"),
-    # shown by other commands, from what the above recorded
-    Metric("density of w and θ", "per unit of value", (REPORT,), "The distributions of w and θ as the report draws "
-           "them.", "counts_i / (Σ counts · (edge_(i+1) − edge_i))"),
-    Metric("fan-in", "weights", (REPORT,), "Connected weights that lead to an output neuron or channel.",
-           "Σ over inputs and kernel of [w ≠ 0]"),
-    Metric("fan-out", "weights", (REPORT,), "Connected weights that leave an input neuron or channel.",
-           "Σ over outputs and kernel of [w ≠ 0]"),
-    Metric("receptive field", SHARE, (REPORT,), "Share of the hidden neurons that are connected to a pixel.",
-           "fan-out(pixel) / hidden neurons"),
-    Metric("rows, seeds, epochs", "", (GRID,), "Finished rows of the grid; how many of them differ only in their seed; "
-           "their training epochs.", path="", also="`table.md`"),
-    Metric("±", "", (GRID,), "Standard deviation of the sample over the seeds, beside the mean.",
-           "√(Σ (x − mean)² / (n − 1))", path="", also="`table.md`, error bars"),
-    Metric("loss against dense", "points of a percent", (GRID,), "Mean test accuracy of the dense rows of the same "
-           "learning rate and epochs, less the row's.", "100 · (dense − accuracy)", path="", also="`table.md`"),
-    Metric("accuracy with at most C of the connections", SHARE, (GRID,), "For each seed, take those of a method's "
-           "points (connectivity, accuracy) that are more accurate than all points with as few connections or fewer. "
-           "Between two of them, interpolate linearly in the logarithm of the connectivity; above the last, take its "
-           "accuracy; below the first, there is nothing. Only seeds with all of the method's variants count; a dash "
-           "means that one of them has nothing. Choosing the best of a method's rows favours every method a little, "
-           "and all alike.", "A(C) = interp(log C; log c_i, a_i)", path="", also="`equal_connectivity.md`"),
-    Metric("how far Grad R is ahead", "points of a percent", (GRID,), "Difference of these for the same seed (the same "
-           "initial weights and data).", "100 · (A_GradR(C) − A(C))", path="", also="`equal_connectivity.md`"),
+    # the rows of a grid
     Metric("connected", "weights", (GRID,), "Connected weights of all layers: connections left.",
            "Σ over layers of #{w ≠ 0}", also="`table.md`, figures"),
     Metric("weights", "weights", (GRID,), "Prunable weights of all layers.", "Σ over layers of #w", also="`table.md`"),
@@ -226,66 +194,23 @@ METRICS: tuple[Metric, ...] = (
            "Σ over epochs of regrown", also="`table.md`"),
     Metric("train_seconds", SECONDS, (GRID,), "Wall time of the training, checkpoints excluded, while other rows ran "
            "beside it.", "Σ over epochs of train_seconds"),
-    Metric("checkpoint, its network, the export", "bytes", (EXPORT,), "Size of `checkpoint.pt`; of all tensors of the "
-           "network's state_dict; of the export, with its share of the network.", also="`analysis.export`"),
-    Metric("spike counts that differ", "pairs", (EXPORT,), "Pairs of a test image and a class whose spike count "
-           "differs from the checkpoint's network, of all pairs.", also="`analysis.export --check`"),
-    Metric("images/s, x products, speed-up, GFLOP/s, x fused Adam, bytes of state per weight", "", (EXPORT,),
-           "See [benchmarks/README.md](../benchmarks/README.md).", also="`make bench`, `benchmarks.sparse`"),
 )
 # fmt: on
 
-TITLES = {
-    STEP: "Every `-i2` training steps",
-    EPOCH: "After every epoch",
-    FULL: "After the first epoch and every `-i1` epochs",
-    TEST: "A test (`-test`)",
-    REPORT: "The report (`python -m analysis.report …`)",
-    GRID: "The outcome of a grid (`python -m reproduce … --outcome`)",
-    EXPORT: "Exports and benchmarks",
-}
-INTRODUCTION = """\
-# Metrics
-
-Every number that the program prints, logs or draws. `make docs` writes this page from the table in
-[training/metrics.py](../training/metrics.py).
-
-A connection is **connected** when its weight w ≠ 0 (one function, `measuring.connected`, decides this everywhere), else
-**pruned**. *Prunable* weights are all but BatchNorm's parameters. A **share** is a fraction of 1 in files and
-TensorBoard, a percentage on the console.
-
-Console, `results.jsonl`, TensorBoard, `-test` and the report show the same numbers for the same epoch (a test compares
-them). An epoch's number says how many epochs are finished; a step's number says how many updates came before it.
-
-The column *where* names the files. A number stands there under its name, or under the path given: the keys of nested
-JSON objects, the outermost first. `<layer>` is the name of a weight, such as `fc.1.weight`, or of a LIF layer, such as
-`fc.0`. *Console* is the line after an epoch; `-test` and *report* are what these commands show.
-"""
-NOTES = {
-    TEST: "`test.json` also has the numbers above that name it.",
-    GRID: "`rows.csv` also has the numbers above that name it, after the row's last epoch. `epochs.csv`, `epochs.png` "
-    "and `rewiring.png` show numbers after each epoch of a row, without the rows that were finished before `epochs.csv`"
-    " existed.",
-}
-
 
 def page() -> str:
-    """docs/metrics.md: the table, a section for each moment of recording."""
-    return "\n".join([INTRODUCTION, *(line for when in TITLES for line in _section(when))])
+    """docs/metrics.md with its tables anew. Each follows the comment that says when its numbers are recorded."""
+    tables = r"(<!-- (\w+) -->\n\n)(?:\|.*\n)*"
+    return re.sub(tables, lambda found: found[1] + _table(found[2]), PAGE.read_text(encoding="utf-8"))
 
 
-def _section(when: str) -> Iterator[str]:
-    yield f"## {TITLES[when]}\n"
-    if when in NOTES:
-        yield f"{NOTES[when]}\n"
-    yield "| number | unit | where | definition | formula |"
-    yield "| --- | --- | --- | --- | --- |"
+def _table(when: str) -> str:
+    rows = [("number", "unit", "where", "definition", "formula"), ("---",) * 5]
     for metric in METRICS:
         if metric.when[0] == when:
             name = f"{metric.key}, by layer" if metric.by_layer else metric.key
-            cells = (name, metric.unit or "–", _where(metric), metric.definition, metric.formula)
-            yield f"| {' | '.join(cells)} |"
-    yield ""
+            rows.append((name, metric.unit or "–", _where(metric), metric.definition, metric.formula))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _where(metric: Metric) -> str:
@@ -300,8 +225,8 @@ def _where(metric: Metric) -> str:
         where.append(f"TensorBoard `{metric.tag_with_bn}` with BatchNorm")
     if metric.words is not None:
         where.append(f"console, as “{metric.words}”" if metric.words else "console")
-    return "; ".join([*where, *([metric.also] if metric.also else [])]) or "–"
+    return "; ".join(filter(None, [*where, metric.also]))
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    PAGE.write_text(page(), encoding="utf-8", newline="\n")

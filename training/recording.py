@@ -34,7 +34,7 @@ class Recording:
 
     def __init__(self, *moments: str, write: Callable[[Metric, Any, str | None], None] = lambda *number: None):
         self.moments, self._write = moments, write
-        due = [metric for metric in metrics.METRICS if metric.recorded and {*metric.when} & {*moments}]
+        due = [metric for metric in metrics.METRICS if {*metric.when} & {*moments}]
         self.values: dict[Metric, dict[str | None, Any]] = {metric: {} for metric in due}
 
     def __call__(self, key: str, value: Any, layer: str | None = None) -> None:

@@ -76,9 +76,9 @@ def sync(descriptor: int, path: Path) -> None:
         os.fsync(descriptor)
 
 
-def sync_file(path: Path) -> None:
-    """:func:`sync` of a closed file."""
-    descriptor = os.open(path, os.O_RDWR | BINARY)  # Windows syncs only what can be written
+def sync_file(path: Path, flags: int = os.O_RDWR | BINARY) -> None:
+    """:func:`sync` of a closed file, opened with ``flags``: Windows syncs only what can be written."""
+    descriptor = os.open(path, flags)
     try:
         sync(descriptor, path)
     finally:
@@ -90,11 +90,7 @@ def sync_folder(folder: Path) -> None:
     if WINDOWS:
         return  # folders cannot be opened there
     with _where_supported(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(folder, os.O_RDONLY)
 
 
 def replace(source: Path, target: Path) -> None:
