@@ -18,6 +18,7 @@ STEP, EPOCH, FULL, TEST, GRID = "step", "epoch", "full", "test", "grid"  # when 
 FILES = {EPOCH: RESULTS, FULL: RESULTS, TEST: "test.json", GRID: "rows.csv"}
 SHARE, SECONDS, DISTRIBUTION = "share", "s", "distribution"  # units that are written in a way of their own
 FORMATS = {SHARE: percent, SECONDS: lambda seconds: f"{seconds:.1f} s"}
+ENERGY = f"{MAC:g} · MACs + {AC:g} · SynOps"
 LAYERS, NEURONS, DISTRIBUTIONS = "layers/{layer}/{key}", "neurons/{layer}/{key}", "distributions/{layer}/{key}"
 
 
@@ -92,20 +93,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("best_accuracy", SHARE, (EPOCH, GRID), "Highest test accuracy of any epoch so far.",
            "max over epochs of test_accuracy", words="best", also="report"),
     # the accuracy of a test
-    Metric("accuracy", SHARE, (TEST,), "Accuracy on the test images, as test_accuracy.", "right / images",
-           also="`-test`"),
+    Metric("accuracy", SHARE, (TEST,), "Accuracy on the test images, as test_accuracy.", "right / images"),
     Metric("accuracy_interval", SHARE, (TEST,), "Wilson's 95 % score interval of the accuracy p of n images (Wilson "
-           "1927): its two ends.", "(p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96", also="`-test`"),
-    Metric("right", "images", (TEST,), "Test images classified correctly.", also="`-test`"),
-    Metric("images", "images", (TEST,), "All test images.", also="`-test`"),
+           "1927): its two ends.", "(p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96"),
+    Metric("right", "images", (TEST,), "Test images classified correctly."),
+    Metric("images", "images", (TEST,), "All test images."),
     Metric("confusion", "images", (TEST,), "How many images of class i were classified as j.",
-           "C[i, j] = #{label i, prediction j}", also="`-test`"),
+           "C[i, j] = #{label i, prediction j}"),
     # connections
     Metric("sparsity", SHARE, (EPOCH, TEST), "Share of prunable weights that are pruned.", "1 − connectivity",
-           tag="sparsity", tag_with_bn="sparsity/without bn", words="sparsity", also="`-test`"),
-    Metric("connectivity", SHARE, (EPOCH, TEST, GRID), "Share of prunable weights that are connected.",
-           "#{w ≠ 0} / #w", tag="connectivity", words="connectivity",
-           also="`epochs.csv`, `table.md`, `-test`, report"),
+           tag="sparsity", tag_with_bn="sparsity/without bn", words="sparsity"),
+    Metric("connectivity", SHARE, (EPOCH, TEST, GRID), "Share of prunable weights that are connected.", "#{w ≠ 0} / #w",
+           tag="connectivity", words="connectivity", also="`epochs.csv`, `table.md`, report"),
     Metric("sparsity_with_bn", SHARE, (EPOCH,), "Sparsity with the parameters that are never pruned, such as "
            "BatchNorm's, counted as connected.", "#{w = 0} / (#w + #others)", tag_with_bn="sparsity/with bn"),
     Metric("connectivity_with_bn", SHARE, (EPOCH,), "Connectivity with the parameters that are never pruned counted as "
@@ -113,24 +112,23 @@ METRICS: tuple[Metric, ...] = (
     Metric("structural_connectivity", SHARE, (TEST, GRID), "Share of prunable weights that are connected and lie on "
            "some path from an input to an output through connected weights. The path's units are neurons of linear "
            "layers and channels of convolutions.",
-           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w", also="`-test`"),
+           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w"),
     Metric("pruned", "weights", (EPOCH,), "Connections of the previous epoch that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", also="`epochs.csv`, report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the previous epoch did not have.",
            "#{w(e−1) = 0, w(e) ≠ 0}", also="`epochs.csv`, report"),
     Metric("layer_sparsity", SHARE, (TEST,), "Sparsity of the layer.", "1 − connectivity", "layer_sparsity/{layer}"),
     Metric("connected", "weights", (EPOCH, TEST), "Connected weights of the layer.", "#{w ≠ 0}", LAYERS,
-           also="`-test`, report, export"),
+           also="report, export"),
     Metric("structural", "weights", (TEST,), "Connected weights of the layer that lie on a path from an input to an "
-           "output.", "structural_connectivity · #w", LAYERS, also="`-test`"),
-    Metric("weights", "weights", (EPOCH, TEST), "Prunable weights of the layer.", "#w", LAYERS,
-           also="`-test`, report, export"),
+           "output.", "structural_connectivity · #w", LAYERS),
+    Metric("weights", "weights", (EPOCH, TEST), "Prunable weights of the layer.", "#w", LAYERS, also="report, export"),
     Metric("sparsity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are pruned.", "1 − connectivity",
-           LAYERS, tag="layer sparsity/{layer}", also="`-test`"),
+           LAYERS, tag="layer sparsity/{layer}"),
     Metric("connectivity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are connected.", "#{w ≠ 0} / #w",
-           LAYERS, also="`-test`, report"),
+           LAYERS, also="report"),
     Metric("structural_connectivity", SHARE, (TEST,), "Share of the layer's weights that are connected and lie on a "
-           "path from an input to an output.", "structural / #w", LAYERS, also="`-test`"),
+           "path from an input to an output.", "structural / #w", LAYERS),
     Metric("pruned", "weights", (EPOCH,), "Connections that the layer had in the previous epoch and that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", LAYERS, tag="prune_cnt/{layer}", also="report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the layer did not have in the previous epoch.",
@@ -141,8 +139,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("learning_rate", "", (EPOCH,), "Learning rate of the first optimizer in the epoch's last step.",
            "as set, or scheduled by `--recipe fast`", also="report"),
     Metric("penalty", "", (EPOCH,), "The method's penalty in the epoch's last step: Grad R's alpha, Deep R's l1; null "
-           "without one.",
-           "as set, or scheduled by `--connectivity`"),
+           "without one.", "as set, or scheduled by `--connectivity`"),
     Metric("train_seconds", SECONDS, (EPOCH,), "Wall time of the epoch's training, checkpoints excluded."),
     Metric("test_seconds", SECONDS, (EPOCH,), "Wall time of the test and of counting and recording after the epoch."),
     Metric("checkpoint_seconds", SECONDS, (EPOCH,), "Wall time that training waited for checkpoints since the previous "
@@ -153,9 +150,9 @@ METRICS: tuple[Metric, ...] = (
     # neurons and distributions
     Metric("firing_rate", "spikes", (FULL, TEST), "Spikes per neuron, image and time step of the LIF layer on the test "
            "set.", "spikes / (neurons · images · T)", NEURONS, tag="avg_firing_rate/{layer}", optional=True,
-           also="`-test`, report; of each neuron in `rate-<layer>-epoch-<epoch>.npy` after a test"),
+           also="report; of each neuron in `rate-<layer>-epoch-<epoch>.npy` after a test"),
     Metric("silent", SHARE, (FULL, TEST), "Share of the LIF layer's neurons without a spike on the whole test set.",
-           "#{spikes = 0} / neurons", NEURONS, tag="nonfire_prop/{layer}", optional=True, also="`-test`, report"),
+           "#{spikes = 0} / neurons", NEURONS, tag="nonfire_prop/{layer}", optional=True, also="report"),
     Metric("w", DISTRIBUTION, (FULL,), "Distribution of the layer's weights w: `edges` of the bins, `counts` between "
            "them.", "counts_i = #{edge_i ≤ w < edge_(i+1)}", DISTRIBUTIONS, tag="{layer}-w", optional=True,
            also="report, as density"),
@@ -164,34 +161,30 @@ METRICS: tuple[Metric, ...] = (
     # the operations of a test
     Metric("kind", "", (TEST,), "What the layer's operations are: MAC, multiply-accumulates, in the first layer, which "
            "takes real numbers and runs once per image; SynOp, synaptic operations, in all others.", "–",
-           "operations/{layer}/kind", also="`-test`"),
+           "operations/{layer}/kind"),
     Metric("operations_pruned", "per image", (TEST,), "SynOps: for every spike that arrives at the layer, the "
            "connected weights that it meets; weights of 0 and padding cost nothing. MACs: every input value times the "
            "connected weights that it meets.",
-           "SynOps: Σ_i spikes_i · fan-out_i / images; MACs: Σ_i fan-out_i", "operations/{layer}/pruned",
-           also="`-test`"),
+           "SynOps: Σ_i spikes_i · fan-out_i / images; MACs: Σ_i fan-out_i", "operations/{layer}/pruned"),
     Metric("operations_dense", "per image", (TEST,), "The same spikes and input values, with every weight connected.",
-           "the same, with all weights in fan-out_i", "operations/{layer}/dense", also="`-test`, as “all connected”"),
+           "the same, with all weights in fan-out_i", "operations/{layer}/dense", also="`-test`: “all connected”"),
     Metric("energy_pruned", "pJ per image", (TEST,), "Energy of this arithmetic, 32-bit float, 45 nm, without memory "
            f"access: {AC:g} pJ per accumulate, {MAC:g} pJ per multiply-accumulate (M. Horowitz, \"Computing's energy "
-           "problem (and what we can do about it)\", ISSCC 2014).", f"{MAC:g} · MACs + {AC:g} · SynOps",
-           "energy/pruned", also="`-test`"),
-    Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.",
-           f"{MAC:g} · MACs + {AC:g} · SynOps", "energy/dense", also="`-test`, as “all connected”"),
+           "problem (and what we can do about it)\", ISSCC 2014).", ENERGY, "energy/pruned"),
+    Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.", ENERGY, "energy/dense",
+           also="`-test`: “all connected”"),
     # the rows of a grid
-    Metric("connected", "weights", (GRID,), "Connected weights of all layers: connections left.",
-           "Σ over layers of #{w ≠ 0}", also="`table.md`, figures"),
+    Metric("connected", "weights", (GRID,), "Connected weights of all layers.", "Σ over layers of #{w ≠ 0}",
+           also="`table.md`, figures"),
     Metric("weights", "weights", (GRID,), "Prunable weights of all layers.", "Σ over layers of #w", also="`table.md`"),
     Metric("synops", "per image", (GRID,), "SynOps of the pruned network.", "Σ over layers of operations_pruned",
            also="`table.md`"),
     Metric("macs", "per image", (GRID,), "MACs of the pruned network.", "operations_pruned of the first layer",
            also="`table.md`"),
-    Metric("energy_pj", "pJ per image", (GRID,), "Energy of the pruned network, as energy_pruned.",
-           f"{MAC:g} · MACs + {AC:g} · SynOps"),
-    Metric("pruned_in_all", "weights", (GRID,), "Connections pruned in each epoch, added up.",
-           "Σ over epochs of pruned"),
-    Metric("regrown_in_all", "weights", (GRID,), "Connections regrown in each epoch, added up.",
-           "Σ over epochs of regrown", also="`table.md`"),
+    Metric("energy_pj", "pJ per image", (GRID,), "Energy of the pruned network, as energy_pruned.", ENERGY),
+    Metric("pruned_in_all", "weights", (GRID,), "Connections pruned in all epochs.", "Σ over epochs of pruned"),
+    Metric("regrown_in_all", "weights", (GRID,), "Connections regrown in all epochs.", "Σ over epochs of regrown",
+           also="`table.md`"),
     Metric("train_seconds", SECONDS, (GRID,), "Wall time of the training, checkpoints excluded, while other rows ran "
            "beside it.", "Σ over epochs of train_seconds"),
 )

@@ -12,20 +12,14 @@ def run_name(options: argparse.Namespace) -> str:
     def of_method(place: str) -> list[str]:
         return [part for option in methods.options() if option.place == place for part in option.parts(options)]
 
-    parts = of_method("first")
-    parts += ["lr", format_number(options.learning_rate), "b", str(options.batch_size), "T", str(options.T)]
-    parts += of_method("settings")
-    parts += [options.mode]
+    def unless_default(name: str, *label: str) -> list[str]:
+        value = getattr(options, name)
+        return [] if value == options.defaults[name] else [*label, str(value)]
+
+    paces = ["lr", format_number(options.learning_rate), "b", str(options.batch_size), "T", str(options.T)]
+    parts = [*of_method("first"), *paces, *of_method("settings"), options.mode]
     if options.recipe != "paper":
         parts += [options.recipe, "N", str(options.epoch)]  # its schedules depend on N
-    parts += of_method("after")
-    if options.seed != options.defaults["seed"]:
-        parts += ["seed", str(options.seed)]
-    parts += of_method("last")
-    if options.precision:
-        parts += [options.precision]
-    if options.dataset != options.defaults["dataset"]:
-        parts += [options.dataset]
-    if options.width != options.defaults["width"]:
-        parts += ["width", str(options.width)]
+    parts += [*of_method("after"), *unless_default("seed", "seed"), *of_method("last")]
+    parts += [*unless_default("precision"), *unless_default("dataset"), *unless_default("width", "width")]
     return "-".join(parts)

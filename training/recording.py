@@ -44,10 +44,8 @@ class Recording:
             ValueError: the table has no such number for this moment, or it is already recorded.
         """
         of = "without a layer" if layer is None else f"of {layer}"
-        for metric in self.values:
-            if metric.key == key and metric.by_layer == (layer is not None):
-                break
-        else:
+        named = (metric for metric in self.values if metric.key == key and metric.by_layer == (layer is not None))
+        if (metric := next(named, None)) is None:
             raise ValueError(f"{key!r} {of} is not in training.metrics.METRICS for {' or '.join(self.moments)}")
         if layer in self.values[metric]:
             raise ValueError(f"{key!r} {of} is recorded twice")
@@ -176,7 +174,7 @@ class Recorder:
     @contextlib.contextmanager
     def epoch(self, epoch: int, full: bool) -> Iterator[Recording]:
         """Records the numbers after an epoch; at the end, appends their line to the results."""
-        record = self.recording(epoch, *((EPOCH, FULL) if full else (EPOCH,)))
+        record = self.recording(epoch, EPOCH, *((FULL,) if full else ()))
         yield record
         self.results(record.content())
 
