@@ -122,7 +122,7 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
                         continue
                     values = np.array([[line[key] for line in run] for run in runs]).mean(axis=0)
                     grey = {"color": "#808080", "label": summary.row.method.label, "linestyle": ":"}
-                    own = {"color": COLOURS[i % len(COLOURS)], "label": summary.variant}
+                    own = {"color": COLOURS[i % len(COLOURS)], "label": summary.row.variant}
                     axes.plot(range(1, len(values) + 1), factor * values, **(own if i < len(some) else grey))
                 axes.set_ylabel(label)
                 if log:

@@ -6,11 +6,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 from analysis.experiments import EXPERIMENTS
+from training.command_line import format_number
 from training.errors import Refusal
 from training.methods import METHODS, Method
+from training.methods.method import PENALTY
 from training.naming import run_name
 from training.options import read
 
@@ -42,7 +45,6 @@ class Row:
 
     @property
     def epochs(self) -> int:
-        """The row is finished after so many."""
         return self.options.epoch
 
     @property
@@ -57,6 +59,15 @@ class Row:
     def setting(self) -> str:
         """The run's name without its seed."""
         return self.name.replace(f"-seed-{self.seed}", "")
+
+    @property
+    def variant(self) -> str:
+        """The options of its method that have a value, and the learning rate."""
+        texts = []
+        for option in sorted(self.method.options, key=lambda option: (option.place == "last", option is PENALTY)):
+            if option.type is not None and (parts := option.parts(self.options)):
+                texts += [option.spellings.split("/")[0], parts[1].removesuffix(".0")]
+        return " ".join([*texts, "-lr", format_number(self.options.learning_rate)])
 
     @property
     def key(self) -> str:
@@ -89,15 +100,14 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
             if key not in group:
                 raise Refusal(f"{path}: a group has no {key}")
         title, ablation, settings = group["title"], group.get("ablation", False), {**table, **group}
-        for variant in group["variants"]:
-            for place, seed in enumerate(settings["seeds"]):
-                texts = [settings.get("options", ""), settings.get("method", ""), variant]
-                argv = [*shlex.split(" ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
-                try:
-                    options = read(EXPERIMENTS[experiment], argv)
-                except Refusal as refusal:
-                    raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
-                rows.append(((place, ablation), Row(experiment, title, ablation, tuple(argv), options)))
+        for variant, (place, seed) in product(group["variants"], enumerate(settings["seeds"])):
+            texts = [settings.get("options", ""), settings.get("method", ""), variant]
+            argv = [*shlex.split(" ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
+            try:
+                options = read(EXPERIMENTS[experiment], argv)
+            except Refusal as refusal:
+                raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
+            rows.append(((place, ablation), Row(experiment, title, ablation, tuple(argv), options)))
     found: dict[str, Row] = {}
     longest: dict[str, int] = {}
     for _, row in sorted(rows, key=lambda row: row[0]):

@@ -33,10 +33,6 @@ class Summary:
         return self.entries[0].row
 
     @property
-    def variant(self) -> str:
-        return self.entries[0].variant
-
-    @property
     def line(self) -> tuple[str, int]:
         """Title and number of epochs: a line of the plane, a row of the tables at equal connectivity."""
         return self.row.title, self.row.epochs
@@ -104,7 +100,7 @@ def table(summaries: Sequence[Summary]) -> str:
     lines = []
     for summary in summaries:
         title, epochs = summary.line
-        cells = [title, f"`{summary.variant}`", str(epochs), str(len(summary.entries))]
+        cells = [title, f"`{summary.row.variant}`", str(epochs), str(len(summary.entries))]
         cells += [spread(summary.values(key), show) for key, show in TABLE.values()]
         lines.append(cells)
     return _markdown(["method", "options", "epochs", "seeds", *TABLE], lines)

@@ -861,7 +861,7 @@ def test_a_method_that_is_added_has_its_place_in_tables_and_figures(tmp_path, mo
     some = [entries.Entry(row, numbers, dict.fromkeys(records.MADE, ""), [line]) for row in rows]
     summaries = tables.summarise(some)
     variants = ["-lr 1e-2", *2 * ["-s 1 -penalty 0 -temperature 1e-3 -lr 1e-2"], "-s 0.5 -lr 1e-2"]
-    assert [summary.variant for summary in summaries] == variants
+    assert [summary.row.variant for summary in summaries] == variants
     assert [len(summary.entries) for summary in summaries] == [2, 2, 2, 2]  # the seeds
     assert summaries[1].values("loss") == [0.0, 0.0]  # against plain SGD
     assert "| Cut | 1 | 2 | 75.00 ± 0.00 |" in tables.equal_connectivity(summaries)
