@@ -8,10 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from analysis.pictures.drawing import COLOURS, DASHES, MARKERS, STYLE
 from analysis.pictures.published import PUBLISHED
@@ -23,7 +20,6 @@ NEAR = 4  # points of accuracy: what the plane's second panel shows
 
 def _figure(rows: int, columns: int, **settings: Any) -> tuple[Figure, list[list[Axes]]]:
     figure = Figure(figsize=(3.6 * columns + 3, 2.6 * rows + 0.9), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **settings).tolist()
 
 
@@ -32,10 +28,6 @@ def _png(figure: Figure, heading: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _plain(axis: Axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plane(summaries: Sequence[Summary], heading: str) -> bytes:
@@ -61,12 +53,13 @@ def line_looks(lines: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[s
 
     A title has its colour and marker whatever the epochs: filled and solid for the first line, hollow and dashed after.
     """
+    titles = list(dict.fromkeys(title for title, _ in lines))
     looks = {}
     seen: Counter[str] = Counter()
     for title, epochs in lines:
-        i = list(seen).index(title) if title in seen else len(seen)
+        i = titles.index(title)
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        hollow = {"markerfacecolor": "white"} if title in seen else {}
+        hollow = {"markerfacecolor": "white"} if seen[title] else {}
         looks[title, epochs] = {**look, **hollow, "linestyle": DASHES[seen[title] % len(DASHES)]}
         seen[title] += 1
     return looks
@@ -78,8 +71,8 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
         lines[summary.line].append(summary)
     for line, look in line_looks(list(dict.fromkeys(summary.line for summary in summaries))).items():
         x, y, x_error, y_error = (
-            [100 * getattr(summary, statistic)(key) for summary in lines[line]]
-            for statistic in ("mean", "deviation")
+            [100 * statistic(summary, key) for summary in lines[line]]
+            for statistic in (Summary.mean, Summary.deviation)
             for key in ("connectivity", "test_accuracy")
         )
         label = "{}, {} epochs".format(*line)
@@ -90,11 +83,11 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
         look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
         axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)
     axes.set_xscale("log")
-    _plain(axes.xaxis)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("connectivity (%), logarithmic")
 
 
-def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str, float]], log: bool) -> bytes:
+def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, str], shares: bool) -> bytes:
     """Numbers of the results over the epochs: a row of panels for each method, a curve for each of its variants.
 
     A curve is the mean over the seeds whose epochs are known; methods that do not prune are grey, in every row.
@@ -102,36 +95,35 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, tuple[str
     Args:
         summaries: what to draw, of one number of epochs.
         heading: of the figure; the seeds are added.
-        keys: the results' keys, a column each, with the axis's label and the factor to its unit.
-        log: whether the y axes are logarithmic.
+        keys: the results' keys, a column each, with the axis's label.
+        shares: the numbers are shares, drawn in percent; otherwise counts, on logarithmic axes.
     """
+    dense = [summary for summary in summaries if not summary.row.method.prunes]
     rows: dict[str, list[Summary]] = defaultdict(list)
     for summary in summaries:
         if summary.row.method.prunes:
             rows[summary.row.title].append(summary)
-    dense = [summary for summary in summaries if not summary.row.method.prunes]
     rows = rows or {METHODS[DEFAULT].label: []}
-    seeds = dict.fromkeys(entry.row.seed for summary in summaries for entry in summary.entries if entry.epochs)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(rows), len(keys), sharex=True, sharey="col")
         for (title, some), panel_row in zip(rows.items(), panels, strict=True):
-            for axes, (key, (label, factor)) in zip(panel_row, keys.items(), strict=True):
+            for axes, (key, label) in zip(panel_row, keys.items(), strict=True):
                 for i, summary in enumerate([*some, *dense]):
                     runs = [entry.epochs for entry in summary.entries if len(entry.epochs) == entry.row.epochs]
-                    if not runs:
-                        continue
-                    values = np.array([[line[key] for line in run] for run in runs]).mean(axis=0)
-                    grey = {"color": "#808080", "label": summary.row.method.label, "linestyle": ":"}
-                    own = {"color": COLOURS[i % len(COLOURS)], "label": summary.row.variant}
-                    axes.plot(range(1, len(values) + 1), factor * values, **(own if i < len(some) else grey))
+                    look = {"color": COLOURS[i % len(COLOURS)], "label": summary.row.variant}
+                    if not summary.row.method.prunes:
+                        look = {"color": "#808080", "label": summary.row.method.label, "linestyle": ":"}
+                    if runs:
+                        values = np.mean([[line[key] for line in run] for run in runs], axis=0)
+                        axes.plot(range(1, len(values) + 1), (100 if shares else 1) * values, **look)
                 axes.set_ylabel(label)
-                if log:
+                if not shares:
                     axes.set_yscale("log")
-                    _plain(axes.yaxis)
+                    axes.yaxis.set_major_formatter("{x:g}")
             panel_row[0].set_title(title)
             if panel_row[-1].lines:
                 panel_row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         for axes in panels[-1]:
             axes.set_xlabel("epoch")
-        of_seeds = f"{heading}; seeds {', '.join(map(str, seeds))}, as far as epochs.csv has them"
-        return _png(figure, of_seeds)
+        seeds = dict.fromkeys(entry.row.seed for summary in summaries for entry in summary.entries if entry.epochs)
+        return _png(figure, f"{heading}; seeds {', '.join(map(str, seeds))}, as far as epochs.csv has them")

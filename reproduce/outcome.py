@@ -47,18 +47,18 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     if main:
         files["plane.png"] = figures.plane(main, f"{name}: accuracy against connectivity")
         short = [summary for summary in main if summary.row.epochs == rows[0].epochs]
-        keys = {"test_accuracy": ("test accuracy (%)", 100.0), "connectivity": ("connectivity (%)", 100.0)}
-        files["epochs.png"] = figures.curves(short, f"{name}: after each epoch, mean over the seeds", keys, log=False)
-        pruning = [summary for summary in short if summary.row.method.prunes]
-        if pruning:
-            keys = {"pruned": ("pruned per epoch", 1.0), "regrown": ("regrown per epoch", 1.0)}
+        keys = {"test_accuracy": "test accuracy (%)", "connectivity": "connectivity (%)"}
+        heading = f"{name}: after each epoch, mean over the seeds"
+        files["epochs.png"] = figures.curves(short, heading, keys, shares=True)
+        if pruning := [summary for summary in short if summary.row.method.prunes]:
+            keys = {"pruned": "pruned per epoch", "regrown": "regrown per epoch"}
             heading = f"{name}: connections pruned and regrown in each epoch, mean over the seeds"
-            files["rewiring.png"] = figures.curves(pruning, heading, keys, log=True)
+            files["rewiring.png"] = figures.curves(pruning, heading, keys, shares=False)
     if main and ablations:
-        epochs, labels = {summary.row.epochs for summary in ablations}, [method.label for method in METHODS.values()]
+        epochs, labels = {summary.row.epochs for summary in ablations}, {method.label for method in METHODS.values()}
         beside = [summary for summary in main if summary.row.epochs in epochs and summary.row.title in labels]
-        pruning = dict.fromkeys(summary.row.method.label for summary in ablations if summary.row.method.prunes)
-        heading = f"{name}: ablations of {' and '.join(pruning)}" if pruning else f"{name}: ablations"
+        ablated = dict.fromkeys(summary.row.method.label for summary in ablations if summary.row.method.prunes)
+        heading = f"{name}: ablations{' of ' if ablated else ''}{' and '.join(ablated)}"
         files["ablations.png"] = figures.plane([*beside, *ablations], heading)
     for file, content in files.items():
         write_whole(folder / file, content)

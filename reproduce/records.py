@@ -4,6 +4,7 @@ A row is finished when its record ``<dump-dir>/rows/<key>.json`` is there. The r
 and its ``-test``.
 """
 
+import contextlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -36,10 +37,9 @@ def read(dump: Path, row: Row) -> dict[str, Any] | None:
 
 def finished(dump: Path, row: Row) -> dict[str, Any] | None:
     """The row's record; None if the row is not finished or its record is damaged (see :func:`damaged`)."""
-    try:
+    with contextlib.suppress(ValueError):
         return read(dump, row)
-    except ValueError:
-        return None
+    return None
 
 
 def damaged(dump: Path, rows: Sequence[Row]) -> list[str]:
@@ -118,11 +118,8 @@ class Progress:
 def progress(dump: Path, rows: Sequence[Row]) -> Progress:
     """Looks up how far the rows are, whoever runs them."""
     done = [row for row in rows if finished(dump, row) is not None]
-    left, seconds = 0, []
-    for name in dict.fromkeys(row.name for row in rows):
-        mine = [row for row in rows if row.name == name]
-        run = state(dump, mine[0])
-        left += max([row.epochs - run.last.get("epoch", 0) for row in mine if row not in done] + [0])
-        if not math.isnan(run.seconds_per_epoch):
-            seconds.append(run.seconds_per_epoch)
+    saved = {name: state(dump, row) for name, row in {row.name: row for row in rows}.items()}
+    ends = {row.name: row.epochs for row in rows if row not in done}  # the longest row of a run is its last
+    left = sum(max(0, epochs - saved[name].last.get("epoch", 0)) for name, epochs in ends.items())
+    seconds = [run.seconds_per_epoch for run in saved.values() if not math.isnan(run.seconds_per_epoch)]
     return Progress(done, len(rows), left, statistics.median(seconds) if seconds else math.nan)

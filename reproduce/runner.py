@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class Runner:
         self.stopped: int | None = None
         self._processes: set[subprocess.Popen] = set()
         self._starting = threading.RLock()  # so that a signal misses no process; one may come during another
-        self._changed = threading.Condition()  # guards what run() sets up, and printing
 
     def run(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         """Runs the rows that are not finished; returns those that failed, and those that another process has.
@@ -66,21 +65,34 @@ class Runner:
         A signal is handed on to the rows that run. After SIGTERM or SIGINT no other row starts.
         """
         (self.dump / "rows").mkdir(parents=True, exist_ok=True)
-        self._rows, self._busy = rows, set[str]()
-        self._waiting = [row for row in rows if records.finished(self.dump, row) is None]
-        self._failed, self._taken = set[Row](), set[Row]()
+        waiting = [row for row in rows if records.finished(self.dump, row) is None]
+        running: dict[int, tuple[Row, Future[str]]] = {}  # at most one row of a run
+        ends: dict[Row, str] = {}
         before = {number: signal.signal(number, self._hand_on) for number in (*STOPPING, *known(["SIGUSR1"]))}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
-                workers = [pool.submit(self._work, slot) for slot in range(self.jobs)]
-                while wait(workers, timeout=0.2).not_done:  # on Windows a signal does not end a wait
-                    pass
-            for worker in workers:
-                worker.result()
+                while True:
+                    for slot in sorted(set(range(self.jobs)) - running.keys()):
+                        busy = {row.name for row, _ in running.values()}
+                        row = next((row for row in waiting if row.name not in busy), None)
+                        if row is not None and self.stopped is None:
+                            waiting.remove(row)
+                            running[slot] = row, pool.submit(self._finish, row, slot)
+                    if not running:
+                        break
+                    # on Windows a signal does not end a wait
+                    wait([future for _, future in running.values()], timeout=0.2, return_when=FIRST_COMPLETED)
+                    for slot in [slot for slot, (_, future) in running.items() if future.done()]:
+                        row, future = running.pop(slot)
+                        ends[row] = future.result()
+                        if ends[row]:
+                            progress = records.progress(self.dump, rows).line(self.jobs)
+                            print(f"{row.key} {ends[row]}\n{progress}", flush=True)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return [row for row in rows if row in self._failed], [row for row in rows if row in self._taken]
+        failed, taken = ([row for row in rows if ends.get(row, "").startswith(word)] for word in ("failed", "skipped"))
+        return failed, taken
 
     def _hand_on(self, number: int, frame: Any) -> None:
         with self._starting:
@@ -90,54 +102,26 @@ class Runner:
                 with contextlib.suppress(ValueError):  # Windows cannot pass on a Ctrl-C, but sends it to all itself
                     process.send_signal(number)
 
-    def _next(self) -> Row | None:
-        """The next row to run, of a run that is not busy with another one; None when no other is to start."""
-        with self._changed:
-            while self._waiting and self.stopped is None:
-                for row in self._waiting:
-                    if row.name not in self._busy:
-                        self._waiting.remove(row)
-                        self._busy.add(row.name)
-                        return row
-                self._changed.wait()
-        return None
-
-    def _work(self, slot: int) -> None:
-        """Runs one row after the other, and says how each ended."""
-        while row := self._next():
-            said = self._finish(row, slot)
-            with self._changed:
-                self._busy.remove(row.name)
-                self._changed.notify_all()
-                if said:
-                    print(f"{row.key} {said}\n{records.progress(self.dump, self._rows).line(self.jobs)}", flush=True)
-
-    def _finish(self, row: Row, slot: int) -> str | None:
-        """Trains and tests a row, and writes its record; returns how it ended, None where it was stopped."""
+    def _finish(self, row: Row, slot: int) -> str:
+        """Trains and tests a row, and writes its record; returns how it ended, nothing where it was stopped."""
         argv = [*row.argv, *self.places, *(["-gpu", str(slot % self.gpus)] if self.gpus else [])]
         try:
             if records.state(self.dump, row).last.get("epoch", 0) <= row.epochs:  # else its run was extended before
-                with self._changed:
-                    print(row.command, flush=True)
+                print(f"{row.command}\n", end="", flush=True)  # in one piece: other rows start at the same time
                 for more in ([], ["-test"]):
                     if status := self._call(row, [*argv, *more]):
                         return self._failure(row, status)
             result = records.write(self.dump, row)["result"]
         except (OSError, ValueError) as error:
-            self._failed.add(row)
             return f"failed: {error}"
         numbers = result["test_accuracy"], result["connectivity"]
         return "finished: test accuracy {:.2%}, connectivity {:.2%}".format(*numbers).replace("%", " %")
 
-    def _failure(self, row: Row, status: int) -> str | None:
+    def _failure(self, row: Row, status: int) -> str:
         last_line = _last_line(log_of(self.dump, row))
         if TAKEN in last_line:
-            self._taken.add(row)
             return "skipped: another process runs it"
-        if self.stopped is not None:
-            return None
-        self._failed.add(row)
-        return f"failed with status {status}: {last_line}"
+        return "" if self.stopped is not None else f"failed with status {status}: {last_line}"
 
     def _call(self, row: Row, argv: Sequence[str]) -> int:
         """Runs the row's script to its end; returns its exit status."""
@@ -164,9 +148,7 @@ class Runner:
 
 def _last_line(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
-            lines = file.read().decode(errors="replace").strip().splitlines()
+        lines = path.read_text("utf-8", "replace").strip().splitlines()
     except OSError as error:
         return f"its log cannot be read: {error}"
     return lines[-1] if lines else ""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from reproduce.entries import Entry
 from reproduce.grid import Row
@@ -119,13 +120,13 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def accuracy_at(points: Iterable[tuple[float, float]], connectivity: float) -> float:
+def accuracy_at(points: Iterable[tuple[float, float]], connectivity: ArrayLike) -> np.ndarray:
     """The accuracy that a method has with at most ``connectivity``, from its points (connectivity, accuracy).
 
     Along their :func:`front`, linear in the logarithm of the connectivity; NaN below its first point.
     """
     x, y = zip(*front(points) or [(1.0, math.nan)], strict=True)
-    return float(np.interp(math.log(connectivity), np.log(x), y, left=math.nan))
+    return np.interp(np.log(connectivity), np.log(x), y, left=math.nan)
 
 
 def equal_connectivity(summaries: Sequence[Summary]) -> str:
@@ -142,9 +143,8 @@ def equal_connectivity(summaries: Sequence[Summary]) -> str:
     reference, leads = METHODS["grad"].label, {}
     for (title, epochs), by_seed in accuracies.items():
         ahead = accuracies.get((reference, epochs), {})
-        both = {seed: ahead[seed] - values for seed, values in by_seed.items() if seed in ahead}
-        if title != reference and both:
-            leads[title, epochs] = both
+        if title != reference and (both := by_seed.keys() & ahead.keys()):
+            leads[title, epochs] = {seed: ahead[seed] - by_seed[seed] for seed in both}
     text = "Test accuracy (%) with at most so many of the connections; mean ± standard deviation over the seeds.\n\n"
     text += _at_each(accuracies)
     if leads:
@@ -155,14 +155,9 @@ def equal_connectivity(summaries: Sequence[Summary]) -> str:
 def _by_seed(summaries: Sequence[Summary]) -> dict[int, np.ndarray]:
     """A method's accuracy at each connectivity of ``EQUAL``, of every seed that has all of its variants."""
     points: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for summary in summaries:
-        for entry in summary.entries:
-            points[entry.row.seed].append((entry.numbers["connectivity"], entry.numbers["test_accuracy"]))
-    return {
-        seed: np.array([accuracy_at(some, connectivity) for connectivity in EQUAL])
-        for seed, some in points.items()
-        if len(some) == len(summaries)
-    }
+    for entry in (entry for summary in summaries for entry in summary.entries):
+        points[entry.row.seed].append((entry.numbers["connectivity"], entry.numbers["test_accuracy"]))
+    return {seed: accuracy_at(some, EQUAL) for seed, some in points.items() if len(some) == len(summaries)}
 
 
 def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]]) -> str:

@@ -144,7 +144,7 @@ def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, m
     for row in rows:
         records.write(tmp_path / "runs", row)
     (dense, kept) = entries.collect(tmp_path / "runs", rows, tmp_path / "outcome")
-    assert (dense.variant, kept.variant) == ("-lr 1e-2", "--keep 1e-1 -lr 1e-2")
+    assert (dense.row.variant, kept.row.variant) == ("-lr 1e-2", "--keep 1e-1 -lr 1e-2")
     assert kept.numbers["connectivity"] == pytest.approx(0.1, abs=1e-4)
     (tmp_path / "outcome").mkdir()
     files = outcome.write(tmp_path / "runs", rows, tmp_path / "outcome")
