@@ -7,67 +7,59 @@ time of an epoch is computed from them; the tables say from how many.
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections import defaultdict
+from itertools import chain, islice, repeat
 
 import torch
 from spikingjelly.activation_based import functional
-from torch import Tensor, nn
-from torch.optim import Adam
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision import transforms
 
 import measuring
 import spiking_kernels
 from analysis.experiments import EXPERIMENTS
 from benchmarks.optimizers import bench_optimizers
-from benchmarks.tables import in_turns, mnist_images, noise, parser, run, synchronize, table
-from gradrewire import GradRewiring
+from benchmarks.tables import Tables, in_turns, mnist_images, noise, parser, run, table, timed
 from training import data
 from training.command_line import command
+from training.methods import METHODS
+from training.options import read
 from training.step import TrainingStep, autocast, set_precision
 
 MNIST, C10 = EXPERIMENTS["mnist"], EXPERIMENTS["c10"]
 PARTS = ("mnist", "scaling", "optimizers", "equality", "c10")
 
 
-def grad_r(network: nn.Module, fused: bool, device: torch.device) -> list[torch.optim.Optimizer]:
-    fast = dict(fused=fused, capturable=fused and device.type == "cuda")
-    others = [p for p in network.parameters() if p.dim() == 1]
-    pruning = GradRewiring(measuring.prunable(network).values(), lr=1e-4, alpha=1e-3, s=0.95, **fast)
-    return [pruning, Adam(others, lr=1e-4, **fast)] if others else [pruning]
-
-
 class Execution:
-    """An experiment's network, trained in one way, a number of steps at a time."""
+    """An experiment's network, trained with Grad R in one way, a number of steps at a time.
 
-    def __init__(
-        self, experiment, dataset, device, batch_size, fused, T=8, step_mode="m", precision="fp32", loader=None, seed=0
-    ):
-        torch.manual_seed(seed)
-        self.network, self.device, self.precision = experiment.network(T, step_mode).to(device), device, precision
-        self.network.fused = fused
+    ``line`` is the rest of the experiment's command line; the precision is fp32 unless it says otherwise.
+    """
+
+    def __init__(self, experiment, dataset, device, line="", step_mode="m", loader=None):
+        options = read(experiment, ["-m", "grad", "-s", "0.95", *line.split()])
+        options.device = self.device = device
+        self.precision = options.precision or "fp32"
+        torch.manual_seed(options.seed)
+        self.network = experiment.network(options.T, step_mode).to(device)
+        self.network.fused = options.compile
         source = experiment.datasets[0]
         normalisation = source.normalisation(device)
-        generator = torch.Generator().manual_seed(0)
+        generator, train = torch.Generator().manual_seed(0), dataset.train.to(device)
         self.batches = loader or data.TrainingBatches(
-            dataset.train.to(device), batch_size, source.augmentation, normalisation, generator, fused=fused
+            train, options.batch_size, source.augmentation, normalisation, generator, options.compile
         )
+        self.endless = chain.from_iterable(repeat(self.batches))
         self.test_set = data.TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
-        optimizers = grad_r(self.network, fused, device)
-        self.step = TrainingStep(self.network, optimizers, precision, device, graph=fused)
-        self.iterator = iter(())
+        optimizers = METHODS["grad"].build(self.network, options)
+        self.step = TrainingStep(self.network, optimizers, self.precision, device, graph=options.compile)
 
     def train(self, steps: int) -> None:
         set_precision(self.precision, self.device)
         self.network.train()
-        for _ in range(steps):
-            batch = next(self.iterator, None)
-            if batch is None:
-                self.iterator = iter(self.batches)
-                batch = next(self.iterator)
-            images, labels = (tensor.to(self.device) for tensor in batch)
-            self.step(images, labels)
+        for images, labels in islice(self.endless, steps):
+            self.step(images.to(self.device), labels.to(self.device))
 
     def test(self) -> float:
         with autocast(self.precision, self.device):
@@ -85,31 +77,27 @@ def torchvision_loader(dataset: data.Dataset, batch_size: int) -> DataLoader:
     to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(MNIST.datasets[0].mean, MNIST.datasets[0].std)
     transform = transforms.Compose([transforms.ToPILImage(), move, to_tensor, normalise])
 
-    class Transformed(TensorDataset):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-            image, label = super().__getitem__(index)
-            return transform(image), label
+    def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        return default_collate([(transform(image), label) for image, label in pairs])
 
-    images = Transformed(dataset.train.images, dataset.train.labels)
-    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
+    images = TensorDataset(dataset.train.images, dataset.train.labels)
+    workers = dict(num_workers=2, persistent_workers=True, collate_fn=collate)
+    return DataLoader(images, batch_size, shuffle=True, drop_last=True, **workers)
 
 
-def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> list[dict]:
+def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> Tables:
     batch, steps = MNIST.paper.batch_size, len(dataset.train) // MNIST.paper.batch_size
-
-    def execution(step_mode: str, fused: bool, **settings) -> Execution:
-        return Execution(MNIST, dataset, device, batch, fused, step_mode=step_mode, **settings)
-
     plain = "step by step, eager; torchvision's transforms in workers"
+    eager, loader = "--no-compile", torchvision_loader(dataset, batch)
     executions = {
-        plain: execution("s", False, loader=torchvision_loader(dataset, batch)),
-        "step by step, eager; data in memory": execution("s", False),
-        "layer by layer, eager; data in memory": execution("m", False),
-        "layer by layer, fused (--compile)": execution("m", True),
-        "the same, bf16 products": execution("m", True, precision="bf16"),
+        plain: Execution(MNIST, dataset, device, eager, "s", loader),
+        "step by step, eager; data in memory": Execution(MNIST, dataset, device, eager, "s"),
+        "layer by layer, eager; data in memory": Execution(MNIST, dataset, device, eager),
+        "layer by layer, fused (--compile)": Execution(MNIST, dataset, device),
+        "the same, bf16 products": Execution(MNIST, dataset, device, "--precision bf16"),
     }
     if device.type == "cuda":
-        executions["the same, tf32 products"] = execution("m", True, precision="tf32")
+        executions["the same, tf32 products"] = Execution(MNIST, dataset, device, "--precision tf32")
     x, w, g = (torch.randn(*shape, device=device) for shape in ((batch, 784), (800, 784), (batch, 800)))
 
     def products(n: int) -> None:
@@ -119,25 +107,16 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
 
     share = {name: 30 if "eager" in name else steps for name in executions}
     functions = {name: lambda e=e, n=share[name]: e.train(n) for name, e in executions.items()}
-    functions["its two products with the 784x800 matrix alone"] = lambda: products(steps)
-    seconds = in_turns(functions, rounds, device)
+    alone = "its two products with the 784x800 matrix alone"
+    seconds = in_turns({**functions, alone: lambda: products(steps)}, rounds, device)
     epoch = {name: value * steps / share.get(name, steps) for name, value in seconds.items()}
-    floor = epoch["its two products with the 784x800 matrix alone"]
     flop = steps * 2 * 2 * batch * 784 * 800
-    rows = [
-        (
-            name,
-            f"{value:.2f}",
-            f"{steps * batch / value:,.0f}",
-            f"{value / floor:.2f}",
-            f"{epoch[plain] / value:.1f}",
-            f"{flop / value / 1e9:.0f}",
-            str(share.get(name, steps)),
-        )
-        for name, value in epoch.items()
-    ]
+    rows = []
+    for name, value in epoch.items():
+        ratios = (f"{value / epoch[alone]:.2f}", f"{epoch[plain] / value:.1f}", f"{flop / value / 1e9:.0f}")
+        rows.append((name, f"{value:.2f}", f"{steps * batch / value:,.0f}", *ratios, str(share.get(name, steps))))
     head = ("MNIST training epoch, Grad R", "s", "images/s", "x products", "speed-up", "GFLOP/s in products", "steps")
-    tables = [table(f"MNIST training ({rounds} rounds, medians)", head, rows)]
+    yield table(f"MNIST training ({rounds} rounds, medians)", head, rows)
 
     del executions[plain]
     functions = {name: e.test for name, e in executions.items()}
@@ -145,119 +124,101 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> lis
     seconds = in_turns(functions, rounds, device)
     rows = [(name, f"{seconds[name]:.3f}", f"{seconds[f'{name}, firing rates recorded']:.3f}") for name in executions]
     head = ("MNIST test set, 10 000 images", "s", "s with firing rates")
-    return [*tables, table(f"MNIST evaluation ({rounds} rounds, medians)", head, rows)]
+    yield table(f"MNIST evaluation ({rounds} rounds, medians)", head, rows)
 
 
-def bench_profile(dataset: data.Dataset, device: torch.device) -> list[dict]:
+def bench_profile(dataset: data.Dataset, device: torch.device) -> Tables:
     """Where the time of a fused MNIST training step goes: its parts, one after the other."""
-    execution = Execution(MNIST, dataset, device, MNIST.paper.batch_size, fused=True)
+    execution = Execution(MNIST, dataset, device)
     execution.train(20)
     network, optimizer, batches = execution.network, execution.step.optimizers[0], iter(execution.batches)
-    parts: dict[str, list[float]] = {}
-
-    def timed(name: str, part: Callable[[], object]) -> object:
-        synchronize(device)
-        start = time.perf_counter()
-        result = part()
-        synchronize(device)
-        parts.setdefault(name, []).append(time.perf_counter() - start)
-        return result
-
+    kernel = device.type == "cpu" and not spiking_kernels.unavailable()
+    parts: dict[str, list[float]] = defaultdict(list)
     for _ in range(min(200, len(execution.batches))):
         optimizer.zero_grad()
-        images, labels = timed("batch: pick, augment, normalise", lambda: next(batches))
-        current = timed("first layer (product)", lambda x=images: network.static(x))
+        with timed(parts["batch: pick, augment, normalise"], device):
+            images, labels = next(batches)
+        with timed(parts["first layer (product)"], device):
+            current = network.static(images)
         leaf = current.detach().requires_grad_()
-        if device.type != "cpu" or spiking_kernels.unavailable():
-            counts = timed("LIF, linear, LIF", lambda x=leaf: network.spiking(x.expand(8, *x.shape)).sum(0))
-            functional.reset_net(network)
-        else:
-            weight = network.fc[1].weight
-            counts = timed(
-                "LIF, linear, LIF (kernel)", lambda x=leaf, w=weight: spiking_kernels.lif_linear_lif(x, w, 8)
-            )
-        loss = timed("loss", lambda c=counts, y=labels: measuring.loss_function(c, y, 8))
-        timed("backward: loss, LIF, linear, LIF", loss.backward)
-        timed("backward: first layer (product)", lambda c=current, g=leaf: c.backward(g.grad))
-        timed("Grad R update", optimizer.step)
+        with timed(parts["LIF, linear, LIF (kernel)" if kernel else "LIF, linear, LIF"], device):
+            if kernel:
+                counts = spiking_kernels.lif_linear_lif(leaf, network.fc[1].weight, 8)
+            else:
+                counts = network.spiking(leaf.expand(8, *leaf.shape)).sum(0)
+        functional.reset_net(network)
+        with timed(parts["loss"], device):
+            loss = measuring.loss_function(counts, labels, 8)
+        with timed(parts["backward: loss, LIF, linear, LIF"], device):
+            loss.backward()
+        with timed(parts["backward: first layer (product)"], device):
+            current.backward(leaf.grad)
+        with timed(parts["Grad R update"], device):
+            optimizer.step()
     medians = {name: statistics.median(seconds) for name, seconds in parts.items()}
     total = sum(medians.values())
     rows = [(name, f"{value * 1e3:.3f}", f"{100 * value / total:.0f} %") for name, value in medians.items()]
-    return [table("Where a fused MNIST training step goes (medians)", ("part", "ms", "share"), rows)]
+    yield table("Where a fused MNIST training step goes (medians)", ("part", "ms", "share"), rows)
 
 
-def bench_scaling(dataset: data.Dataset, device: torch.device, rounds: int) -> list[dict]:
+def bench_scaling(dataset: data.Dataset, device: torch.device, rounds: int) -> Tables:
     """Seconds per training step of the fused execution, over T and over the batch size."""
-    tables = []
-    for what, values in (("T", (2, 4, 8, 16, 32)), ("batch size", (1, 4, 16, 64, 128, 256))):
-        executions = {}
-        for value in values:
-            T, batch = (value, 128) if what == "T" else (8, value)
-            executions[str(value)] = Execution(MNIST, dataset, device, batch, fused=True, T=T)
+    for what, option, values in (("T", "-T", (2, 4, 8, 16, 32)), ("batch size", "-b", (1, 4, 16, 64, 128, 256))):
+        executions = {str(value): Execution(MNIST, dataset, device, f"{option} {value}") for value in values}
         seconds = in_turns({name: lambda e=e: e.train(50) for name, e in executions.items()}, rounds, device)
         rows = [(name, f"{value / 50 * 1e3:.3f}") for name, value in seconds.items()]
-        tables.append(table(f"MNIST, fused training step over {what}", (what, "ms"), rows))
-    return tables
+        yield table(f"MNIST, fused training step over {what}", (what, "ms"), rows)
 
 
-def bench_equality(dataset: data.Dataset, device: torch.device) -> list[dict]:
+def bench_equality(dataset: data.Dataset, device: torch.device) -> Tables:
     """300 identical steps, eager and fused, and the sparsity after one epoch in both; learning rate 1e-3."""
     losses, sparsity = {}, {}
-    for name, fused in (("eager fp32, step by step", False), ("fused fp32", True)):
-        step_mode, batch = "m" if fused else "s", MNIST.paper.batch_size
-        execution = Execution(MNIST, dataset, device, batch, fused, step_mode=step_mode, seed=2020)
-        for group in execution.step.optimizers[0].param_groups:
-            group["lr"] = 1e-3
-        losses[name] = []
-        for images, labels in execution.batches:
-            loss, _ = execution.step(images, labels)
-            losses[name].append(float(loss))
-        masks = measuring.masks(execution.network)
-        sparsity[name] = measuring.total(measuring.count(masks)).sparsity
-    rows = []
-    for step in (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 299):
-        if step < min(map(len, losses.values())):
-            rows.append((str(step), *(f"{values[step]:.6f}" for values in losses.values())))
+    for name, line, step_mode in (("eager fp32, step by step", "--no-compile", "s"), ("fused fp32", "--compile", "m")):
+        execution = Execution(MNIST, dataset, device, f"-lr 1e-3 {line}", step_mode)
+        losses[name] = [float(execution.step(images, labels)[0]) for images, labels in execution.batches]
+        sparsity[name] = measuring.total(measuring.count(measuring.masks(execution.network))).sparsity
+    steps = [step for step in (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 299) if step < len(execution.batches)]
+    rows = [(str(step), *(f"{values[step]:.6f}" for values in losses.values())) for step in steps]
     rows.append(("mean of the first 300", *(f"{statistics.mean(values[:300]):.6f}" for values in losses.values())))
     rows.append(("sparsity after the epoch", *(f"{100 * value:.2f} %" for value in sparsity.values())))
-    return [table("MNIST, loss over identical steps", ("step", *losses), rows)]
+    yield table("MNIST, loss over identical steps", ("step", *losses), rows)
 
 
-def bench_cifar10(device: torch.device, rounds: int, batch: int) -> list[dict]:
+def bench_cifar10(device: torch.device, rounds: int, batch: int) -> Tables:
     """Training steps on noise; an epoch is 3125 steps of 16."""
     n = max(64, 4 * batch)
     split = noise(n, (3, 32, 32), torch.Generator().manual_seed(0))
     dataset = data.Dataset(split, split)
-    kinds = [("step by step, eager, fp32", "s", False, "fp32"), ("layer by layer, eager, fp32", "m", False, "fp32")]
-    if device.type == "cuda":
-        kinds += [(f"layer by layer, CUDA graph, {p}", "m", True, p) for p in ("fp32", "tf32", "bf16")]
-    rows, base, steps = [], None, 100 if device.type == "cuda" else 1
-    for name, step_mode, fused, precision in kinds:
-        execution = Execution(C10, dataset, device, batch, fused, step_mode=step_mode, precision=precision)
-        if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    kinds = {"step by step, eager, fp32": ("--no-compile", "s"), "layer by layer, eager, fp32": ("--no-compile", "m")}
+    if on_gpu:
+        kinds |= {f"layer by layer, CUDA graph, {p}": (f"--precision {p}", "m") for p in ("fp32", "tf32", "bf16")}
+    rows, base, steps = [], None, 100 if on_gpu else 1
+    for name, (line, step_mode) in kinds.items():
+        execution = Execution(C10, dataset, device, f"-b {batch} {line}", step_mode)
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             execution.train(10)
-        seconds = in_turns({"step": lambda e=execution: e.train(steps)}, rounds, device, int(device.type == "cuda"))
-        value = seconds["step"] / steps
+        value = in_turns({"": lambda e=execution: e.train(steps)}, rounds, device, int(on_gpu))[""] / steps
         base = base or value
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device.type == "cuda" else "-"
-        test = "-"
-        if device.type == "cuda":
-            test = f"{in_turns({'test': execution.test}, 1, device)['test'] / n * 10_000:.2f}"
+        more = ("-", "-")
+        if on_gpu:
+            test = in_turns({"": execution.test}, 1, device)[""]
+            more = (f"{torch.cuda.max_memory_allocated() / 2**30:.1f}", f"{test / n * 10_000:.2f}")
         speed = (f"{value * 1e3:.1f}", f"{value * 50_000 / batch:,.1f}", f"{base / value:.1f}")
-        rows.append((name, *speed, f"{81.4e9 * batch / value / 1e12:.2f}", memory, test))
+        rows.append((name, *speed, f"{81.4e9 * batch / value / 1e12:.2f}", *more))
         del execution
     head = (f"CIFAR-10, Grad R, batch {batch}, T 8", "ms/step", "s/epoch", "speed-up", "TFLOP/s", "GiB", "s/test set")
-    return [table(f"CIFAR-10 training ({rounds} rounds of {steps} steps, medians)", head, rows)]
+    yield table(f"CIFAR-10 training ({rounds} rounds of {steps} steps, medians)", head, rows)
 
 
-def ceiling(device: torch.device) -> list[dict]:
+def ceiling(device: torch.device) -> Tables:
     rows = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.randn(2048, 2048, device=device).to(dtype)
         seconds = in_turns({"": lambda a=a: a @ a}, 7, device, take=min)[""]
         rows.append((f"2048x2048 product, {name}", f"{2 * 2048**3 / seconds / 1e9:.0f}"))
-    return [table("What this machine reaches (best of 7)", ("", "GFLOP/s"), rows)]
+    yield table("What this machine reaches (best of 7)", ("", "GFLOP/s"), rows)
 
 
 @command
@@ -267,22 +228,23 @@ def main(argv: list[str] | None = None) -> int:
     options = made.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def measure() -> list[dict]:
+    def measure() -> Tables:
         on_gpu, rounds = device.type == "cuda", options.rounds
         if not on_gpu and (reason := spiking_kernels.unavailable()):
             print(f"No fused kernels ({reason}): the fused rows are those of the plain layers.")
-        dataset, tables = mnist_images(options.dataset_dir), ceiling(device)
+        dataset = mnist_images(options.dataset_dir)
+        yield from ceiling(device)
         if "mnist" in options.only:
-            tables += bench_mnist(dataset, device, rounds) + bench_profile(dataset, device)
+            yield from bench_mnist(dataset, device, rounds)
+            yield from bench_profile(dataset, device)
         if "scaling" in options.only:
-            tables += bench_scaling(dataset, device, rounds)
+            yield from bench_scaling(dataset, device, rounds)
         if "optimizers" in options.only:
-            tables += bench_optimizers(device, rounds)
+            yield from bench_optimizers(device, rounds)
         if "equality" in options.only:
-            tables += bench_equality(dataset, device)
+            yield from bench_equality(dataset, device)
         if "c10" in options.only:
-            tables += bench_cifar10(device, rounds if on_gpu else 1, batch=16 if on_gpu else 4)
-        return tables
+            yield from bench_cifar10(device, rounds if on_gpu else 1, batch=16 if on_gpu else 4)
 
     return run(options, device, ("torch", "torchvision", "spikingjelly"), measure)
 

@@ -5,6 +5,7 @@ scaled so that hidden neurons spike about as often as trained ones. Runs given o
 beside them. All executions of a row run in turns in one process.
 """
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from analysis.experiments import EXPERIMENTS
 from analysis.export import load_pruned
 from analysis.packages import imported
 from analysis.sparse import BLOCK, event_driven
-from benchmarks.tables import in_turns, mnist_images, parser, run, table
+from benchmarks.tables import Tables, in_turns, mnist_images, parser, run, table
 from mnist.model import MnistNet
 from training.command_line import command, file_path
 
@@ -46,16 +47,6 @@ def random_network(sparsity: float) -> MnistNet:
     return network.eval().requires_grad_(False)
 
 
-def fused(network: MnistNet) -> Callable[[Tensor], Tensor]:
-    def counts(images: Tensor) -> Tensor:
-        network.fused = True
-        found = network(images)
-        network.fused = False
-        return found
-
-    return counts
-
-
 def compact(network: MnistNet) -> Callable[[Tensor], Tensor]:
     """The fused dense evaluation of a smaller network: without the hidden neurons that lead to no output."""
     first, second = network.static_fc[1].weight, network.fc[1].weight
@@ -69,11 +60,13 @@ def executions(network: MnistNet) -> dict[str, Callable[[Tensor], Tensor]]:
     plain.fused = False
     made = {"dense, layers": network, "sparse, SciPy alone": plain}
     if not spiking_kernels.unavailable():
-        made |= {"dense, fused": fused(network), "dense, fused, compacted": compact(network)}
+        fused = copy.deepcopy(network)
+        fused.fused = True
+        made |= {"dense, fused": fused, "dense, fused, compacted": compact(network)}
     return made | {"sparse": sparse}
 
 
-def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -> list[dict]:
+def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -> Tables:
     """Images per second on the whole test set and one image at a time, and whether the spikes are the same."""
     batches, single = images.split(MNIST.test_batch_size), images[:100].split(1)
     rows, latencies = [], []
@@ -83,97 +76,89 @@ def bench_networks(networks: dict[str, MnistNet], images: Tensor, rounds: int) -
         with measuring.SpikeCounter(network) as spikes:
             network(batches[0])
         differing = int((torch.cat([made["sparse"](batch) for batch in batches]) != dense).sum())
-        masks = measuring.masks(network)
-        sparsity = f"{100 * measuring.total(measuring.count(masks)).sparsity:.2f} %"
-
-        def seconds(parts: tuple[Tensor, ...], made=made) -> dict[str, float]:
-            functions = {key: lambda f=f: [f(part) for part in parts] for key, f in made.items()}
-            return in_turns(functions, rounds, CPU)
-
-        whole, one = seconds(batches), seconds(single)
-        best = min(value for key, value in whole.items() if key.startswith("dense"))
-        rows.append(
-            (
-                *(name, sparsity, f"{float(spikes.rates()['fc.0'].mean()):.3f}"),
-                *(f"{len(images) / value:,.0f}" for value in whole.values()),
-                f"{best / whole['sparse']:.2f}",
-                f"{differing} of {dense.numel()}",
-            )
+        sparsity = f"{100 * measuring.total(measuring.count(measuring.masks(network))).sparsity:.2f} %"
+        whole, one = (
+            in_turns({key: lambda f=f, p=parts: [f(part) for part in p] for key, f in made.items()}, rounds, CPU)
+            for parts in (batches, single)
         )
+        best = min(value for key, value in whole.items() if key.startswith("dense"))
+        about = (name, sparsity, f"{float(spikes.rates()['fc.0'].mean()):.3f}")
+        speeds = [f"{len(images) / value:,.0f}" for value in whole.values()]
+        rows.append((*about, *speeds, f"{best / whole['sparse']:.2f}", f"{differing} of {dense.numel()}"))
         latencies.append((name, sparsity, *(f"{value / len(single) * 1e3:.3f}" for value in one.values())))
     head = ("network", "sparsity", "hidden firing rate", *made, "sparse / best dense", "counts that differ")
-    return [
-        table(f"MNIST, images per second, batches of {len(batches[0])} ({rounds} rounds, medians)", head, rows),
-        table(f"MNIST, ms for one image at a time ({rounds} rounds, medians)", (*head[:2], *made), latencies),
-    ]
+    yield table(f"MNIST, images per second, batches of {len(batches[0])} ({rounds} rounds, medians)", head, rows)
+    yield table(f"MNIST, ms for one image at a time ({rounds} rounds, medians)", (*head[:2], *made), latencies)
 
 
-def bench_products(images: Tensor, rounds: int) -> list[dict]:
+def over_sparsities(title: str, made: Callable[[float], dict[str, Callable]], rounds: int) -> Tables:
+    """The table of the milliseconds that the functions ``made(sparsity)`` take."""
+    rows = []
+    for sparsity in SPARSITIES:
+        seconds = in_turns(made(sparsity), rounds, CPU)
+        rows.append((f"{100 * sparsity:.0f} %", *(f"{value * 1e3:.2f}" for value in seconds.values())))
+    yield table(f"{title}, ms ({rounds} rounds, medians)", ("sparsity", *seconds), rows)
+
+
+def bench_products(images: Tensor, rounds: int) -> Tables:
     """The libraries: the product of the first layer, [H, 784] with as many images as the sparse evaluation takes."""
     from scipy.sparse import csr_matrix
 
     x = images[:BLOCK].flatten(1).contiguous()
-    rows = []
-    for sparsity in SPARSITIES:
+
+    def made(sparsity: float) -> dict[str, Callable]:
         weight = random_network(sparsity).static_fc[1].weight.detach()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        with warnings.catch_warnings(action="ignore"):  # sparse CSR tensors are in beta
             torch_csr = weight.to_sparse_csr()
         scipy_csr = csr_matrix(weight.numpy())
-        functions = {
-            "dense": lambda w=weight: x @ w.t(),
-            "torch.sparse CSR": lambda w=torch_csr: w @ x.t().contiguous(),
-            "SciPy CSR": lambda w=scipy_csr: w @ x.t().contiguous().numpy(),
+        return {
+            "dense": lambda: x @ weight.t(),
+            "torch.sparse CSR": lambda: torch_csr @ x.t().contiguous(),
+            "SciPy CSR": lambda: scipy_csr @ x.t().contiguous().numpy(),
         }
-        seconds = in_turns(functions, 5 * rounds, CPU)
-        rows.append((f"{100 * sparsity:.0f} %", *(f"{value * 1e3:.2f}" for value in seconds.values())))
-    head = ("sparsity", *functions)
-    return [table(f"The first layer for {BLOCK} images, ms ({5 * rounds} rounds, medians)", head, rows)]
+
+    return over_sparsities(f"The first layer for {BLOCK} images", made, 5 * rounds)
 
 
-def bench_convolution(rounds: int) -> list[dict]:
+def bench_convolution(rounds: int) -> Tables:
     """Why Cifar10Net has no sparse evaluation: one of its convolutions, dense and as gathering and CSR product."""
     from scipy.sparse import csr_matrix
 
     torch.manual_seed(0)
     spikes = (torch.rand(8, 256, 16, 16) < 0.1).float()
     convolution, generator = nn.Conv2d(256, 256, 3, padding=1, bias=False), torch.Generator().manual_seed(0)
-    rows = []
 
     def gather() -> list[Tensor]:
         return [F.unfold(image[None], 3, padding=1)[0] for image in spikes]  # [256 x 9, 256] each
 
-    for sparsity in SPARSITIES:
+    def made(sparsity: float) -> dict[str, Callable]:
         weight = prune(convolution.weight.detach(), sparsity, generator)
         csr = csr_matrix(weight.flatten(1).numpy())
-        functions = {
-            "dense": lambda w=weight: F.conv2d(spikes, w, padding=1),
-            "sparse": lambda w=csr: [w @ inputs.numpy() for inputs in gather()],
+        return {
+            "dense": lambda: F.conv2d(spikes, weight, padding=1),
+            "sparse": lambda: [csr @ inputs.numpy() for inputs in gather()],
             "of which gathering": gather,
         }
-        seconds = in_turns(functions, 3 * rounds, CPU)
-        rows.append((f"{100 * sparsity:.0f} %", *(f"{value * 1e3:.1f}" for value in seconds.values())))
-    head = ("sparsity", *functions)
-    title = f"Convolution 256 to 256, 16x16, 8 images, one time step, ms ({3 * rounds} rounds, medians)"
-    return [table(title, head, rows)]
+
+    return over_sparsities("Convolution 256 to 256, 16x16, 8 images, one time step", made, 3 * rounds)
 
 
 @command
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     made = parser(__doc__, rounds=7)
-    made.add_argument(
-        "runs", nargs="*", type=file_path, metavar="RUN", help="an MNIST run or an export of one, to measure too"
-    )
+    text = "an MNIST run or an export of one, to measure too"
+    made.add_argument("runs", nargs="*", type=file_path, metavar="RUN", help=text)
     options = made.parse_args(argv)
     imported("scipy.sparse", "this benchmark")
 
-    def measure() -> list[dict]:
+    def measure() -> Tables:
         images = MNIST.datasets[0].normalisation(CPU)(mnist_images(options.dataset_dir).test.images)
         networks = {f"random, {100 * s:.0f} %": random_network(s) for s in SPARSITIES}
         networks |= {path.name: load_pruned(path) for path in options.runs}
-        tables = bench_networks(networks, images, options.rounds)
-        return tables + bench_products(images, options.rounds) + bench_convolution(options.rounds)
+        yield from bench_networks(networks, images, options.rounds)
+        yield from bench_products(images, options.rounds)
+        yield from bench_convolution(options.rounds)
 
     return run(options, CPU, ("torch", "scipy", "spikingjelly"), measure)
 

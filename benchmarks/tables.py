@@ -1,12 +1,13 @@
 """What the benchmarks share: they measure functions in turns, print tables, and have the same options."""
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +20,18 @@ from training.command_line import Parser, check_output, file_path, folder_path, 
 from training.run_info import processor
 
 Row = tuple[str, ...]
+Tables = Iterable[dict]  # of :func:`table`, each when it is measured
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextlib.contextmanager
+def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
+    """Appends the seconds that a block takes, with what it starts on the device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    yield
+    synchronize()
+    seconds.append(time.perf_counter() - start)
 
 
 def in_turns(
@@ -37,11 +45,8 @@ def in_turns(
     seconds = {name: [] for name in functions}
     for _ in range(warmup + rounds):
         for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            with timed(seconds[name], device):
+                function()
     return {name: take(values[warmup:]) for name, values in seconds.items()}
 
 
@@ -79,7 +84,7 @@ def parser(description: str, rounds: int) -> Parser:
     return made
 
 
-def run(options: argparse.Namespace, device: torch.device, packages: Row, measure: Callable[[], list[dict]]) -> int:
+def run(options: argparse.Namespace, device: torch.device, packages: Row, measure: Callable[[], Tables]) -> int:
     """Prints where and with what versions it measures, measures, and writes the machine-readable copy."""
     if options.json:
         check_output("--json", options.json, parents=True)  # before the minutes that it takes
@@ -88,7 +93,7 @@ def run(options: argparse.Namespace, device: torch.device, packages: Row, measur
     hardware += f", {torch.get_num_threads()} CPU threads"
     head = {"date": str(date.today()), "hardware": hardware, "versions": ", ".join(versions)}
     print(", ".join(head.values()))
-    tables = measure()
+    tables = list(measure())
     if options.json:
         with output_file("--json", options.json) as temporary:
             temporary.write_text(json.dumps({**head, "tables": tables}, indent=1) + "\n", encoding="utf-8")

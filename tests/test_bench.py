@@ -35,7 +35,8 @@ def test_the_median_of_the_rounds_after_the_warmup(monkeypatch):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_execution_trains_the_steps_it_is_asked_for(fused):
-    execution = bench.Execution(EXPERIMENTS["mnist"], tiny(), CPU, 8, fused, T=2)
+    compile = "--compile" if fused else "--no-compile"
+    execution = bench.Execution(EXPERIMENTS["mnist"], tiny(), CPU, f"-b 8 -T 2 {compile}")
     before = execution.network.fc[1].weight.detach().clone()
     execution.train(5)  # beyond an epoch of three
     (state,) = {float(s["step"]) for s in execution.step.optimizers[0].state.values()}
