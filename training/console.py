@@ -95,8 +95,7 @@ class TimeLeft:
         """To be called when the training of an epoch ends."""
         self._look()
         if self.lap:
-            laps = self.laps if self.warm else self.warming
-            laps.append((self.now - self.begun) / self.lap)
+            (self.laps if self.warm else self.warming).append((self.now - self.begun) / self.lap)
 
     def tested(self, full: bool) -> None:
         """To be called when the test and the checkpoint after an epoch are done."""

@@ -33,10 +33,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         try:
             with torch_defaults(), _warnings_in_one_line():
                 return main(*args)
-        except Refusal as refusal:
-            return _fail(str(refusal), 2)
-        except DivergedError as error:
-            return _fail(str(error), 1)
+        except (Refusal, DivergedError) as error:
+            return _fail(str(error), 2 if isinstance(error, Refusal) else 1)
         except BrokenPipeError:  # nobody reads the output any more, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
             return 128 + 13  # as if SIGPIPE had ended it
@@ -50,8 +48,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             return _fail("interrupted; existing files are unchanged", 130)
         except (MemoryError, RuntimeError) as error:
-            line = _explained(error)
-            if line is None:
+            if (line := _explained(error)) is None:
                 raise
             return _fail(line, 2 if "--deterministic" in line else 1)
 

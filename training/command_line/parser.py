@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 from training.command_line.types import shown
@@ -32,14 +32,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         words = sys.argv[1:] if args is None else list(args)
-        options = words[: words.index("--")] if "--" in words else words
-        if not {"-h", "--help"} & set(options):
-            for word in options:
+        before = words[: words.index("--")] if "--" in words else words
+        if not {"-h", "--help"} & set(before):
+            for word in before:
                 self._check_option(word)
         self.given = {}
         parsed, surplus = self.parse_known_args(words, namespace)
         if surplus:
-            self._refuse_surplus(surplus)
+            options = [action for action in self._actions if action.option_strings and action.choices]
+            meant = [f"{action.option_strings[0]} {surplus[0]}" for action in options if surplus[0] in action.choices]
+            self.error(f"unrecognized arguments: {' '.join(surplus)}{_did_you_mean(meant)}")
         return parsed
 
     def _check_option(self, word: str) -> None:
@@ -50,17 +52,11 @@ class Parser(argparse.ArgumentParser):
         near = nearest(name, known)
         if word[0] != "-" and not near:
             return
-        attached = known.get(word[:2])
-        same = bare(name) in map(bare, near)
+        attached, same = known.get(word[:2]), bare(name) in map(bare, near)
         if attached and attached.nargs != 0 and not same and _accepts(attached, word[2:]):
             return
         meant = dict.fromkeys("/".join(known[option].option_strings) for option in near)
         self.error(f"unrecognized option {name}{_did_you_mean(meant)}")
-
-    def _refuse_surplus(self, words: Sequence[str]) -> NoReturn:
-        options = [action for action in self._actions if action.option_strings and action.choices]
-        meant = [f"{action.option_strings[0]} {words[0]}" for action in options if words[0] in action.choices]
-        self.error(f"unrecognized arguments: {' '.join(words)}{_did_you_mean(meant)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -133,6 +129,5 @@ def either(words: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _did_you_mean(words: Iterable[str]) -> str:
-    words = list(words)
+def _did_you_mean(words: Collection[str]) -> str:
     return f"; did you mean {either(words)}?" if words else ""

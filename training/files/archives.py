@@ -222,9 +222,8 @@ def _check_nested(value: Any) -> None:
         if items > ITEMS or depth > DEPTH:
             raise ValueError(f"its content has more than {ITEMS} values, or is nested deeper than {DEPTH}")
         if isinstance(value, dict):
-            for key in value:
-                if type(key) not in (str, int):
-                    raise ValueError(f"its content has a key of type {type(key).__name__}")
+            if odd := set(map(type, value)) - {str, int}:
+                raise ValueError(f"its content has a key of type {odd.pop().__name__}")
             waiting += ((item, depth + 1) for item in value.values())
         elif type(value) in (list, tuple):
             waiting += ((item, depth + 1) for item in value)

@@ -1,12 +1,8 @@
 """What is accepted from a file: every reader asks here before it expands, allocates or uses anything.
 
-A file may come from a stranger or from a failing disk, so its sizes, types and values are all checked. Every function
-raises ValueError with one line that names what is wrong and says what is accepted; the caller names the file. From a
-file to a network there are three steps:
-
-1. :mod:`training.files.archives`, before a checkpoint or an .npz is opened: what it declares to hold.
-2. :func:`keys`, :func:`whole_number`, :func:`number`, :func:`text`: the fields, each of its type and in its range.
-3. :func:`tensors`, :func:`tensor`: what will be a network's state, an optimizer's, or a mask.
+A file may come from a stranger or from a failing disk, so its sizes, types and values are all checked: first what an
+archive declares to hold (:mod:`training.files.archives`), then the fields, then the tensors. Every function raises
+ValueError with one line that names what is wrong and says what is accepted; the caller names the file.
 """
 
 import math

@@ -36,13 +36,13 @@ class _HashingFile:
         self.descriptor, self.bytes, self.digest = descriptor, 0, hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        rest = view
+        rest = memoryview(data).cast("B")
+        length = len(rest)
+        self.digest.update(rest)
         while rest:
             rest = rest[os.write(self.descriptor, rest) :]
-        self.bytes += len(view)
-        return len(view)
+        self.bytes += length
+        return length
 
     def flush(self) -> None:
         pass
