@@ -138,18 +138,16 @@ class Recorder:
             with files.naming(path or self.folder):
                 yield
         except OSError:
-            self._check_folder()
+            if not self.folder.is_dir():
+                removed = "the folder was removed during the run"
+                raise FileNotFoundError(errno.ENOENT, removed, str(self.folder)) from None
             raise
-
-    def _check_folder(self) -> None:
-        if not self.folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the folder was removed during the run", str(self.folder))
 
     def lengths(self) -> dict[str, int]:
         """Flushes the logs and returns the length of each log file."""
         with self._naming():
             self.writer.flush()
-            self._check_folder()
+            self.folder.stat()  # an error if it is gone
             return {path.name: path.stat().st_size for path in log_files(self.folder)}
 
     def results(self, line: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ class TrainingBatches:
     Args:
         split: the training images, on the device of the network.
         batch_size: at most the number of images.
-        augmentation: :class:`RandomAffine` or :class:`RandomCropFlip`.
         normalisation: maps uint8 images to the network's input.
         generator: a CPU generator for the order and the augmentation; only the start of an epoch draws from it.
         fused: makes the batches with a fused kernel if there is one; they are bitwise the same.
@@ -38,9 +37,8 @@ class TrainingBatches:
         fused: bool = False,
     ):
         if batch_size > len(split):
-            raise Refusal(
-                f"argument -b/--batch-size: must be at most {len(split)} (all training images), not {batch_size}"
-            )
+            most = f"{len(split)} (all training images)"
+            raise Refusal(f"argument -b/--batch-size: must be at most {most}, not {batch_size}")
         self.split, self.batch_size, self.generator = split, batch_size, generator
         self.augmentation, self.normalisation = augmentation, normalisation
         self.fused = fused and self._kernel_applies()

@@ -18,13 +18,10 @@ from training.errors import Refusal
 
 
 def torchvision_parts(dataset_class: type, folder: Path, files: str, published: Iterable[tuple[Path, str]]) -> list:
-    """Loads the training and the test part of a torchvision data set, and downloads missing files.
+    """Loads the training and the test part of a data set of torchvision into its root folder, unless they are there.
 
-    Args:
-        dataset_class: torchvision's class.
-        folder: its root folder.
-        files: the files that it needs there, for the message.
-        published: the files whose MD5 it checks, with their MD5.
+    Raises:
+        Refusal: that fails; it names the ``files`` that are needed, and those of the ``published`` whose MD5 differs.
     """
     from torchvision.datasets.utils import check_integrity
 
@@ -57,9 +54,8 @@ def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
         if header[:2] == b"\x1f\x8b":
             raise ValueError("it is compressed (gzip): unpack it")
         if header[:4] != bytes([0, 0, 8, 1 + len(shape)]) or len(header) < 8 + 4 * len(shape):
-            raise ValueError(
-                f"it is not an IDX file of bytes with {1 + len(shape)} dimensions: it begins {header[:12]}"
-            )
+            dimensions = 1 + len(shape)
+            raise ValueError(f"it is not an IDX file of bytes with {dimensions} dimensions: it begins {header[:12]}")
         n, *found = struct.unpack(f">{1 + len(shape)}I", header[4:])
         if tuple(found) != shape:
             raise ValueError(f"its images are {'x'.join(map(str, found))}, not {'x'.join(map(str, shape))}")
@@ -68,11 +64,8 @@ def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
             raise ValueError(f"it has {size:,} bytes, not the {expected:,} that its header says")
         return torch.from_numpy(np.fromfile(path, np.uint8, offset=len(header))).view(n, *shape)
     except (OSError, ValueError) as error:
-        reason = one_line(error)
-    raise Refusal(
-        f"argument --dataset-dir: {path} is not usable: {reason}; replace it, or move it away to have torchvision "
-        "download it"
-    )
+        text = f"{path} is not usable: {one_line(error)}; replace it, or move it away to have torchvision download it"
+        raise Refusal(f"argument --dataset-dir: {text}") from None
 
 
 def read_class_folders(folder: Path, classes: Sequence[str], width: int, height: int) -> Split:
@@ -80,13 +73,9 @@ def read_class_folders(folder: Path, classes: Sequence[str], width: int, height:
 
     It ignores hidden files and folders, and files whose name is not that of an image.
 
-    Args:
-        folder: the folder of the class folders.
-        classes: their names, in alphabetical order.
-        width, height: the size of each image.
-
     Raises:
-        Refusal: the folders are not the ``classes``, or :func:`training.data.images.read_rgb` refuses a file.
+        Refusal: the folders are not the ``classes``, which are in alphabetical order, or
+            :func:`training.data.images.read_rgb` refuses a file.
     """
     try:
         found = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
@@ -110,9 +99,8 @@ def read_class_folders(folder: Path, classes: Sequence[str], width: int, height:
         try:
             return read_rgb(path, width, height)
         except (OSError, ValueError) as error:
-            raise Refusal(
-                f"argument --dataset-dir: {path} cannot be read as an image of 8-bit RGB: {one_line(error)}"
-            ) from None
+            text = f"{path} cannot be read as an image of 8-bit RGB: {one_line(error)}"
+            raise Refusal(f"argument --dataset-dir: {text}") from None
 
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("ignore")  # Pillow's, about a large picture that read_rgb then refuses

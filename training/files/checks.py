@@ -74,11 +74,8 @@ def tensor(name: str, value: Any, shape: Iterable[int] | None = None, dtype: tor
     """``value``, if it is a plain tensor with memory of its own.
 
     Plain: of class Tensor or Parameter and no subclass, dense, on the CPU, contiguous, not quantised, and no view of
-    another tensor. Its storage holds its elements and nothing else. Floating-point elements are finite.
-
-    Args:
-        name: for the message.
-        shape, dtype: what it has to have; None accepts any.
+    another tensor. Its storage holds its elements and nothing else. Floating-point elements are finite. A ``shape`` or
+    ``dtype`` of None accepts any.
 
     Raises:
         ValueError: it is not; the message says how it differs.
@@ -102,12 +99,7 @@ def tensor(name: str, value: Any, shape: Iterable[int] | None = None, dtype: tor
 
 
 def tensors(name: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Checks a network's state, or any tensors by name.
-
-    Args:
-        name: of the whole, for the message.
-        found: from a file.
-        expected: tensors of the right names, shapes and dtypes, perhaps on the device meta.
+    """Checks tensors by name, such as a network's state; the ``expected`` ones may be on the device meta.
 
     Raises:
         ValueError: a name is missing or unknown, two tensors share their memory, or :func:`tensor` refuses one.
