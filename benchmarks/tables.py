@@ -5,7 +5,6 @@ import contextlib
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
@@ -35,11 +34,7 @@ def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
 
 
 def in_turns(
-    functions: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    warmup: int = 1,
-    take: Callable[[list[float]], float] = statistics.median,
+    functions: dict[str, Callable], rounds: int, device: torch.device, warmup: int = 1, take=statistics.median
 ) -> dict[str, float]:
     """The median of the seconds that each function takes. In each round they run one after the other."""
     seconds = {name: [] for name in functions}
@@ -52,16 +47,13 @@ def in_turns(
 
 def table(title: str, head: Row, rows: list[Row]) -> dict:
     """Prints a Markdown table; returns it for the machine-readable copy."""
-    print(f"\n### {title}\n")
-    print("| " + " | ".join(head) + " |")
-    print("|" + " --- |" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    sys.stdout.flush()
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    print(f"\n### {title}\n", *lines, sep="\n", flush=True)
     return {"title": title, "head": head, "rows": rows}
 
 
-def noise(n: int, shape: tuple[int, ...], generator: torch.Generator) -> data.Split:
+def noise(n: int, *shape: int) -> data.Split:
+    generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, *shape), generator=generator, dtype=torch.uint8)
     return data.Split(images, torch.randint(0, 10, (n,), generator=generator))
 
@@ -70,8 +62,7 @@ def mnist_images(folder: Path | None) -> data.Dataset:
     """Real MNIST, or noise of its size: speed does not depend on the pixels."""
     if folder:
         return EXPERIMENTS["mnist"].datasets[0].load(folder)
-    generator = torch.Generator().manual_seed(0)
-    return data.Dataset(*(noise(n, (1, 28, 28), generator) for n in (60_000, 10_000)))
+    return data.Dataset(noise(60_000, 1, 28, 28), noise(10_000, 1, 28, 28))
 
 
 def parser(description: str, rounds: int) -> Parser:

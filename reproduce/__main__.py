@@ -77,10 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             print(f"{'done   ' if row in progress.done else 'to do  '}{row.command}")
     print(progress.line(options.jobs), flush=True)
-    return 0 if options.list else _run(options, rows)
-
-
-def _run(options: argparse.Namespace, rows: Sequence[grid.Row]) -> int:
+    if options.list:
+        return 0
     running = runner.Runner(options.dump_dir, ["--dataset-dir", str(options.dataset_dir)], options.jobs)
     failed, taken = running.run(rows)
     for what, some in (("failed", failed), ("skipped, which other processes run", taken)):

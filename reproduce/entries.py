@@ -4,6 +4,7 @@
 dump folder.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -99,13 +100,10 @@ def _lines(path: Path, texts: Sequence[str], numbers: Sequence[str]) -> list[dic
 
 
 def _value(path: Path, text: str) -> float:
-    try:
-        value = float(text) if text else math.nan
-    except ValueError:
-        value = math.inf
-    if math.isinf(value):
-        raise Refusal(f"{path}: not a number: {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if not math.isinf(value := float(text or "nan")):
+            return value
+    raise Refusal(f"{path}: not a number: {text!r}")
 
 
 def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Row:
     """One run of the grid, up to a number of epochs.
 
     Attributes:
-        experiment: whose script runs it.
+        experiment: the name of the one whose script runs it.
         title: of its group.
         ablation: whether the group is one, not a method to compare.
         argv: what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu).
@@ -54,11 +54,6 @@ class Row:
     @property
     def method(self) -> Method:
         return METHODS[self.options.mode]
-
-    @property
-    def setting(self) -> str:
-        """The run's name without its seed."""
-        return self.name.replace(f"-seed-{self.seed}", "")
 
     @property
     def variant(self) -> str:

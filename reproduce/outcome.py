@@ -15,17 +15,12 @@ from training.methods import METHODS
 
 
 def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Writes the outcome of the finished rows to a folder; returns its files.
+    """Writes the outcome of the finished rows of the whole grid to a folder; returns its files.
 
     ``rows.csv`` has every row, ``epochs.csv`` its epochs; ``table.md`` has means and spreads, ``equal_connectivity.md``
     compares the methods; ``plane.png`` and ``ablations.png`` show the rows, ``epochs.png`` and ``rewiring.png`` their
-    epochs; ``commands.md`` says how each was made. Rows that the folder has already are kept. A figure without rows is
-    not written.
-
-    Args:
-        dump: the dump folder.
-        rows: the whole grid.
-        folder: to write to.
+    epochs; ``commands.md`` says how each was made. The results come from the dump folder, or else from an earlier
+    outcome in the folder. A figure without rows is not written.
 
     Raises:
         Refusal: what the folder has is not an outcome of this grid; nothing is written.

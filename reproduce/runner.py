@@ -41,13 +41,8 @@ def log_of(dump: Path, row: Row) -> Path:
 class Runner:
     """Runs rows, ``jobs`` at a time, each in a process of its own with its share of the cores, or a GPU in turn.
 
-    Args:
-        dump: the dump folder.
-        places: what every command gets beside its row's: --dataset-dir.
-        jobs: how many rows at a time, >= 1.
-
-    Attributes:
-        stopped: the signal that stopped it; None while there is none.
+    Every command gets the dump folder and ``places`` beside its row's arguments. ``stopped`` is the signal that stopped
+    the runner; None while there is none.
     """
 
     def __init__(self, dump: Path, places: Sequence[str], jobs: int):
@@ -110,18 +105,15 @@ class Runner:
                 print(f"{row.command}\n", end="", flush=True)  # in one piece: other rows start at the same time
                 for more in ([], ["-test"]):
                     if status := self._call(row, [*argv, *more]):
-                        return self._failure(row, status)
+                        last_line = _last_line(log_of(self.dump, row))
+                        if TAKEN in last_line:
+                            return "skipped: another process runs it"
+                        return "" if self.stopped is not None else f"failed with status {status}: {last_line}"
             result = records.write(self.dump, row)["result"]
         except (OSError, ValueError) as error:
             return f"failed: {error}"
         numbers = result["test_accuracy"], result["connectivity"]
         return "finished: test accuracy {:.2%}, connectivity {:.2%}".format(*numbers).replace("%", " %")
-
-    def _failure(self, row: Row, status: int) -> str:
-        last_line = _last_line(log_of(self.dump, row))
-        if TAKEN in last_line:
-            return "skipped: another process runs it"
-        return "" if self.stopped is not None else f"failed with status {status}: {last_line}"
 
     def _call(self, row: Row, argv: Sequence[str]) -> int:
         """Runs the row's script to its end; returns its exit status."""

@@ -46,9 +46,9 @@ wait "$runner"
 def write(options: Namespace, rows: Sequence[Row]) -> int:
     """Writes the array script that runs the rows by the options of ``python -m reproduce``; returns its tasks."""
     tasks = math.ceil(len({row.name for row in rows}) / options.jobs)
-    dump = options.dump_dir.absolute()
-    paths = {"file": options.slurm, "repository": REPOSITORY, "python": sys.executable, "dump_dir": dump}
-    paths |= {"dataset_dir": options.dataset_dir.absolute(), "log": dump / "rows" / "slurm-%a.log"}
+    dump, data = options.dump_dir.absolute(), options.dataset_dir.absolute()
+    paths = {"file": options.slurm, "repository": REPOSITORY, "python": sys.executable}
+    paths |= {"dataset_dir": data, "dump_dir": dump, "log": dump / "rows" / "slurm-%a.log"}
     quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
     more = f"--without {shlex.quote(str(options.without.absolute()))} " if options.without else ""
     text = SCRIPT.format(**quoted, experiment=options.experiment, tasks=tasks, jobs=options.jobs, more=more)

@@ -58,7 +58,8 @@ def summarise(entries: Sequence[Entry]) -> list[Summary]:
     dense: dict[tuple, list[float]] = defaultdict(list)
     for entry in entries:
         row = entry.row
-        groups[row.epochs, row.ablation, row.title, row.setting].append(entry)
+        setting = row.name.replace(f"-seed-{row.seed}", "")
+        groups[row.epochs, row.ablation, row.title, setting].append(entry)
         if not row.method.prunes:
             dense[row.epochs, row.options.learning_rate].append(entry.numbers["test_accuracy"])
     summaries = []
