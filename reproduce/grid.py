@@ -91,11 +91,12 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
         raise Refusal(f"{path}: {error}") from None
     rows: list[tuple[tuple[int, bool], Row]] = []
     for group in table.get("group", []):
-        for key in ("title", "variants"):
-            if key not in group:
+        settings = {**table, **group}
+        for key in ("title", "variants", "epochs", "seeds"):
+            if key not in settings:
                 raise Refusal(f"{path}: a group has no {key}")
-        title, ablation, settings = group["title"], group.get("ablation", False), {**table, **group}
-        for variant, (place, seed) in product(group["variants"], enumerate(settings["seeds"])):
+        title, ablation = settings["title"], settings.get("ablation", False)
+        for variant, (place, seed) in product(settings["variants"], enumerate(settings["seeds"])):
             texts = [settings.get("options", ""), settings.get("method", ""), variant]
             argv = [*shlex.split(" ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
             try:

@@ -158,6 +158,8 @@ def test_rows_are_commands_the_first_seed_first_methods_before_ablations(rows):
         ("-penalty 1e-2", "-penalty -1", r"Grad R: .*-penalty -1.*: argument -penalty"),
         ("-penalty 1e-2", "-penalty 0.001", r"is there twice, in Grad R and Grad R"),
         ('title = "dense"\n', "", r"a group has no title"),
+        ("epochs = 1\n", "", r"a group has no epochs"),
+        ("seeds = [2020, 1]\n", "", r"a group has no seeds"),
         ("[[group]]", "[[group", r"mnist\.toml: "),
         ("epochs = 1\n", "epochs = 3\n", r"-N 2 --seed 2020 has to come before that of 3 epochs"),
     ],
@@ -252,6 +254,17 @@ def test_jobs_run_side_by_side_but_never_two_of_one_run(rows, stub):
     assert long > short
     threads = {line.rpartition(" ")[2] for line in lines if line.startswith("start")}
     assert threads == {"1"}
+
+
+def test_rows_side_by_side_take_the_gpus_in_turn(rows, stub):
+    (stub / "meet").touch()
+    run = runner.Runner(stub, [], 3)
+    run.gpus = 2
+    assert run.run(rows) == ([], [])
+    starts = [line.split() for line in calls(stub) if line.startswith("start")]
+    gpus = [words[words.index("-gpu") + 1] for words in starts]
+    assert sorted(gpus[:3]) == ["0", "0", "1"]  # of the three rows that begin together
+    assert set(gpus) == {"0", "1"}
 
 
 def test_a_failed_row_is_named_and_the_others_go_on(rows, stub, capsys):
@@ -781,6 +794,16 @@ def test_rows_of_an_outcome_are_left_out(tmp_path, monkeypatch, capsys, rows, st
         tasks.append(int(re.search("--array=1-([0-9]+)", text)[1]))
     assert f"--dump-dir {fresh} --without {results} &\n" in text
     assert tasks == [len({row.name for row in some}) for some in (real, real[5:])]
+
+
+def test_rows_are_left_out_by_a_sound_outcome_only(tmp_path, monkeypatch, capsys, rows, results):
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+    argv = ["mnist", "--list", "--dump-dir", str(tmp_path / "none"), "--without", str(results)]
+    assert reproduce.main(argv) == 0
+    path = results / "rows.csv"
+    path.write_text(path.read_text().replace(",0.6,", ",much,"))
+    assert reproduce.main(argv) == 2
+    assert "rows.csv: not a number: 'much'" in capsys.readouterr().err
 
 
 def test_a_folder_without_an_outcome_has_no_rows_to_leave_out(tmp_path, capsys):
