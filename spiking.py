@@ -74,9 +74,9 @@ class SpikingNetwork(nn.Module):
         fused: whether to run fused kernels on the CPU, if they are proven to give the same results within rounding
             (:mod:`spiking_kernels.proof`). If a kernel exists but does not apply, the plain layers run and a warning
             says why, once for each reason. The default is False.
-        spike_counts: dictionaries to which fused kernels add the spikes of each neuron, int64 of the layer's shape, by
-            the name of the LIF layer. Kernels need not call a hook whose attribute ``spike_counts`` is one of these
-            dictionaries (see measuring.SpikeCounter).
+        spike_counts: dictionaries to which fused kernels add numbers of spikes, int64 of the layer's shape, by the
+            names in them: what leaves a LIF layer, what enters a layer with weights. Kernels need not call a hook whose
+            attribute ``spike_counts`` is one of these dictionaries (see measuring.SpikeCounter).
 
     Raises:
         ValueError: T or step_mode is not accepted.
@@ -145,8 +145,8 @@ class SpikingNetwork(nn.Module):
 
     def add_spikes(self, spikes: dict[str, Tensor]) -> None:
         for counts in self.spike_counts:
-            for name, number in spikes.items():
-                counts[name] = counts.get(name, 0) + number
+            for name in counts.keys() & spikes.keys():
+                counts[name] = counts[name] + spikes[name]
 
     def _warn_once(self, reason: str) -> None:
         if reason not in self._warned:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,9 +23,6 @@ from spiking import SpikingNetwork
 
 PICOJOULES_PER_AC = 0.9
 PICOJOULES_PER_MAC = 0.9 + 3.7
-
-# in eval mode, these leave spikes unchanged between neurons and weights
-_IDENTITIES = (nn.Sequential, nn.Flatten, layer.Dropout, surrogate.SurrogateFunctionBase)
 
 
 @dataclass(frozen=True)
@@ -106,17 +102,15 @@ class OperationCounter(SpikeCounter):
 
     def __init__(self, network: SpikingNetwork):
         super().__init__(network)
-        self._weighted = {
-            name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-        }
-        self._arrived: dict[str, Tensor] = {}
-        self._rows_counted: dict[str, int] = {}
+        modules = network.named_modules()
+        self._weighted = {name: m for name, m in modules if isinstance(m, (nn.Linear, nn.Conv2d))}
+        self._counts |= dict.fromkeys(self._weighted, 0)
 
     def __enter__(self) -> "OperationCounter":
         super().__enter__()
         for number, (name, module) in enumerate(self._weighted.items()):
             hook = self._count_inputs(name, first=number == 0)
-            self._hooks.append(module.register_forward_pre_hook(hook if number == 0 else self._counted(hook)))
+            self._hooks.append(module.register_forward_pre_hook(self._counted(hook) if number else hook))
         return self
 
     def _count_inputs(self, name: str, first: bool) -> Callable[..., None]:
@@ -126,32 +120,10 @@ class OperationCounter(SpikeCounter):
             x = inputs[0].detach()
             rows = x.reshape(-1, *x.shape[-axes:])  # time steps and images in one axis: [rows, C, H, W] or [rows, in]
             # float32 is exact for one batch, float64 for all batches; a fraction shows inputs that are no spikes
-            arrived = (torch.ones_like(rows) if first else rows).sum(0, dtype=torch.float32).double()
-            self._arrived[name] = self._arrived.get(name, 0) + arrived
-            self._rows_counted[name] = self._rows_counted.get(name, 0) + len(rows)
+            arrived = (torch.ones_like(rows) if first else rows).sum(0, dtype=torch.float32)
+            self._counts[name] = self._counts[name] + arrived.double()
 
         return count_inputs
-
-    def _neurons_before(self, name: str) -> str:
-        """The neurons whose spikes a layer receives unchanged. Needed if a fused kernel ran it without its hook."""
-        modules = list(self.network.named_modules())
-        position = [other for other, _ in modules].index(name)
-        for other, module in reversed(modules[:position]):
-            if isinstance(module, neuron.BaseNode):
-                return other
-            if not isinstance(module, _IDENTITIES):
-                break
-        raise ValueError(f"{name} was not run as a layer, and its inputs are not the spikes of the neurons before it")
-
-    def _arrivals(self, name: str) -> Tensor:
-        first = next(iter(self._weighted))
-        if name != first and self._rows_counted.get(name, 0) < self._images * self.network.T:
-            return self._counts[self._neurons_before(name)]  # a fused kernel ran the layer for some images
-        arrived = self._arrived[name]
-        counts = arrived.long()
-        if not torch.equal(counts.double(), arrived):
-            raise ValueError(f"{name} is not the first layer, but its inputs are not spikes")
-        return counts
 
     def operations(self) -> dict[str, Operations]:
         """The operations of each layer with its current weights, by the weight's name.
@@ -164,9 +136,11 @@ class OperationCounter(SpikeCounter):
             raise ValueError("no image was counted")
         result = {}
         for number, (name, module) in enumerate(self._weighted.items()):
-            arrivals, mask = self._arrivals(name), connected(module.weight)
+            arrived, mask = self._counts[name], connected(module.weight)
+            if not torch.equal(arrived, arrived.round()):
+                raise ValueError(f"{name} is not the first layer, but its inputs are not spikes")
             pruned, dense = (
-                int((arrivals * fan_out(module, weights, arrivals.shape)).sum())
+                int((arrived.long() * fan_out(module, weights, arrived.shape)).sum())
                 for weights in (mask, torch.ones_like(mask))
             )
             result[f"{name}.weight"] = Operations(self._images, pruned, dense, "SynOp" if number else "MAC")

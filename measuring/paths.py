@@ -14,26 +14,6 @@ import torch
 from torch import Tensor
 
 
-def _adjacency(mask: Tensor) -> Tensor:
-    """Which units a layer connects: [out, in], from the mask of its weight."""
-    return mask if mask.dim() == 2 else mask.flatten(2).any(2)  # [out, in, kernel height, kernel width]
-
-
-def _positions(masks: dict[str, Tensor]) -> list[int]:
-    """The inputs of each layer per unit of the layer before: 1, or H x W after flattening."""
-    positions, before, units = [], None, None
-    for name, mask in masks.items():
-        if mask.dim() not in (2, 4):
-            raise ValueError(f"{name} has {mask.dim()} axes: must be 2 (linear) or 4 (convolution)")
-        inputs = mask.shape[1]
-        flattened = before is not None and masks[before].dim() == 4 and mask.dim() == 2
-        if before is not None and (inputs % units if flattened else inputs != units):
-            raise ValueError(f"{name} takes {inputs} inputs, which do not fit the {units} units of {before}")
-        positions.append(inputs // units if flattened else 1)
-        before, units = name, mask.shape[0]
-    return positions
-
-
 def structural(masks: dict[str, Tensor]) -> dict[str, Tensor]:
     """Finds the structural connections among the connected ones.
 
@@ -47,18 +27,26 @@ def structural(masks: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a layer's inputs do not fit the units of the layer before.
     """
-    positions = _positions(masks)
-    adjacencies = [_adjacency(mask) for mask in masks.values()]
-    reached = []  # for each layer: which of its inputs an input of the network reaches
-    units = torch.ones_like(adjacencies[0][0])
-    for adjacency, size in zip(adjacencies, positions, strict=True):
-        reached.append(units.repeat_interleave(size))
-        units = (adjacency & reached[-1]).any(1)
-    result = {}
-    units = torch.ones_like(adjacencies[-1][:, 0])  # which outputs of a layer reach an output of the network
-    for name, adjacency, size, inputs in reversed(list(zip(masks, adjacencies, positions, reached, strict=True))):
-        mask = masks[name]
-        on_path = units.unsqueeze(1) & inputs
+    layers = []  # of each: its name; which units it connects, [out, in]; inputs per unit before it; the reached inputs
+    units = before = None  # the outputs of a layer that an input of the network reaches, and the layer's name
+    for name, mask in masks.items():
+        if mask.dim() not in (2, 4):
+            raise ValueError(f"{name} has {mask.dim()} axes: must be 2 (linear) or 4 (convolution)")
+        adjacency = mask if mask.dim() == 2 else mask.flatten(2).any(2)
+        size, reached = 1, torch.ones_like(adjacency[0])
+        if before is not None:
+            size, rest = divmod(len(reached), len(units))  # H x W after flattening, otherwise 1
+            if rest or (size != 1 and (masks[before].dim(), mask.dim()) != (4, 2)):
+                raise ValueError(
+                    f"{name} takes {len(reached)} inputs, which do not fit the {len(units)} units of {before}"
+                )
+            reached = units.repeat_interleave(size)
+        layers.append((name, adjacency, size, reached))
+        units, before = (adjacency & reached).any(1), name
+    result = dict(masks)
+    units = torch.ones_like(units)  # which outputs of a layer reach an output of the network
+    for name, adjacency, size, reached in reversed(layers):
+        mask, on_path = masks[name], units.unsqueeze(1) & reached
         result[name] = mask & on_path.view(*on_path.shape, *[1] * (mask.dim() - 2))
         units = (adjacency & units.unsqueeze(1)).any(0).view(-1, size).any(1)
-    return {name: result[name] for name in masks}
+    return result

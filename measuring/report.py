@@ -32,13 +32,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for the console, up to 100 columns wide."""
-        blocks = [
-            self._accuracy_lines(),
-            self._structural_lines(),
-            self._confusion_lines(),
-            self._operation_lines(),
-        ]
-        return [line for number, block in enumerate(blocks) for line in ([""] if number else []) + block]
+        blocks = (self._accuracy_lines(), self._structural_lines(), self._confusion_lines(), self._operation_lines())
+        return [line for block in blocks for line in ("", *block)][1:]
 
     def _accuracy_lines(self) -> list[str]:
         seen = self.evaluation

@@ -18,14 +18,15 @@ class SpikeCounter:
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
-        self._counts: dict[str, Tensor] = {}
+        self._neurons = {name: m for name, m in network.named_modules() if isinstance(m, neuron.BaseNode)}
+        # the names tell fused kernels, which do not call the hooks, what to add
+        self._counts: dict[str, Tensor | int] = dict.fromkeys(self._neurons, 0)
         self._images = 0
 
     def __enter__(self) -> "SpikeCounter":
-        layers = [(name, m) for name, m in self.network.named_modules() if isinstance(m, neuron.BaseNode)]
-        self._hooks = [module.register_forward_hook(self._count_layer(name)) for name, module in layers]
+        self._hooks = [m.register_forward_hook(self._count_layer(name)) for name, m in self._neurons.items()]
         self._hooks.append(self.network.register_forward_hook(self._count_images))
-        self.network.spike_counts.append(self._counts)  # fused kernels add to them; they do not call the hooks
+        self.network.spike_counts.append(self._counts)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -46,14 +47,16 @@ class SpikeCounter:
             if module.step_mode == "m":
                 spikes = spikes.flatten(0, 1)  # [T, N, ...] -> [T N, ...]
             # float32 is exact for one batch, int64 for all batches
-            self._counts[name] = self._counts.get(name, 0) + spikes.detach().sum(0, dtype=torch.float32).long()
+            self._counts[name] = self._counts[name] + spikes.detach().sum(0, dtype=torch.float32).long()
 
         return self._counted(count_spikes)
 
     def rates(self) -> dict[str, Tensor]:
         """Spikes per image and time step of each neuron: float32 [C, H, W] or [C], by the layer's name."""
         outputs = self._images * self.network.T
-        return {name: (counts.double() / outputs).float() for name, counts in self._counts.items()}
+        spikes = {name: self._counts[name] for name in self._neurons}
+        # a layer that never ran has none
+        return {name: (n.double() / outputs).float() for name, n in spikes.items() if isinstance(n, Tensor)}
 
 
 def neuron_results(rates: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -67,5 +70,5 @@ def neuron_results(rates: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 def record_neurons(record: Callable[..., None], rates: dict[str, Tensor]) -> None:
     """Records the numbers of :func:`neuron_results` by ``record(key, number, layer=name)``."""
     for name, layer in neuron_results(rates).items():
-        record("firing_rate", layer["firing_rate"], layer=name)
-        record("silent", layer["silent"], layer=name)
+        for key, number in layer.items():
+            record(key, number, layer=name)

@@ -41,6 +41,6 @@ class MnistNet(SpikingNetwork):
             hidden = torch.zeros(weight.shape[1], dtype=torch.int64, device="cpu")
         counts = spiking_kernels.lif_linear_lif(current, weight, self.T, hidden, rounding)  # [N, 10]
         if hidden is not None:
-            first, _, last = self.fc._modules
-            self.add_spikes({f"fc.{first}": hidden, f"fc.{last}": counts.detach().sum(0).long()})
+            first, linear, last = (f"fc.{name}" for name in self.fc._modules)
+            self.add_spikes({first: hidden, linear: hidden, last: counts.detach().sum(0).long()})
         return counts

@@ -288,18 +288,19 @@ def test_what_is_no_spike_is_refused():
         counter.operations()
 
 
-def test_a_fused_layer_behind_pooling_is_refused():
-    """What a kernel pooled cannot be told from the spikes before."""
-    network = prune(TinyNet(), 0.0, 1)
-    with torch.no_grad(), energy.OperationCounter(network) as counter:
-        network(grid_images(1, 1, 6, 6))
-    counter._rows_counted["body.4"] = 0  # as if a kernel had run it
-    with pytest.raises(ValueError, match=r"body\.4 was not run as a layer"):
-        counter.operations()
-    counter = counted(network, [grid_images(1, 1, 6, 6)])
-    expected = counter.operations()
-    counter._rows_counted["body.1"] = 0
-    assert counter.operations() == expected
+def test_a_kernel_adds_what_leaves_neurons_and_what_enters_weights():
+    """Also behind pooling; what no counter asks for is left out."""
+    network, images = prune(TinyNet(), 0.0, 1), grid_images(5, 1, 6, 6)
+    everything, of_the_kernel = counted(network, [images]), counted(network, [images[2:]])
+    with torch.no_grad(), energy.OperationCounter(network) as counter, measuring.SpikeCounter(network) as spikes:
+        network(images[:2])
+        network.add_spikes({**of_the_kernel._counts, "another layer": torch.ones(1)})  # as if a kernel ran the others
+    counter._images = spikes._images = 5
+    assert counter.operations() == everything.operations()
+    assert list(spikes.rates()) == list(counter.rates()) == list(everything.rates())
+    for name, rates in everything.rates().items():
+        assert torch.equal(spikes.rates()[name], rates)
+        assert torch.equal(counter.rates()[name], rates)
 
 
 def test_nothing_counted_is_refused():
@@ -325,5 +326,5 @@ def test_operations_on_cuda_as_on_the_cpu(step_mode):
     images = grid_images(5, 1, 6, 6)
     expected = counted(network, [images]).operations()
     counter = counted(network.cuda(), [images.cuda()])
-    assert all(tensor.is_cuda for tensor in counter._arrived.values())
+    assert all(tensor.is_cuda for tensor in counter._counts.values())
     assert counter.operations() == expected
