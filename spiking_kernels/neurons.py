@@ -4,8 +4,6 @@ The neurons are the paper's: tau 2, threshold 1, hard reset to 0, ATan surrogate
 the reset. :func:`spiking_kernels.proof.check_layers` proves that a network's layers are of this kind.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -23,28 +21,11 @@ def _padded(outputs: int) -> int:
 # -- the same in torch's operations: for gradients of gradients, and for gradients that are no plain tensors -----
 
 
-class _Spike(torch.autograd.Function):
-    """Whether a potential, less the threshold, is at least 0; the derivative is ATan's with alpha 2."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad / (1 + (math.pi * x).square())
-
-
 def _lif(inputs: Tensor) -> Tensor:
     """Inputs to spikes, both [T, N, neurons]."""
-    v, spikes = torch.zeros_like(inputs[0]), []
-    for x in inputs:
-        v = v + (x - v) / 2
-        spikes.append(_Spike.apply(v - 1))
-        v = (1 - spikes[-1].detach()) * v
-    return torch.stack(spikes)
+    from spikingjelly.activation_based import neuron, surrogate  # here, because the updates do not need it
+
+    return neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m")(inputs)
 
 
 def _rounded(x: Tensor, rounding: torch.dtype | None) -> Tensor:
@@ -82,13 +63,9 @@ class _LifLinearLif(torch.autograd.Function):
         (n, h), (o, _) = current.shape, weight.shape
         grad = laid_out(grad)
         # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
-        if (
-            torch.is_grad_enabled()
-            or flaw(grad, torch.float32, (n, o))
-            or flaw(current, torch.float32, (n, h))
-            or flaw(weight, torch.float32, (o, h))
-            or flaw(period, torch.uint16, (n, h))
-            or flaw(inputs, torch.float32, (T, n, o))
+        shapes = ((grad, (n, o)), (current, (n, h)), (weight, (o, h)), (period, (n, h)), (inputs, (T, n, o)))
+        if torch.is_grad_enabled() or any(
+            flaw(x, torch.uint16 if x is period else torch.float32, shape) for x, shape in shapes
         ):
             with torch.enable_grad():
                 counts = _lif_linear_lif(current, weight, T, rounding)

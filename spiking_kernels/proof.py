@@ -24,16 +24,12 @@ APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_is_full_
 SIZES = frozenset({"in_features", "out_features"})  # a linear layer goes by its weight
 
 
-def _no_hook(hook: Any) -> bool:
-    return False
-
-
 def difference(
     module: nn.Module,
     like: nn.Module,
     name: str,
     free: frozenset[str] = frozenset(),
-    harmless: Callable[[Any], bool] = _no_hook,
+    harmless: Callable[[Any], bool] | None = None,
 ) -> str | None:
     """How a module differs from another one in what it computes, in words; None if it does not.
 
@@ -43,15 +39,17 @@ def difference(
     Args:
         name: what the module is called.
         free: attributes that may differ.
-        harmless: whether a hook is known to change nothing, and not to matter if it is not called.
+        harmless: whether a hook is known to change nothing, and not to matter if it is not called; None: none is.
     """
     global _last
     if _last is not None and _last.holds(module, like, free):
         return None
-    if _difference(module, like, name, free, _no_hook) is None:
+    reason = _difference(module, like, name, free, None)
+    if reason is None:
         _last = _Alike(module, like, free)
-        return None
-    return _difference(module, like, name, free, harmless)
+    elif harmless is not None:
+        reason = _difference(module, like, name, free, harmless)
+    return reason
 
 
 class _Alike:
@@ -64,12 +62,7 @@ class _Alike:
     def __init__(self, module: nn.Module, like: nn.Module, free: frozenset[str]):
         self.like, self.free, self.modules = like, free, [*_tree(module)]
         self.types, self.attributes = [*map(type, self.modules)], [*map(vars, self.modules)]
-        held = [
-            own[key]
-            for own, other in zip(self.attributes, map(vars, _tree(like)), strict=True)
-            for key, value in other.items()
-            if isinstance(value, (dict, set))
-        ]
+        held = [value for own in self.attributes for value in own.values() if isinstance(value, (dict, set))]
         self.empty = [x for x in held if not x]
         self.filled = self.attributes + [x for x in held if x]
         self.views = [x.values() for x in self.filled if isinstance(x, dict)]
@@ -100,20 +93,18 @@ def _tree(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _difference(
-    module: nn.Module, like: nn.Module, name: str, free: frozenset[str], harmless: Callable[[Any], bool]
+    module: nn.Module, like: nn.Module, name: str, free: frozenset[str], harmless: Callable[[Any], bool] | None
 ) -> str | None:
     if type(module) is not type(like):
         return f"{name} is a {_type_name(module)}, not a {_type_name(like)}"
     own, other = vars(module), vars(like)
-    for key in other:
-        if key in APART or key in free or "state_dict" in key:
-            continue
-        value, expected = own.get(key), other[key]
-        if _same(value, expected):
+    for key, expected in other.items():
+        value = own.get(key)
+        if key in APART or key in free or "state_dict" in key or _same(value, expected):
             continue
         if "hooks" not in key:
             return f"{name} has {key.lstrip('_')} {_shown(value)}, not {_shown(expected)}"
-        if not all(map(harmless, value.values())):
+        if harmless is None or not all(map(harmless, value.values())):
             return f"{name} has hooks"
     # what one has registered may be a plain attribute of the other, such as a bias that is not trained
     registered = {key for kind in ("_parameters", "_buffers", "_modules", "_memories") for key in other.get(kind, ())}
@@ -190,7 +181,7 @@ def check_layers(
     name: str,
     node: type[nn.Module],
     free: frozenset[str] = frozenset(),
-    harmless: Callable[[Any], bool] = _no_hook,
+    harmless: Callable[[Any], bool] | None = None,
 ) -> nn.Linear:
     """Proves that :func:`spiking_kernels.lif_linear_lif` computes what layers do from rest.
 
@@ -227,18 +218,16 @@ def check_network(network: nn.Module, kind: type[nn.Module]) -> None:
         raise Unfit(f"{type(network).__name__} is not {kind.__name__} itself")
     if own := overridden(network):
         raise Unfit(f"it has a {own} of its own")
-    if _has_any_global_hook():
-        raise Unfit("there are hooks on all modules")
-    if is_tracing():
-        raise Unfit("torch.jit traces the network")
-    if torch._C._are_functorch_transforms_active():
-        raise Unfit("a transform of torch.func is active")
-    if torch._C._len_torch_dispatch_stack():
-        raise Unfit("a mode of torch's dispatcher is active")
-    if torch._C._len_torch_function_stack() and any(  # a default device is such a mode, too
-        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    function_modes = {*map(type, _get_current_function_mode_stack())} - {DeviceContext}  # which a default device is
+    for obstacle, found in (
+        ("there are hooks on all modules", _has_any_global_hook()),
+        ("torch.jit traces the network", is_tracing()),
+        ("a transform of torch.func is active", torch._C._are_functorch_transforms_active()),
+        ("a mode of torch's dispatcher is active", torch._C._len_torch_dispatch_stack()),
+        ("a mode of torch's functions is active", function_modes),
     ):
-        raise Unfit("a mode of torch's functions is active")
+        if found:
+            raise Unfit(obstacle)
 
 
 def autocast_dtype() -> torch.dtype | None:
