@@ -109,6 +109,8 @@ FIELDS = [  # of what has to fit whatever is done with it
     (("arguments", "interval_train"), True, "interval_train of arguments is True"),
     (("arguments", "seed"), [2020], "seed of arguments is list"),
     (("arguments", "seed"), 2020.0, "argument --seed: .* made with 2020.0, not 2020"),
+    (("arguments", "seed"), torch.tensor(2020), r"argument --seed: .* made with tensor\(2020\), not 2020"),
+    (("arguments", "interval_test"), torch.tensor(1), r"interval_test of arguments is tensor\(1\)"),
     (("arguments", "learning_rate"), math.nan, "learning_rate of arguments is nan"),
     (("arguments", 7), 1, "a key of arguments is 7"),
     (("schedule", "penalty"), [1.0], "penalty of schedule is list"),

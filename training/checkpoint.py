@@ -103,16 +103,26 @@ class Store:
             self.lock.release()
 
     def _load(self) -> dict[str, Any] | None:
-        saved, options = load(self.path), self.options
+        saved, options, logs = load(self.path), self.options, log_folder(self.options)
         if saved is None:
             if options.test:
                 raise Refusal(f"argument -test: there is no saved model {self.path}; to train it, leave out -test")
-            logs = log_folder(options)
             if log_files(logs):
                 raise Refusal(f"{logs} holds results, but {self.folder} no checkpoint: move the results away first")
             return None
-        _check_arguments(self.folder, saved["arguments"], options)
-        _check_logs(log_folder(options), saved["arguments"], options)
+        if found := _differing(options, saved["arguments"], arguments(options)):
+            option, was, now = found
+            raise Refusal(
+                f"argument {option}: the run in {self.folder} was made with {was}, not {now}; "
+                "use the same value, or another --dump-dir"
+            )
+        logged = dump_dir.run_info(logs).get("arguments")
+        if isinstance(logged, dict) and (found := _differing(options, logged, saved["arguments"])):
+            option, theirs, ours = found
+            raise Refusal(  # resuming would truncate them and mix the results of two runs
+                f"{logs} has the logs of another run, with {option} {theirs}, not {ours}: "
+                "move them away; the run can resume without its earlier logs"
+            )
         if not options.test and options.epoch < saved["epoch"]:
             raise Refusal(
                 f"argument -N/--epoch: must be at least {saved['epoch']}, not {options.epoch}: "
@@ -134,36 +144,18 @@ class Store:
         self.writer.wait()
 
 
-def _check_arguments(folder: Path, saved: dict[str, Any], options: Namespace) -> None:
-    """Refuses a checkpoint whose arguments differ from the options.
+def _differing(options: Namespace, one: dict[str, Any], other: dict[str, Any]) -> tuple[str, str, Any] | None:
+    """The first argument in which a run of ``one`` differs from that of ``other``: its option and both values.
 
     -N may differ, because a run can be extended, and so may :data:`RECORDING_OPTIONS`. A test depends only on the
     network and its T, but all other options must still be the same, so that the right network is tested.
     """
-    present = arguments(options)
-    for key in sorted((present.keys() | saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
+    for key in sorted((one.keys() | other.keys()) - RECORDING_OPTIONS - {"epoch"}):
         # an older checkpoint lacks newer options: its run had their defaults
-        was, now = (side.get(key, options.defaults.get(key, "absent")) for side in (saved, present))
-        if type(was) is not type(now) or was != now:
-            found = checks.short(str(was), 60)
-            raise Refusal(
-                f"argument {options.spellings.get(key, key)}: the run in {folder} was made with {found}, not {now}; "
-                "use the same value, or another --dump-dir"
-            )
-
-
-def _check_logs(logs: Path, saved: dict[str, Any], options: Namespace) -> None:
-    """Refuses logs whose run.json is another run's: resuming would truncate them and mix the results of two runs."""
-    theirs = dump_dir.run_info(logs).get("arguments")
-    if not isinstance(theirs, dict):
-        return
-    for key in sorted((theirs.keys() & saved.keys()) - RECORDING_OPTIONS - {"epoch"}):
-        if theirs[key] != saved[key]:
-            found = checks.short(str(theirs[key]), 60)
-            raise Refusal(
-                f"{logs} has the logs of another run, with {options.spellings.get(key, key)} {found}, "
-                f"not {saved[key]}: move them away; the run can resume without its earlier logs"
-            )
+        first, second = (side.get(key, options.defaults.get(key, "absent")) for side in (one, other))
+        if type(first) is not type(second) or first != second:
+            return options.spellings.get(key, key), checks.short(str(first), 60), second
+    return None
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ with one line that names the field and the problem; the caller names the file.
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,12 +51,9 @@ def check_content(saved: dict[str, Any]) -> None:
     """Checks the fields' types and ranges, and that the counters agree."""
     checks.keys("it", saved, CONTENT)
     for key, kind in CONTENT.items():
-        if type(saved[key]) is not kind:
-            raise ValueError(f"{key} is {type(saved[key]).__name__}, not {kind.__name__}")
+        _check_type(key, saved[key], kind)
     for name in ("arguments", "versions", "seconds", "schedule", "files"):
-        for key, value in saved[name].items():
-            checks.text(f"a key of {name}", key)
-            _check_plain(f"{key} of {name}", value)
+        _check_plain(name, saved[name])
     _check_counters(saved)
     if not {"torch", "spikingjelly"} <= saved["versions"].keys():
         raise ValueError(f"versions are of {', '.join(saved['versions']) or 'nothing'}, not of torch and spikingjelly")
@@ -70,15 +66,6 @@ def check_content(saved: dict[str, Any]) -> None:
         if not logs.is_log(name) or re.search(r"[/\\:]", name):
             raise ValueError(f"files has {name!r}, which is not the name of a log file")
         checks.whole_number(f"the length of {name}", length)
-
-
-def _check_plain(name: str, value: Any) -> None:
-    if isinstance(value, float):
-        checks.number(name, value)
-    elif isinstance(value, str):
-        checks.text(name, value)
-    elif value is not None and type(value) not in (bool, int):
-        raise ValueError(f"{name} is {type(value).__name__}, not a number, a text or None")
 
 
 def _check_counters(saved: dict[str, Any]) -> None:
@@ -120,19 +107,9 @@ def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[O
     """
     if len(saved["optimizers"]) != len(optimizers):
         raise ValueError(f"it has {len(saved['optimizers'])} optimizers, not {len(optimizers)}")
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    names = {parameter: name for name, parameter in network.named_parameters()}
     for state, optimizer in zip(saved["optimizers"], optimizers, strict=True):
-        for name, parameter, of_parameter, group in _states(state, optimizer, names, stepped=saved["step"] > 0):
-            if not _is_adam(optimizer):
-                _check_values(name, of_parameter)
-                continue
-            own = optimizer.own_state(group) if isinstance(optimizer, RewiringOptimizer) else set()
-            maximum = {"max_exp_avg_sq"} if group["amsgrad"] else set()
-            expected = {"step", "exp_avg", "exp_avg_sq"} | maximum | own
-            checks.keys(f"{type(optimizer).__name__}'s state of {name}", of_parameter, expected)
-            _check_moments(name, of_parameter, parameter, saved["step"])
-            if own:
-                _check_connections(name, of_parameter, saved["network"][name])
+        _check_optimizer(state, optimizer, names, saved)
     weights = prunable(network)
     masks = {
         name: torch.empty((weight.numel() + 7) // 8, dtype=torch.uint8, device="meta")
@@ -148,53 +125,62 @@ def check_training(saved: dict[str, Any], network: nn.Module, optimizers: list[O
     randomness.check_states(saved["random"])
 
 
-def _states(
-    saved: Any, optimizer: Optimizer, names: dict[int, str], stepped: bool
-) -> Iterator[tuple[str, Tensor, dict[str, Any], dict[str, Any]]]:
-    """Checks an optimizer's groups; yields the name, parameter, state and group of each parameter with a state."""
-    kind, present = type(optimizer).__name__, optimizer.state_dict()
-    checks.keys(kind, _dictionary(kind, saved), present)
-    groups = saved["param_groups"]
-    if type(groups) is not list or len(groups) != len(present["param_groups"]):
-        raise ValueError(f"{kind} has not {len(present['param_groups'])} parameter groups")
-    parameters = []
-    for old, new, group in zip(groups, present["param_groups"], optimizer.param_groups, strict=True):
-        _dictionary(f"a parameter group of {kind}", old)
-        later = getattr(optimizer, "LATER", {})  # settings that older checkpoints lack
-        old = {**{key: value for key, value in later.items() if key in new and key not in EXECUTION}, **old}
-        checks.keys(kind, old, new)
-        for key in new:
-            if key in EXECUTION:
-                if old[key] is not None and type(old[key]) is not bool:
-                    raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not True, False or None")
-            elif checks.types(old[key]) != checks.types(new[key]) or old[key] != new[key]:
-                raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not {_shown(new[key])}")
-        parameters += [(parameter, group) for parameter in group["params"]]
-    states = _dictionary(f"{kind}'s state", saved["state"])
-    if _is_adam(optimizer):
-        checks.keys(f"{kind}'s state", states, range(len(parameters)) if stepped else ())
+def _check_optimizer(old: Any, optimizer: Optimizer, names: dict[Tensor, str], saved: dict[str, Any]) -> None:
+    """Checks the state ``old`` of an optimizer: its groups, and what it holds for each parameter."""
+    kind, new = type(optimizer).__name__, optimizer.state_dict()
+    checks.keys(kind, _check_type(kind, old, dict), new)
+    if type(old["param_groups"]) is not list or len(old["param_groups"]) != len(new["param_groups"]):
+        raise ValueError(f"{kind} has not {len(new['param_groups'])} parameter groups")
+    for group, present in zip(old["param_groups"], new["param_groups"], strict=True):
+        _check_type(f"a parameter group of {kind}", group, dict)
+        _check_settings(kind, group, present, getattr(optimizer, "LATER", {}))
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    states = _check_type(f"{kind}'s state", old["state"], dict)
+    adam = isinstance(optimizer, (Adam, RewiringOptimizer))  # a RewiringOptimizer's state has that of Adam, and more
+    if adam:
+        checks.keys(f"{kind}'s state", states, range(len(parameters)) if saved["step"] else ())
     elif unknown := states.keys() - range(len(parameters)):
         raise ValueError(f"{kind}'s state is of parameter {_shown(next(iter(unknown)))}, of {len(parameters)}")
     for index, state in states.items():
         parameter, group = parameters[index]
-        name = names[id(parameter)]
-        _dictionary(f"{kind}'s state of {name}", state)
-        yield name, parameter, state, group
+        name = names[parameter]
+        _check_type(f"{kind}'s state of {name}", state, dict)
+        if not adam:
+            _check_plain(name, state)
+            continue
+        own = optimizer.own_state(group) if isinstance(optimizer, RewiringOptimizer) else set()
+        maximum = {"max_exp_avg_sq"} if group["amsgrad"] else set()
+        checks.keys(f"{kind}'s state of {name}", state, {"step", "exp_avg", "exp_avg_sq"} | maximum | own)
+        _check_moments(name, state, parameter, saved["step"])
+        if own:
+            _check_connections(name, state, saved["network"][name])
 
 
-def _is_adam(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's state is that of Adam, apart from the keys that a pruning optimizer adds."""
-    return isinstance(optimizer, (Adam, RewiringOptimizer))
+def _check_settings(kind: str, old: dict[str, Any], new: dict[str, Any], later: dict[str, Any]) -> None:
+    """Checks that a parameter group's settings are the ``new`` ones; older checkpoints lack the ``later`` ones."""
+    old = {**{key: value for key, value in later.items() if key in new and key not in EXECUTION}, **old}
+    checks.keys(kind, old, new)
+    for key in new:
+        if key in EXECUTION:
+            if old[key] is not None and type(old[key]) is not bool:
+                raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not True, False or None")
+        elif checks.types(old[key]) != checks.types(new[key]) or old[key] != new[key]:
+            raise ValueError(f"{kind}'s {key} is {_shown(old[key])}, not {_shown(new[key])}")
 
 
-def _check_values(name: str, state: dict[Any, Any]) -> None:
-    """Checks a parameter's state in an unknown optimizer: plain values and finite tensors."""
-    for key, value in state.items():
-        checks.text(f"a key of the state of {name}", key)
+def _check_plain(name: str, values: dict[Any, Any]) -> None:
+    """Checks that the keys are names, and the values finite numbers and tensors, texts, bools or None."""
+    for key, value in values.items():
+        checks.text(f"a key of {name}", key)
+        what = f"{key} of {name}"
         if isinstance(value, Tensor):
-            checks.tensor(f"{key} of {name}", value)
-        else:
-            _check_plain(f"{key} of {name}", value)
+            checks.tensor(what, value)
+        elif isinstance(value, float):
+            checks.number(what, value)
+        elif isinstance(value, str):
+            checks.text(what, value)
+        elif value is not None and type(value) not in (bool, int):
+            raise ValueError(f"{what} is {type(value).__name__}, not a number, a text or None")
 
 
 def _check_moments(name: str, state: dict[str, Tensor], parameter: Tensor, steps: int) -> None:
@@ -227,9 +213,9 @@ def _check_range(name: str, values: Tensor, low: float, high: float = torch.inf)
         raise ValueError(f"{name} has values from {least} to {most}, not from {low} to {high}")
 
 
-def _dictionary(name: str, value: Any) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {type(value).__name__}, not dict")
+def _check_type(name: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {type(value).__name__}, not {kind.__name__}")
     return value
 
 
