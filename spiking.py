@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from spiking_kernels import Unfit
 
-__all__ = ["LIFNode", "SpikingNetwork", "StepwiseBatchNorm2d", "lif"]
-
 
 class LIFNode(neuron.LIFNode):
     """SpikingJelly's LIF neuron, but the membrane potential stays float32 if the input has a lower precision."""
@@ -148,11 +146,6 @@ class SpikingNetwork(nn.Module):
             for name in counts.keys() & spikes.keys():
                 counts[name] = counts[name] + spikes[name]
 
-    def _warn_once(self, reason: str) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"{type(self).__name__} runs its plain layers, not the fused kernel: {reason}", stacklevel=2)
-
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.
 
@@ -163,8 +156,11 @@ class SpikingNetwork(nn.Module):
         if self.fused and isinstance(current, Tensor) and current.is_cpu and not torch.compiler.is_compiling():
             try:
                 counts = self.fused_counts(current)
-            except Unfit as reason:
-                self._warn_once(str(reason))
+            except Unfit as error:
+                warning = f"{type(self).__name__} runs its plain layers, not the fused kernel: {error}"
+                if warning not in self._warned:
+                    self._warned.add(warning)
+                    warnings.warn(warning, stacklevel=1)
         if counts is None:
             counts = self._counts(current)
             functional.reset_net(self)  # otherwise their graph keeps the activations until the next batch

@@ -171,13 +171,15 @@ def compile_files(command: list[str], files: list[Path], flags: list[str], folde
         raise Unavailable(f"there is no C compiler ({name})") from None
     except OSError as error:
         raise Unavailable(f"the C compiler does not run ({name}: {error.strerror})") from None
-    try:
-        _, message = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"the C compiler does not finish ({name}, in {SECONDS} seconds)") from None
-    finally:
-        if process.returncode is None:
-            _kill(process)
+    with process:
+        try:
+            _, message = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"the C compiler does not finish ({name}, in {SECONDS} seconds)") from None
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
     if process.returncode:
         lines = [line.strip() for line in message.splitlines() if line.strip()]
         lines.append(f"{name}: status {process.returncode}")
@@ -186,13 +188,6 @@ def compile_files(command: list[str], files: list[Path], flags: list[str], folde
         return built.read_bytes()
     except OSError:
         raise _OptionFails(f"the C compiler writes no library ({name})") from None
-
-
-def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    process.stderr.close()
-    process.wait()
 
 
 # -- loading -----------------------------------------------------------------------------------------
