@@ -74,10 +74,7 @@ class Evaluation:
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     """Runs the network in eval mode over all batches. The host waits for the device only at the end."""
     network.eval()
-    matrix = torch.zeros((), dtype=torch.int64, device="cpu")
-    for inputs, labels in batches:
-        matrix = matrix.to(labels.device) + confusion(network(inputs), labels)
-    return Evaluation(matrix.cpu())
+    return Evaluation(sum(confusion(network(inputs), labels) for inputs, labels in batches).cpu())
 
 
 def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

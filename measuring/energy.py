@@ -83,11 +83,9 @@ def fan_out(module: nn.Linear | nn.Conv2d, mask: Tensor, shape: torch.Size) -> T
     if module.padding_mode != "zeros":
         raise ValueError(f"padding_mode={module.padding_mode!r} is not accepted: operations are counted with 'zeros'")
     # the transposed convolution of ones; float64 is exact, float32 may not be on a GPU
-    with torch.enable_grad():
-        x = torch.zeros(1, *shape, dtype=torch.float64, device=mask.device, requires_grad=True)
-        out = F.conv2d(x, mask.double(), None, module.stride, module.padding, module.dilation, module.groups)
-        (ones,) = torch.autograd.grad(out.sum(), x)
-    return ones[0].round().long()
+    settings = (module.stride, module.padding, module.dilation, module.groups)
+    transposed = torch.func.grad(lambda x: F.conv2d(x, mask.double(), None, *settings).sum())
+    return transposed(torch.zeros(shape, dtype=torch.float64, device=mask.device)).round().long()
 
 
 class OperationCounter(SpikeCounter):

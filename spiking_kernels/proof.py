@@ -1,7 +1,7 @@
 """The proof that a kernel computes what a network's layers do: compared setting by setting, not assumed."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from numbers import Number
 from operator import is_
@@ -42,54 +42,45 @@ def difference(
         harmless: whether a hook is known to change nothing, and not to matter if it is not called; None: none is.
     """
     global _last
-    if _last is not None and _last.holds(module, like, free):
+    last, other, allowed, unchanged = _last
+    if module is last and like is other and free == allowed and unchanged():
         return None
     reason = _difference(module, like, name, free, None)
     if reason is None:
-        _last = _Alike(module, like, free)
+        _last = module, like, free, _watch(module)
     elif harmless is not None:
         reason = _difference(module, like, name, free, harmless)
     return reason
 
 
-class _Alike:
-    """A module that was found to be like another one, and all that decided it, to see whether that still holds.
+def _watch(module: nn.Module) -> Callable[[], bool]:
+    """A function that says whether all that decided about a module is as it is now.
 
     Attributes decide, and what is in those that are dictionaries or sets. A change there gives a key another object,
     changes the keys, or fills what was empty, as the dictionaries of hooks were.
     """
+    modules = [*module.modules()]
+    types, attributes = [*map(type, modules)], [*map(vars, modules)]
+    held = [value for own in attributes for value in own.values() if isinstance(value, (dict, set))]
+    empty, filled = [x for x in held if not x], attributes + [x for x in held if x]
+    views = [x.values() for x in filled if isinstance(x, dict)]
+    keys, values = [*chain.from_iterable(filled)], [*chain.from_iterable(views)]
 
-    def __init__(self, module: nn.Module, like: nn.Module, free: frozenset[str]):
-        self.like, self.free, self.modules = like, free, [*_tree(module)]
-        self.types, self.attributes = [*map(type, self.modules)], [*map(vars, self.modules)]
-        held = [value for own in self.attributes for value in own.values() if isinstance(value, (dict, set))]
-        self.empty = [x for x in held if not x]
-        self.filled = self.attributes + [x for x in held if x]
-        self.views = [x.values() for x in self.filled if isinstance(x, dict)]
-        self.keys = [*chain.from_iterable(self.filled)]
-        self.values = [*chain.from_iterable(self.views)]
-
-    def holds(self, module: nn.Module, like: nn.Module, free: frozenset[str]) -> bool:
+    def unchanged() -> bool:
         return (
-            module is self.modules[0]
-            and like is self.like
-            and free == self.free
-            and not any(self.empty)
-            and [*map(type, self.modules)] == self.types
-            and all(map(is_, map(vars, self.modules), self.attributes))
-            and [*chain.from_iterable(self.filled)] == self.keys
-            and all(map(is_, chain.from_iterable(self.views), self.values))
+            not any(empty)
+            and [*map(type, modules)] == types
+            and all(map(is_, map(vars, modules), attributes))
+            and [*chain.from_iterable(filled)] == keys
+            and all(map(is_, chain.from_iterable(views), values))
         )
 
+    return unchanged
 
-_last: _Alike | None = None  # of the last module; networks that take turns are compared in full each time
 
-
-def _tree(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those within it; one that is in two places comes twice."""
-    yield module
-    for child in vars(module)["_modules"].values():
-        yield from _tree(child)
+# The last module that was like another one, with that, `free` and `unchanged`; networks that take turns are compared
+# in full each time.
+_last: tuple[Any, ...] = (None, None, None, None)
 
 
 def _difference(
@@ -228,8 +219,3 @@ def check_network(network: nn.Module, kind: type[nn.Module]) -> None:
     ):
         if found:
             raise Unfit(obstacle)
-
-
-def autocast_dtype() -> torch.dtype | None:
-    """The dtype that torch.autocast rounds products on the CPU to now, or None."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None

@@ -24,8 +24,6 @@ from training.options import RECORDING_OPTIONS, arguments
 
 FORMAT = 2
 
-LATER_CONTENT = {"schedule": {}}  # fields that older checkpoints lack, with the values that these would have
-
 
 def load(path: Path) -> dict[str, Any] | None:
     """Loads the checkpoint ``path`` to the CPU, or the previous one beside it if it is damaged; None without any.
@@ -46,7 +44,7 @@ def load(path: Path) -> dict[str, Any] | None:
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if type(found) is not int or found != FORMAT:
         raise Refusal(f"{path} is of format {found!r:.40}, not {FORMAT}: it was written by another version")
-    state = {**LATER_CONTENT, **state}
+    state = {"schedule": {}, **state}  # which older checkpoints lack
     with checking(path):
         checkpoint_checks.check_content(state)
     return state
