@@ -128,14 +128,13 @@ def _processor() -> str:
 
 def compiler() -> list[str]:
     """The words of CC, which may hold arguments."""
-    text = os.environ.get("CC", "cc")
+    text, problem = os.environ.get("CC", "cc"), ""
     try:
-        words = shlex.split(text)
+        if words := shlex.split(text):
+            return words
     except ValueError as error:
-        raise Unavailable(f"there is no C compiler (CC={text!r}: {error})") from None
-    if not words:
-        raise Unavailable(f"there is no C compiler (CC={text!r})")
-    return words
+        problem = f": {error}"
+    raise Unavailable(f"there is no C compiler (CC={text!r}{problem})")
 
 
 def first_accepted(command: list[str], options: tuple[str, ...], folder: Path) -> str | None:
@@ -195,10 +194,8 @@ def compile_files(command: list[str], files: list[Path], flags: list[str], folde
 
 def _load_kept(path: Path | None) -> ctypes.CDLL | None:
     content = path and kept.read(path)
-    try:
+    with contextlib.suppress(Unavailable):  # it was built on another system
         return _load(content) if content else None
-    except Unavailable:  # it was built on another system
-        return None
 
 
 def _load(content: bytes) -> ctypes.CDLL:

@@ -87,7 +87,8 @@ def _difference(
     module: nn.Module, like: nn.Module, name: str, free: frozenset[str], harmless: Callable[[Any], bool] | None
 ) -> str | None:
     if type(module) is not type(like):
-        return f"{name} is a {_type_name(module)}, not a {_type_name(like)}"
+        is_a, not_a = (f"{kind.__module__}.{kind.__qualname__}" for kind in (type(module), type(like)))
+        return f"{name} is a {is_a}, not a {not_a}"
     own, other = vars(module), vars(like)
     for key, expected in other.items():
         value = own.get(key)
@@ -123,12 +124,7 @@ def _names(kind: type) -> frozenset[str]:
 
 def overridden(instance: object) -> str | None:
     """An attribute of an object that stands in the place of what its class has; None where there is none."""
-    names = _names(type(instance))
-    return None if names.isdisjoint(vars(instance)) else next(iter(names & vars(instance).keys()))
-
-
-def _type_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return next(filter(_names(type(instance)).__contains__, vars(instance)), None)
 
 
 def _shown(value: Any) -> str:

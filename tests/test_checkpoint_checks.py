@@ -315,6 +315,11 @@ def test_batch_norm_has_a_variance_and_a_count():
             checkpoint_checks.check_network(saved(**{name: value}), network)
 
 
+def test_batch_norm_without_running_statistics_has_none_to_check():
+    network = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False))
+    checkpoint_checks.check_network({"network": network.state_dict(), "step": 3, "arguments": {"T": 4}}, network)
+
+
 def test_bits_behind_the_last_connection_are_none():
     network = nn.Sequential(nn.Linear(3, 3, bias=False))  # 9 connections, 16 bits
     optimizer = torch.optim.Adam(network.parameters())

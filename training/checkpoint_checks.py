@@ -69,21 +69,20 @@ def check_content(saved: dict[str, Any]) -> None:
 
 
 def _check_counters(saved: dict[str, Any]) -> None:
-    arguments = saved["arguments"]
+    arguments, data = saved["arguments"], saved["data"]
     for name in ("batch_size", "epoch", "T", "interval_test", "interval_train"):
         checks.whole_number(f"{name} of arguments", arguments.get(name), 1, LARGEST)
-    match = FINGERPRINT.fullmatch(saved["data"])
-    if match is None or int(match[1]) < arguments["batch_size"]:
-        batch = arguments["batch_size"]
-        raise ValueError(f"data is {saved['data'][:60]!r}, not a fingerprint of at least {batch} training images")
-    batches = int(match[1]) // arguments["batch_size"]
+    match, batch = FINGERPRINT.fullmatch(data), arguments["batch_size"]
+    if match is None or int(match[1]) < batch:
+        raise ValueError(f"data is {data[:60]!r}, not a fingerprint of at least {batch} training images")
+    batches = int(match[1]) // batch
     epoch = checks.whole_number("epoch", saved["epoch"], 0, arguments["epoch"])
     position = checks.whole_number("position", saved["position"], 0, batches)
     if saved["step"] != epoch * batches + position:
         raise ValueError(f"step is {saved['step']} after {epoch} epochs of {batches} and {position} batches")
     checks.number("best_accuracy", saved["best_accuracy"], 0, 1 if epoch else 0)
     checks.number("epoch_loss", saved["epoch_loss"], 0, torch.inf if position else 0)
-    checks.whole_number("epoch_right", saved["epoch_right"], 0, position * arguments["batch_size"])
+    checks.whole_number("epoch_right", saved["epoch_right"], 0, position * batch)
 
 
 # -- checks against the run ------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ def check_network(saved: dict[str, Any], network: nn.Module) -> None:
     checks.tensors("the network", state, network.state_dict())
     updates = saved["step"] * saved["arguments"]["T"]
     for name, module in network.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
             _check_range(f"{name}.running_var", state[f"{name}.running_var"], low=0)
             _check_range(f"{name}.num_batches_tracked", state[f"{name}.num_batches_tracked"], 0, updates)
 
