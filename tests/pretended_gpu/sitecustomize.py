@@ -1,0 +1,158 @@
+"""Python runs this at the start of each process on the pretended GPU (PYTHONPATH leads here; see pretended_runs.py).
+
+Kernels do nothing there, so whatever would make sense of their results is patched: it still waits for the device and
+launches what it launches, but gets made-up numbers. The calls to the driver are counted from one moment to the next,
+each a period with a name: "start", "step 0", "step 1", ..., "evaluation", "after evaluation".
+"""
+
+import atexit
+import ctypes
+import functools
+import itertools
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+LOGS = Path(os.environ["PRETENDED_LOGS"])  # a file of each process with what its driver reports
+IMAGES = int(os.environ["PRETENDED_IMAGES"])  # to train on; there are TEST_IMAGES to test on
+TEST_IMAGES = 50
+os.environ["FAKE_LOG"] = str(LOGS / f"{os.getpid()}.log")  # the driver reads it when it has something to say
+os.environ["FAKE_EAGER"] = "1"  # it reports kernels by their names, too
+
+
+class Periods:
+    """Has the driver report at the end of each period."""
+
+    def __init__(self) -> None:
+        self.driver, self.title = ctypes.CDLL("libcuda.so.1"), "start"
+        self.driver.fake_reset()
+
+    def begin(self, title: str) -> None:
+        self.driver.fake_report(self.title.encode())
+        self.driver.fake_reset()
+        self.title = title
+
+
+def pretend_convolutions() -> None:
+    """Convolutions without cuDNN: a launch each, and tensors of the right sizes; two launches backward."""
+    import torch
+
+    def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+        size = [(n + 2 * p - w) // s + 1 for n, p, w, s in zip(x.shape[2:], padding, weight.shape[2:], stride)]  # noqa: B905
+        return torch.empty(len(x), len(weight), *size, device=x.device, dtype=x.dtype).zero_()
+
+    def backward(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, needed):
+        made = [torch.empty_like(t).zero_() if need else None for t, need in zip((x, weight), needed)]  # noqa: B905
+        return *made, None
+
+    torch.backends.cudnn.enabled = False
+    pretend_convolutions.kept = torch.library.Library("aten", "IMPL")  # in force as long as it exists
+    pretend_convolutions.kept.impl("convolution", convolution, "CUDA")
+    pretend_convolutions.kept.impl("convolution_backward", backward, "CUDA")
+
+
+def pretend_results() -> None:
+    """All is finite, half of the images are recognised, each segment has its own penalty, and the data are noise."""
+    import torch
+
+    import gradrewire
+    from measuring import Evaluation, energy
+    from training import checkpoint_checks, data
+    from training.divergence import FiniteCheck
+
+    FiniteCheck.found = lambda self: self.first.tolist() and None
+    Evaluation.right, Evaluation.images, Evaluation.accuracy = 1, 2, 0.5
+    energy.OperationCounter._arrivals = lambda self, name: self._arrived[name].long()  # they are spikes
+    checkpoint_checks.check_training = lambda *args: None  # the optimizers have counted no steps
+
+    smallest, thetas = gradrewire._smallest, itertools.count(1)
+
+    def another_theta(values, k):
+        smallest(values, k)
+        return torch.tensor(1e-3 * next(thetas), device=values.device)
+
+    gradrewire._smallest = another_theta
+
+    def load(source, folder):
+        generator = torch.Generator().manual_seed(0)
+        pixels = [
+            torch.randint(0, 256, (n, *source.shape), generator=generator, dtype=torch.uint8)
+            for n in (IMAGES, TEST_IMAGES)
+        ]
+        return data.Dataset(*(data.Split(images, torch.arange(len(images)) % source.classes) for images in pixels))
+
+    data.DataSource.load = load
+
+
+def small_grid() -> None:
+    """Where PRETENDED_GRID names a folder, the grids of reproduce are those there."""
+    if "PRETENDED_GRID" in os.environ:
+        from reproduce import grid
+
+        grid.load.__defaults__ = (Path(os.environ["PRETENDED_GRID"]),)
+
+
+def count_periods(periods: Periods) -> None:
+    import measuring
+    from measuring import classification
+    from training.step import TrainingStep
+
+    step, evaluate, steps = TrainingStep.__call__, measuring.evaluate, itertools.count()
+
+    @functools.wraps(step)
+    def counted_step(*args):
+        periods.begin(f"step {next(steps)}")
+        return step(*args)
+
+    @functools.wraps(evaluate)
+    def counted_evaluation(*args):
+        periods.begin("evaluation")
+        try:
+            return evaluate(*args)
+        finally:
+            periods.begin("after evaluation")
+
+    TrainingStep.__call__ = counted_step
+    measuring.evaluate = classification.evaluate = counted_evaluation
+
+
+def at_exit(periods: Periods) -> None:
+    """Reports the last period, and what torch's allocator and compiler did."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    periods.begin("end")
+    memory = {}
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            stats = torch.cuda.memory_stats(device)
+            memory[device] = {
+                "allocated": stats.get("allocated_bytes.all.peak", 0),
+                "reserved": stats.get("reserved_bytes.all.peak", 0),
+                "failures": stats.get("num_ooms", 0),
+            }
+    about = {"argv": sys.argv, "memory": memory, "compiled": counters["stats"].get("unique_graphs", 0)}
+    (LOGS / f"{os.getpid()}.json").write_text(json.dumps(about))
+
+
+def main() -> None:
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    sys.path.insert(0, root)
+    pretend_convolutions()
+    pretend_results()
+    small_grid()
+    found = Periods()
+    count_periods(found)
+    atexit.register(at_exit, found)
+    sys.path.remove(root)
+
+
+if "LD_PRELOAD" in os.environ:  # while the driver is still to be built, Python is only asked for paths
+    try:
+        main()
+    except BaseException:  # Python would print a line and go on
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(99)
