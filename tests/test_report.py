@@ -568,7 +568,7 @@ def test_receptive_fields_by_hand(monkeypatch, style):
 
 
 def test_a_picture_does_not_depend_on_those_before():
-    """Figures are used again; nothing of one run may stay in the next one's."""
+    """Nothing of one run may stay in the next one's."""
     few, many = (run_of([result(e, connectivity=0.3 / e, full=True) for e in range(1, n)]) for n in (3, 60))
     dense = run_of([result(e, connectivity=1.0, full=True) for e in range(1, 4)])
     empty = run_of([result(1, full=True)])  # axes without anything in them
@@ -579,10 +579,7 @@ def test_a_picture_does_not_depend_on_those_before():
     def svgs(run):
         return [picture.svg for picture in pictures.of_run(run, 1, tensors) + pictures.overall([run], ["r"])]
 
-    alone = []
-    for run in (few, many, dense, empty):
-        drawing._blank.cache_clear()
-        alone.append(svgs(run))
+    alone = [svgs(run) for run in (few, many, dense, empty)]
     assert [svgs(run) for run in (many, few, dense, many, few, empty)] == [alone[i] for i in (1, 0, 2, 1, 0, 3)]
     one = run_of([result(1, full=True)])  # of the same form as the empty one
     svgs(one)

@@ -1,7 +1,6 @@
 """What the pictures share: the style, panels with a legend at their right, axes, curves, a figure as SVG."""
 
 import base64
-import functools
 import io
 import math
 import re
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from training.files.json_files import printable
 
@@ -98,41 +97,22 @@ def percent(fraction: float) -> str:
 def panels(
     rows: int, columns: int, labels: Sequence[str], height: float, sharey: bool = False, titles: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with room for a legend of these labels at its right; its axes [rows, columns]. Sizes in inches.
-
-    The next call for a figure of the same form gives the same one, emptied: half of matplotlib's time goes into new
-    axes and their ticks.
-    """
-    room = 0.45 + 0.068 * max(map(len, labels)) if labels else 0.0
-    figure, grid = _blank(rows, columns, height, sharey, titles, room, 0.3 + 0.172 * len(labels))
-    for artist in (*figure.legends, *(artist for axes in grid.flat for artist in (*axes.lines, *axes.patches))):
-        artist.remove()
-    for axes in grid.flat:
-        axes.relim()
-        axes.set_xscale("linear")  # puts back locators and formatters too
-        axes.set_yscale("linear")
-        axes.axis((0, 1, 0, 1))  # of axes that stay empty
-        axes.autoscale(True)
-    return figure, grid
-
-
-@functools.lru_cache(maxsize=16)
-def _blank(
-    rows: int, columns: int, height: float, sharey: bool, titles: bool, room: float, least_height: float
-) -> tuple[Figure, np.ndarray]:
-    right, top, bottom, between = 0.15, 0.3 if titles else 0.12, 0.5, 0.9
-    total_width = LEFT + WIDTH + right + room
-    row = top + height + bottom
-    total_height = max(rows * row, least_height)
-    figure = Figure(figsize=(total_width, total_height))
-    FigureCanvasSVG(figure)
+    """A figure with room for a legend of these labels at its right; its axes [rows, columns]. Sizes in inches."""
+    top, bottom, between = 0.3 if titles else 0.12, 0.5, 0.9
+    total_width = LEFT + WIDTH + 0.15 + (0.45 + 0.068 * max(map(len, labels)) if labels else 0)
+    total_height = max(rows * (top + height + bottom), 0.3 + 0.172 * len(labels))
     one = (WIDTH - between * (columns - 1)) / columns
-    grid = np.empty((rows, columns), dtype=object)
-    for r, c in np.ndindex(rows, columns):
-        x, y = LEFT + c * (one + between), total_height - r * row - top - height
-        box = (x / total_width, y / total_height, one / total_width, height / total_height)
-        axes = grid[r, c] = figure.add_axes(box, sharey=grid[r, 0] if sharey and c else None)
-        # fixed, so that they align, and matplotlib need not measure the tick labels
+    places = {
+        "left": LEFT / total_width,
+        "right": (LEFT + WIDTH) / total_width,
+        "top": 1 - top / total_height,
+        "bottom": 1 - (rows * (top + height + bottom) - bottom) / total_height,
+        "hspace": (top + bottom) / height,
+        "wspace": between / one,
+    }
+    figure = Figure(figsize=(total_width, total_height))
+    grid = figure.subplots(rows, columns, sharey="row" if sharey else False, squeeze=False, gridspec_kw=places)
+    for axes in grid.flat:  # labels at fixed places, so that they align
         axes.xaxis.set_label_coords(0.5, -0.25 / height)
         axes.yaxis.set_label_coords(-0.6 / one, 0.5)
     return figure, grid
@@ -176,32 +156,17 @@ def percent_axis(axes: Axes, what: str, fractions: np.ndarray, log: bool = False
     With ``log`` it is logarithmic where the smallest is below 10 % and less than a fifth of the largest.
     """
     axes.set_ylabel(f"{what} (%)")
-    percents = fractions[np.isfinite(fractions)] * 100
-    positive = percents[percents > 0]
-    if log and len(positive) and positive.min() < 10 and positive.max() / positive.min() > 5:
-        axes.set_yscale("log")
-        _log_ticks(axes.yaxis, positive.min(), positive.max())
-    elif len(percents):
-        low, high = percents.min(), percents.max()
-        margin = 0.05 * (high - low) or 1.0
-        axes.set_ylim(max(low - margin, -1) if high > low else 0, min(high + margin, 101))
+    positive = fractions[fractions > 0]
+    if log and len(positive) and positive.min() < 0.1 and positive.min() < positive.max() / 5:
+        log_axis(axes.yaxis)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
 
 
-def percent_scale(axes: Axes, fractions: Iterable[float]) -> None:
-    """The x axis in per cent up to 100, logarithmic, for connectivities."""
-    low = 100 * min(fraction for fraction in fractions if fraction > 0)
-    margin = max(1.1, (100 / low) ** 0.06)
-    axes.set_xlim(low / margin, 100 * margin)  # first: a logarithmic axis warns of data that are all 0
-    axes.set_xscale("log")
-    _log_ticks(axes.xaxis, low, 100)
-    axes.set_xlabel("connectivity (%), logarithmic")
-
-
-def _log_ticks(axis: Any, low: float, high: float) -> None:
-    decades = math.log10(high / low)
-    subs = range(1, 10) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    axis.set_major_locator(LogLocator(subs=subs))
+def log_axis(axis: Axis) -> None:
+    """A logarithmic axis of percentages."""
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(_plain))
 
@@ -210,8 +175,6 @@ def count_axis(axes: Axes, largest: float) -> None:
     """The y axis for counts that reach from 0 over decades."""
     if largest > 20:
         axes.set_yscale("symlog", linthresh=1, linscale=0.4)
-        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1))
-        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -219,19 +182,16 @@ def count_axis(axes: Axes, largest: float) -> None:
 
 
 def curves(
-    curves: Sequence[Curve], height: float = 2.6, titles: Sequence[str] = (), sharey: bool = False, thin: bool = False
+    curves: Sequence[Curve], height: float = 2.6, titles: Sequence[str] = (), sharey: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with curves against the epoch in one or more panels, and its axes [panels].
-
-    ``height`` is that of the panels, in inches; with ``thin``, curves of more than 100 epochs are thin.
-    """
+    """A figure with curves against the epoch in panels of this height, in inches, and its axes [panels]."""
     labels = [label for label, *_ in curves]
     figure, (row,) = panels(1, len(curves[0]) - 2, labels, height, sharey, bool(titles))
     lines = []
     for i, (_, epochs, *values) in enumerate(curves):
         for axes, y in zip(row, values, strict=True):
             marker = "o" if np.isfinite(y).sum() <= 40 else None  # a single point has no line
-            width = 0.8 if thin and len(epochs) > 100 else None
+            width = 0.8 if len(epochs) > 100 else None
             lines += axes.plot(epochs, y, marker=marker, markersize=3, linewidth=width, **look(i))
     for axes in row:
         epoch_axis(axes, np.concatenate([epochs for _, epochs, *_ in curves]))

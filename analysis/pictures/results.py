@@ -66,7 +66,10 @@ def plane(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
     labels = [label for label, *_ in marks]
     figure, ((axes,),) = drawing.panels(1, 1, labels, 3.8)
     handles = [axes.plot(100 * np.array(x), 100 * np.array(y), **look)[0] for _, x, y, look in marks]
-    drawing.percent_scale(axes, [1.0, *(value for _, x, _, _ in marks for value in x)])
+    low = min(value for value in (1.0, *(value for _, x, _, _ in marks for value in x)) if value > 0)
+    axes.set_xlim(80 * low, 125)  # first: a logarithmic axis warns of data that are all 0
+    drawing.log_axis(axes.xaxis)
+    axes.set_xlabel("connectivity (%), logarithmic")
     drawing.percent_axis(axes, "test accuracy", np.concatenate([y for _, _, y, _ in marks]))
     drawing.legend(figure, handles, labels)
     said = [
@@ -94,7 +97,7 @@ def _rewiring(curves: Sequence[Curve], of_what: str) -> Picture | None:
     counts = [values for _, _, *both in curves for values in both]
     if not any(np.nan_to_num(values).any() for values in counts):
         return None
-    figure, axes = drawing.curves(curves, sharey=True, titles=("pruned", "regrown"), thin=True)
+    figure, axes = drawing.curves(curves, sharey=True, titles=("pruned", "regrown"))
     axes[0].set_ylabel("connections per epoch")
     drawing.count_axis(axes[0], float(np.nanmax(np.concatenate(counts))))
     said = "; ".join(f"{label} {np.nansum(p):,.0f} and {np.nansum(r):,.0f}" for label, _, p, r in curves)

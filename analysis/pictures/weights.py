@@ -6,11 +6,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
 import measuring
@@ -63,7 +61,6 @@ def distributions(run: SavedRun) -> Picture | None:
             axes.set_xlabel(symbol)
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(numticks=6))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_ylabel(f"density (per unit of {symbol})")
@@ -138,12 +135,10 @@ def receptive_fields(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
         y, x = 29 * (i // COLUMNS), 29 * (i % COLUMNS)
         grid[y : y + 28, x : x + 28] = field
     limit = float(np.abs(grid[np.isfinite(grid)]).max(initial=0)) or 1.0  # a run that diverged has NaN
-    figure = Figure(figsize=(9.6, 3.6))
-    FigureCanvasSVG(figure)
-    left = figure.add_axes((0.0625, 0.14, 0.27, 0.76))
-    _image(left, share, Normalize(0, max(share.max(), 1e-9)), "viridis", "connected hidden neurons (%)")
-    right = figure.add_axes((0.47, 0.07, 0.44, 0.83))
-    _image(right, grid, Normalize(-limit, limit), "RdBu_r", "weight w")
+    figure = Figure(figsize=(9.6, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    _image(left, share, (0, max(share.max(), 1e-9)), "viridis", "connected hidden neurons (%)")
+    _image(right, grid, (-limit, limit), "RdBu_r", "weight w")
     left.set(title=f"share of the {hidden} hidden neurons", xlabel="pixel column", ylabel="pixel row")
     right.set(title=f"weights of hidden neurons 0 to {len(fields) - 1}, row by row", xticks=[], yticks=[])
     least, most = (percent(float(value) / 100) for value in (share.min(), share.max()))
@@ -157,17 +152,10 @@ def receptive_fields(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
     )
 
 
-def _image(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, label: str) -> None:
-    """An image with its own colour bar, which is an image too: matplotlib's would be hundreds of paths."""
-    axes.set_anchor("N")
-    axes.imshow(values, norm=norm, cmap=colours, interpolation="none")
+def _image(axes: Axes, values: np.ndarray, limits: tuple[float, float], colours: str, label: str) -> None:
+    """An image with its colour bar."""
+    image = axes.imshow(values, vmin=limits[0], vmax=limits[1], cmap=colours, interpolation="none")
+    bar = axes.figure.colorbar(image, ax=axes, label=label)
+    bar.solids.set_rasterized(True)  # as an image; otherwise it would be hundreds of paths
     axes.spines[:].set_visible(False)
-    box, extent = axes.get_position(), (0, 1, norm.vmin, norm.vmax)
-    bar = axes.figure.add_axes((box.x1 + 0.012, box.y0, 0.012, box.height))
-    ramp = np.linspace(norm.vmin, norm.vmax, 64)[:, None]
-    bar.imshow(ramp, norm=norm, cmap=colours, aspect="auto", origin="lower", extent=extent)
-    bar.set(xticks=[], ylabel=label)
-    bar.yaxis.tick_right()
-    bar.yaxis.set_label_position("right")
     axes.grid(False)
-    bar.grid(False)
