@@ -18,11 +18,9 @@ def overall(runs: Sequence[SavedRun], labels: Sequence[str]) -> list[Picture]:
     pairs = [(run, short(label)) for run, label in zip(runs, labels, strict=True) if run.epochs]
     if not pairs:
         return []
-    runs, labels = zip(*pairs, strict=True)
+    draw = (results.accuracy, results.connectivity, results.plane, results.rewiring)
     with matplotlib.rc_context(STYLE):
-        made = [
-            draw(runs, labels) for draw in (results.accuracy, results.connectivity, results.plane, results.rewiring)
-        ]
+        made = [picture(*zip(*pairs, strict=True)) for picture in draw]
     return [picture for picture in made if picture]
 
 

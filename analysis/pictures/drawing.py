@@ -5,7 +5,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from training.files.json_files import printable
@@ -24,7 +23,6 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 
 MARKERS = ("o", "s", "^", "v", ">")  # a plus is too thin to tell hollow from filled
 INK = "#1f2328"  # becomes the colour of the page's text
 STYLE = {
-    "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "text.color": INK,
@@ -38,12 +36,12 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
-    "axes.titley": 1.02,  # fixed: finding a free place takes a tenth of the time
     "figure.facecolor": "none",
     "grid.color": "#80808040",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.3,
     "lines.markersize": 4,
     "xtick.color": "#808080",
@@ -53,7 +51,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",  # the same runs give the same page
 }
-LEFT, WIDTH = 0.9, 8.0  # inches: where the axes begin, how far they reach; the legend is at their right
+LEGEND = "outside right upper"
 PIXELS_PER_INCH = 100  # text of 9 points is 12.5 pixels high then
 THEME = (
     "<style>svg{color:#1f2328}image{image-rendering:pixelated}"
@@ -95,32 +93,13 @@ def percent(fraction: float) -> str:
 
 
 def panels(
-    rows: int, columns: int, labels: Sequence[str], height: float, sharey: bool = False, titles: bool = False
+    rows: int, columns: int, labels: Sequence[str], height: float, sharey: bool = False
 ) -> tuple[Figure, np.ndarray]:
     """A figure with room for a legend of these labels at its right; its axes [rows, columns]. Sizes in inches."""
-    top, bottom, between = 0.3 if titles else 0.12, 0.5, 0.9
-    total_width = LEFT + WIDTH + 0.15 + (0.45 + 0.068 * max(map(len, labels)) if labels else 0)
-    total_height = max(rows * (top + height + bottom), 0.3 + 0.172 * len(labels))
-    one = (WIDTH - between * (columns - 1)) / columns
-    places = {
-        "left": LEFT / total_width,
-        "right": (LEFT + WIDTH) / total_width,
-        "top": 1 - top / total_height,
-        "bottom": 1 - (rows * (top + height + bottom) - bottom) / total_height,
-        "hspace": (top + bottom) / height,
-        "wspace": between / one,
-    }
-    figure = Figure(figsize=(total_width, total_height))
-    grid = figure.subplots(rows, columns, sharey="row" if sharey else False, squeeze=False, gridspec_kw=places)
-    for axes in grid.flat:  # labels at fixed places, so that they align
-        axes.xaxis.set_label_coords(0.5, -0.25 / height)
-        axes.yaxis.set_label_coords(-0.6 / one, 0.5)
-    return figure, grid
-
-
-def legend(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    anchor = ((LEFT + WIDTH + 0.1) / figure.get_figwidth(), 1 - 0.12 / figure.get_figheight())
-    figure.legend(handles, labels, loc="upper left", bbox_to_anchor=anchor, borderaxespad=0, handlelength=2.6)
+    width = 9 + 0.068 * max(map(len, labels), default=0)
+    height = max(rows * (height + 0.7), 0.3 + 0.172 * len(labels))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharey="row" if sharey else False, squeeze=False)
 
 
 def picture(title: str, alt: str, caption: str, figure: Figure) -> Picture:
@@ -133,15 +112,6 @@ def picture(title: str, alt: str, caption: str, figure: Figure) -> Picture:
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # hundredths of a point
     svg = text.replace(INK, "currentColor").replace(">", f">{THEME}", 1)
     return Picture(title, alt, caption, svg, round(PIXELS_PER_INCH * figure.get_figwidth()))
-
-
-def epoch_axis(axes: Axes, epochs: Iterable[float]) -> None:
-    epochs = list(epochs) or [1]
-    low, high = min(epochs), max(epochs)
-    margin = max(0.5, 0.02 * (high - low))
-    axes.set_xlim(low - margin, high + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("epoch")
 
 
 def _plain(value: float, _: int = 0) -> str:
@@ -186,16 +156,15 @@ def curves(
 ) -> tuple[Figure, np.ndarray]:
     """A figure with curves against the epoch in panels of this height, in inches, and its axes [panels]."""
     labels = [label for label, *_ in curves]
-    figure, (row,) = panels(1, len(curves[0]) - 2, labels, height, sharey, bool(titles))
+    figure, (row,) = panels(1, len(curves[0]) - 2, labels, height, sharey)
     lines = []
     for i, (_, epochs, *values) in enumerate(curves):
         for axes, y in zip(row, values, strict=True):
             marker = "o" if np.isfinite(y).sum() <= 40 else None  # a single point has no line
             width = 0.8 if len(epochs) > 100 else None
             lines += axes.plot(epochs, y, marker=marker, markersize=3, linewidth=width, **look(i))
-    for axes in row:
-        epoch_axis(axes, np.concatenate([epochs for _, epochs, *_ in curves]))
-    for axes, title in zip(row, titles, strict=False):
-        axes.set_title(title)
-    legend(figure, lines[:: len(row)], labels)
+    for axes, title in zip(row, titles or [""] * len(row), strict=True):
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    figure.legend(lines[:: len(row)], labels, loc=LEGEND)
     return figure, row

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A published result: (connectivity, test accuracy) as fractions, and where it is published."""
-
     label: str
     source: str
-    points: tuple[tuple[float, float], ...]
+    points: tuple[tuple[float, float], ...]  # connectivity and test accuracy, as fractions
     marker: str
 
 

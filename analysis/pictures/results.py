@@ -12,21 +12,19 @@ from training.files.json_files import number
 
 
 def accuracy(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
-    curves = _curves(runs, labels, "test_accuracy")
     caption = "Share of the test images that are classified correctly, after each epoch."
-    return _shares(curves, "run", "test accuracy", "Test accuracy against epoch", caption, 3.4)
+    return _shares(_curves(runs, labels, "test_accuracy"), "run", "test accuracy", caption)
 
 
 def connectivity(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
-    curves = _curves(runs, labels, "connectivity")
     caption = "Share of the prunable weights that are connected (w ≠ 0), all layers together, after each epoch."
-    return _shares(curves, "run", "connectivity", "Connectivity against epoch", caption, 3.4, log=True)
+    return _shares(_curves(runs, labels, "connectivity"), "run", "connectivity", caption)
 
 
 def layers(run: SavedRun) -> Picture | None:
     curves = _layer_curves(run, "connectivity")
     caption = "Share of each layer's weights that are connected (w ≠ 0), after each epoch."
-    return _shares(curves, "layer", "connectivity", "Connectivity per layer", caption, log=True) if curves else None
+    return _shares(curves, "layer", "connectivity", caption) if curves else None
 
 
 def _curves(runs: Sequence[SavedRun], labels: Sequence[str], *keys: str) -> list[Curve]:
@@ -38,44 +36,39 @@ def _layer_curves(run: SavedRun, *keys: str) -> list[Curve]:
     return [(short(name), epochs, *(run.series("layers", name, key) for key in keys)) for name in names]
 
 
-def _shares(
-    curves: Sequence[Curve], of: str, what: str, title: str, caption: str, height: float = 2.6, log: bool = False
-) -> Picture:
+def _shares(curves: Sequence[Curve], of: str, what: str, caption: str) -> Picture:
     """Fractions against the epoch, in per cent."""
     in_percent = [(label, epochs, 100 * values) for label, epochs, values in curves]
-    figure, (axes,) = drawing.curves(in_percent, height)
-    drawing.percent_axis(axes, what, np.concatenate([values for *_, values in curves]), log)
+    figure, (axes,) = drawing.curves(in_percent, height=3.4 if of == "run" else 2.6)
+    drawing.percent_axis(axes, what, np.concatenate([values for *_, values in curves]), log=what == "connectivity")
     last = "; ".join(f"{label} {percent(values[-1])}" for label, _, values in curves)
+    title = f"{what.capitalize()} {'against epoch' if of == 'run' else 'per layer'}"
     alt = f"{what.capitalize()} of each {of} against epoch. At the end: {last}."
     return drawing.picture(title, alt, caption, figure)
 
 
 def plane(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
     """Test accuracy and connectivity, a mark per run, beside published results."""
-    marks = []  # label, connectivities, accuracies, look
+    marks = []  # label, points (connectivity, accuracy), look
     for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
-        place = [number(run.last, "connectivity")], [number(run.last, "test_accuracy")]
-        marks.append((label, *place, {**look, "linestyle": "none", "markersize": 7}))
+        points = [(number(run.last, "connectivity"), number(run.last, "test_accuracy"))]
+        marks.append((label, points, {**look, "linestyle": "none", "markersize": 7}))
     published = PUBLISHED.get(runs[0].experiment, ())
     for entry in published:
         look = {"color": INK, "marker": entry.marker, "markersize": 9 if entry.marker == "*" else 6}
         look |= {"linestyle": (0, (1, 2)) if len(entry.points) > 1 else "none", "linewidth": 0.8}
-        place = zip(*entry.points, strict=True)
-        marks.append((f"published: {entry.label}", *place, {**look, "markerfacecolor": "none"}))
+        marks.append((f"published: {entry.label}", entry.points, {**look, "markerfacecolor": "none"}))
     labels = [label for label, *_ in marks]
     figure, ((axes,),) = drawing.panels(1, 1, labels, 3.8)
-    handles = [axes.plot(100 * np.array(x), 100 * np.array(y), **look)[0] for _, x, y, look in marks]
-    low = min(value for value in (1.0, *(value for _, x, _, _ in marks for value in x)) if value > 0)
-    axes.set_xlim(80 * low, 125)  # first: a logarithmic axis warns of data that are all 0
+    handles = [axes.plot(*(100 * np.array(points).T), **look)[0] for _, points, look in marks]
+    x, y = np.concatenate([points for _, points, _ in marks]).T
+    axes.set_xlim(80 * x.min(initial=1, where=x > 0), 125)  # first: a logarithmic axis warns of data that are all 0
     drawing.log_axis(axes.xaxis)
     axes.set_xlabel("connectivity (%), logarithmic")
-    drawing.percent_axis(axes, "test accuracy", np.concatenate([y for _, _, y, _ in marks]))
-    drawing.legend(figure, handles, labels)
-    said = [
-        f"{label}: {', '.join(f'{percent(b)} at {percent(a)}' for a, b in zip(x, y, strict=True))}"
-        for label, x, y, _ in marks
-    ]
+    drawing.percent_axis(axes, "test accuracy", y)
+    figure.legend(handles, labels, loc=drawing.LEGEND)
+    said = [f"{label}: {', '.join(f'{percent(b)} at {percent(a)}' for a, b in points)}" for label, points, _ in marks]
     caption = "Test accuracy and connectivity after each run's last finished epoch."
     if published:
         sources = "; ".join(dict.fromkeys(entry.source for entry in published))
@@ -121,9 +114,7 @@ def neurons(run: SavedRun) -> Picture | None:
         return None
     figure, axes = drawing.curves(curves)
     for panel, label in zip(axes, ("firing rate (spikes per time step)", "silent neurons (%)"), strict=True):
-        drawing.epoch_axis(panel, run.series("epoch"))
-        panel.set_ylim(bottom=0)
-        panel.set_ylabel(label)
+        panel.set(ylabel=label, ylim=(0, None))
     return drawing.picture(
         "Firing rates and silent neurons",
         f"Mean firing rate (left) and share of silent neurons (right) of each LIF layer against epoch. "

@@ -17,16 +17,17 @@ from analysis.pictures.drawing import COLOURS, Picture, percent, short
 from analysis.runs import SavedRun
 from training.files.json_files import nested
 
+SYMBOLS = {"w": "w", "theta": "θ"}  # of what is recorded
 MOST_EDGES = 4097  # of a recorded distribution; a run records 65
 ROWS, COLUMNS = 4, 8  # of the hidden neurons whose receptive fields are shown
 
 
 def _histogram(entry: Any, what: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Edges [n + 1] and probability density [n], NaN where it is 0, of a recorded distribution; None without one."""
-    entry = nested(entry, what)
+    entry = nested(entry, what) or {}
     try:
-        edges, counts = (np.asarray(entry[key], dtype=np.float64) for key in ("edges", "counts"))
-    except (TypeError, KeyError, ValueError, OverflowError):
+        edges, counts = (np.asarray(entry.get(key), dtype=np.float64) for key in ("edges", "counts"))
+    except (TypeError, ValueError, OverflowError):
         return None
     if counts.ndim != 1 or edges.shape != (len(counts) + 1,) or len(edges) > MOST_EDGES:
         return None
@@ -41,15 +42,12 @@ def distributions(run: SavedRun) -> Picture | None:
     """The recordings that are kept, from the first to the last, drawn over each other."""
     chosen = [epoch for epoch in run.epochs if nested(epoch, "distributions")]
     names = run.names_in("distributions")
-    columns = {
-        what: symbol
-        for what, symbol in (("w", "w"), ("theta", "θ"))
-        if any(nested(epoch, "distributions", name, what) for epoch in chosen for name in names)
-    }
+    recorded = {what for epoch in chosen for name in names for what in nested(epoch, "distributions", name) or ()}
+    columns = {what: symbol for what, symbol in SYMBOLS.items() if what in recorded}
     if not columns:
         return None
     labels = [f"epoch {epoch['epoch']}" for epoch in chosen]
-    figure, grid = drawing.panels(len(names), len(columns), labels, 1.7, titles=True)
+    figure, grid = drawing.panels(len(names), len(columns), labels, 1.7)
     colours = matplotlib.colormaps["plasma"](np.linspace(0.28, 0.88, len(chosen)))
     for row, name in zip(grid, names, strict=True):
         for axes, (what, symbol) in zip(row, columns.items(), strict=True):
@@ -57,14 +55,12 @@ def distributions(run: SavedRun) -> Picture | None:
                 if histogram := _histogram(nested(epoch, "distributions", name), what):
                     edges, density = histogram
                     axes.plot(np.repeat(edges, 2)[1:-1], np.repeat(density, 2), color=colour, linewidth=1)
-            axes.set_title(f"{short(name)}, {symbol}")
-            axes.set_xlabel(symbol)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.set(title=f"{short(name)}, {symbol}", xlabel=symbol, ylabel=f"density (per unit of {symbol})")
             axes.set_yscale("log")
+            axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.set_ylabel(f"density (per unit of {symbol})")
-    drawing.legend(figure, [Line2D([], [], color=colour) for colour in colours], labels)
+    figure.legend([Line2D([], [], color=colour) for colour in colours], labels, loc=drawing.LEGEND)
     return drawing.picture(
         f"Distributions of {' and '.join(columns.values())} over time",
         f"Probability densities of the values of {' and '.join(columns)} in {', '.join(map(short, names))}, "
@@ -76,28 +72,27 @@ def distributions(run: SavedRun) -> Picture | None:
 
 
 def fan_in(mask: Tensor) -> np.ndarray:
-    """Connected weights of every output, of a mask of neurons [out, in] or channels [out, in, kH, kW]; int64 [out]."""
+    """Connected weights of every output, int64 [out], of a mask [out, in] or, of a convolution, [out, in, kH, kW]."""
     return np.count_nonzero(mask.flatten(1).numpy(), axis=1)  # NumPy counts ten times as fast as torch
 
 
 def fan_out(mask: Tensor) -> np.ndarray:
-    """Connected weights of every input, of a mask of neurons [out, in] or channels [out, in, kH, kW]; int64 [in]."""
-    return np.count_nonzero(mask.numpy(), axis=tuple(dim for dim in range(mask.dim()) if dim != 1))
+    """Connected weights of every input, int64 [in], of the same mask."""
+    return fan_in(mask.transpose(0, 1))
 
 
 def connectivity_map(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
     if not weights:
         return None
-    figure, grid = drawing.panels(len(weights), 2, (), 1.4, titles=True)
+    figure, grid = drawing.panels(len(weights), 2, (), 1.4)
     said = []
     for row, (name, weight) in zip(grid, weights.items(), strict=True):
         kind, mask = "channel" if weight.dim() > 2 else "neuron", measuring.connected(weight)
         fans = {"in": (fan_in(mask), "output", COLOURS[0]), "out": (fan_out(mask), "input", COLOURS[2])}
         for axes, (what, (counts, of, colour)) in zip(row, fans.items(), strict=True):
             _bars(axes, counts, colour)
-            axes.set_title(f"{short(name)}: fan-{what}, mean {counts.mean():.1f} of {mask.numel() // len(counts):,}")
-            axes.set_xlabel(f"connected weights per {of} {kind}")
-            axes.set_ylabel(f"{of} {kind}s")
+            title = f"{short(name)}: fan-{what}, mean {counts.mean():.1f} of {mask.numel() // len(counts):,}"
+            axes.set(title=title, xlabel=f"connected weights per {of} {kind}", ylabel=f"{of} {kind}s")
         means = (f"mean fan-{what} {counts.mean():.1f}" for what, (counts, *_) in fans.items())
         said.append(f"{short(name)} {', '.join(means)}")
     return drawing.picture(
@@ -111,12 +106,9 @@ def connectivity_map(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
 
 def _bars(axes: Axes, counts: np.ndarray, colour: str) -> None:
     low, high = int(counts.min()), int(counts.max())
-    most = min(40, math.ceil(2 * math.sqrt(len(counts))))
-    step = max(1, math.ceil((high - low + 1) / most))
+    step = math.ceil((high - low + 1) / min(40, math.ceil(2 * math.sqrt(len(counts)))))
     edges = np.arange(low, high + step + 1, step) - 0.5
     axes.stairs(np.histogram(counts, edges)[0], edges, fill=True, color=colour)
-    margin = max(1.0, 0.03 * (high - low))
-    axes.set_xlim(edges[0] - margin, edges[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.set_ylim(bottom=0)
@@ -129,23 +121,22 @@ def receptive_fields(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
         return None
     hidden = len(weight)
     share = 100 * (fan_out(measuring.connected(weight)) / hidden).reshape(28, 28)
-    grid = np.full((ROWS * 29 - 1, COLUMNS * 29 - 1), np.nan)
-    fields = weight[: ROWS * COLUMNS].float().view(-1, 28, 28).numpy()  # [neurons, 28, 28]
-    for i, field in enumerate(fields):
-        y, x = 29 * (i // COLUMNS), 29 * (i % COLUMNS)
-        grid[y : y + 28, x : x + 28] = field
+    neurons = weight[: ROWS * COLUMNS].float().view(-1, 28, 28).numpy()
+    fields = np.full((ROWS * COLUMNS, 29, 29), np.nan)  # with a line between them
+    fields[: len(neurons), :28, :28] = neurons
+    grid = fields.reshape(ROWS, COLUMNS, 29, 29).swapaxes(1, 2).reshape(29 * ROWS, 29 * COLUMNS)[:-1, :-1]
     limit = float(np.abs(grid[np.isfinite(grid)]).max(initial=0)) or 1.0  # a run that diverged has NaN
     figure = Figure(figsize=(9.6, 3), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
     _image(left, share, (0, max(share.max(), 1e-9)), "viridis", "connected hidden neurons (%)")
     _image(right, grid, (-limit, limit), "RdBu_r", "weight w")
     left.set(title=f"share of the {hidden} hidden neurons", xlabel="pixel column", ylabel="pixel row")
-    right.set(title=f"weights of hidden neurons 0 to {len(fields) - 1}, row by row", xticks=[], yticks=[])
+    right.set(title=f"weights of hidden neurons 0 to {len(neurons) - 1}, row by row", xticks=[], yticks=[])
     least, most = (percent(float(value) / 100) for value in (share.min(), share.max()))
     return drawing.picture(
         "Receptive fields of the first layer",
         f"Left: a 28 by 28 image of the share of hidden neurons connected to each pixel after epoch {epoch}, from "
-        f"{least} to {most}. Right: the weights of {len(fields)} hidden neurons, each as a 28 by 28 image.",
+        f"{least} to {most}. Right: the weights of {len(neurons)} hidden neurons, each as a 28 by 28 image.",
         f"{short(name)}, from the checkpoint of epoch {epoch}. Left: connections from each pixel, of as many as there "
         "are hidden neurons. Right: single neurons; white is w = 0.",
         figure,
