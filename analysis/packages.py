@@ -11,9 +11,7 @@ INSTALL = {"h5py": "nir nirtorch", "nir": "nir nirtorch", "nirtorch": "nir nirto
 def imported(module: str, needing: str) -> Any:
     """Imports a module that is, or imports, such a package; where it is missing, a Refusal says how to install it.
 
-    Args:
-        module: its name.
-        needing: the part of the program that needs it, in words.
+    ``needing`` names the part of the program that needs it.
     """
     try:
         return importlib.import_module(module)

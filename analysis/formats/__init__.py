@@ -27,8 +27,8 @@ the network's weights, elsewhere those of the arrays in the file.
 **safetensors**, the same without compression, for any language. ``network`` and ``sha256`` are in the metadata. The
 arrays are ``<name>.bitmap`` and ``<name>.values``, or ``<name>`` alone where the layout is ``dense``.
 
-**csr**, an .npz for SciPy, with a matrix [outputs, inputs] for every layer. A convolution's row is its filter
-[C, kh, kw] in C order. The layers have no ``layout``::
+**csr**, an .npz for SciPy, with a matrix [outputs, inputs] for every layer, which has no ``layout``. A convolution's
+row is its filter [C, kh, kw] in C order::
 
     file = numpy.load("export.csr.npz")
     data, indices, indptr, shape = (file[f"fc.1.weight/{key}"] for key in ("data", "indices", "indptr", "shape"))
@@ -52,34 +52,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from analysis.formats import npz
 from analysis.formats.nir import read_nir, write_nir
-from analysis.formats.npz import read_npz
-from analysis.formats.safetensors import read_safetensors, write_safetensors
+from analysis.formats.packed import read_npz, read_safetensors, write_npz, write_safetensors
 from analysis.snapshot import Snapshot, Unreadable, from_checkpoint
 from training.errors import Refusal
 from training.files import checks
 
 WRITERS: dict[str, Callable[[Snapshot], bytes]] = {
-    "npz": partial(npz.write, "bitmap"),
+    "npz": partial(write_npz, "bitmap"),
     "safetensors": write_safetensors,
-    "csr": partial(npz.write, "csr"),
+    "csr": partial(write_npz, "csr"),
     "nir": write_nir,
 }
 SUFFIXES = {"npz": ".npz", "safetensors": ".safetensors", "csr": ".csr.npz", "nir": ".nir"}
-
-
-def _reader(path: Path) -> Callable[[Path], Snapshot]:
-    """The reader of a file, chosen by its first bytes; the reader then checks that the file is what it seems."""
-    with open(path, "rb") as file:
-        head = file.read(41)
-    if head.startswith(b"PK"):
-        return read_npz if head[30:] == b"network.npy" else from_checkpoint  # the name of its first member
-    if head.startswith(b"\x89HDF"):
-        return read_nir
-    if head[8:9] == b"{":
-        return read_safetensors
-    raise Unreadable(f"{path} is not an export or a checkpoint of this program")
 
 
 def read(path: Path) -> Snapshot:
@@ -92,12 +77,19 @@ def read(path: Path) -> Snapshot:
     """
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise Unreadable(f"{path} is not a file")
-    read_format = _reader(path)
+    with open(path, "rb") as file:
+        head = file.read(41)
+    if head.startswith(b"PK"):  # an archive, with the name of its first member
+        reader = read_npz if head[30:] == b"network.npy" else from_checkpoint
+    elif head.startswith(b"\x89HDF"):
+        reader = read_nir
+    elif head[8:9] == b"{":
+        reader = read_safetensors
+    else:
+        raise Unreadable(f"{path} is not an export or a checkpoint of this program")
     try:
-        return read_format(path)
-    except Refusal:
-        raise
+        return reader(path)
     except Exception as error:  # zipfile, NumPy, HDF5 and safetensors raise what they like
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, Refusal) or (isinstance(error, OSError) and error.errno):
             raise
         raise Unreadable(f"{path} is damaged or not an export of this program ({checks.reason(error)})") from None

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import measuring
 from analysis.snapshot import FIELDS, Snapshot
 from training.files import checks
 
@@ -23,19 +22,15 @@ LENGTH = 1 << 16  # characters of a description; it has a few hundred
 
 def describe(snapshot: Snapshot, layers: dict[str, Any]) -> str:
     """The JSON text that every export carries."""
-    description = {
-        "format": FORMAT,
-        "version": VERSION,
-        **{key: getattr(snapshot, key) for key in FIELDS},
-        "neuron": snapshot.neuron(),
-        "normalisation": _normalisation(snapshot),
-        "layers": layers,
-    }
-    return json.dumps(description)
+    fields = {key: getattr(snapshot, key) for key in FIELDS}
+    start = {"format": FORMAT, "version": VERSION}
+    return json.dumps({**start, **fields, **_settings(snapshot), "layers": layers})
 
 
-def _normalisation(snapshot: Snapshot) -> dict[str, Any]:
-    return {"mean": list(snapshot.source.mean), "std": list(snapshot.source.std)}
+def _settings(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """What the program has to agree on with whoever reads an export."""
+    normalisation = {"mean": list(snapshot.source.mean), "std": list(snapshot.source.std)}
+    return {"neuron": snapshot.neuron(), "normalisation": normalisation}
 
 
 def digest(text: str, arrays: Mapping[str, NDArray]) -> str:
@@ -74,20 +69,16 @@ def largest(path: Path) -> int:
 
 
 def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict[str, Any]]:
-    """A snapshot without its tensors, and the layers, from an export's description.
+    """A snapshot without its tensors, and the layers, from an export's description and, if it has one, its digest.
 
-    Args:
-        path: the export, whose size bounds that of the network.
-        text: the description.
-        sha256: the digest beside it, None where there is none.
+    The size of the export bounds that of the network.
     """
     if len(text) > LENGTH:
         raise ValueError(f"its description has {len(text)} characters, more than {LENGTH}")
     description = parse(text)
     if type(description) is not dict or description.get("format") != FORMAT:
         raise ValueError(f"it has no description of a {FORMAT}")
-    checks.whole_number("its version", description.get("version"), 1, VERSION)
-    version = description["version"]
+    version = checks.whole_number("its version", description.get("version"), 1, VERSION)
     fields = [key for key in FIELDS if key != "width" or version >= 3]
     checks.keys("its description", description, {"format", "version", *fields, "neuron", "normalisation", "layers"})
     if (version == 1) != (sha256 is None):
@@ -96,8 +87,8 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     size, most = sum(tensor.nbytes for tensor in snapshot.plan().state_dict().values()), largest(path)
     if size > most:
         raise ValueError(f"its network of width {snapshot.width} has {size} bytes; a file of this size may hold {most}")
-    check_same("neuron", description["neuron"], snapshot.neuron())
-    check_same("normalisation", description["normalisation"], _normalisation(snapshot))
+    for key, settings in _settings(snapshot).items():
+        check_same(key, description[key], settings)
     if version == 1:
         warnings.warn(
             f"{path} is an export of version 1, which has no digest: a changed byte may go unnoticed; "
@@ -112,13 +103,6 @@ def check_same(key: str, found: Any, expected: dict[str, Any]) -> None:
     if json.dumps(found, sort_keys=True) != json.dumps(expected, sort_keys=True):  # 1.0 is not true
         found, expected = (checks.short(str(value), 200) for value in (found, expected))
         raise ValueError(f"its {key} is {found}, but that of this network is {expected}")
-
-
-def arrays_of(snapshot: Snapshot) -> tuple[dict[str, NDArray], dict[str, NDArray]]:
-    """The weights that can be pruned, and the other tensors, by name."""
-    prunable = measuring.prunable(snapshot.network())
-    arrays = {name: tensor.contiguous().numpy() for name, tensor in snapshot.state.items()}
-    return {k: v for k, v in arrays.items() if k in prunable}, {k: v for k, v in arrays.items() if k not in prunable}
 
 
 def complete(snapshot: Snapshot, arrays: dict[str, NDArray]) -> Snapshot:

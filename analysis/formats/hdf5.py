@@ -5,7 +5,6 @@ memory are limited, and it reads only datasets that are small, complete and in t
 """
 
 import io
-import itertools
 import math
 import signal
 import subprocess
@@ -29,7 +28,7 @@ def read(path: Path) -> dict[str, NDArray]:
     Raises:
         ValueError: it is damaged, or holds more than the network; or reading it took too long.
     """
-    command = [sys.executable, "-P", __file__, str(path)]  # -P: its folder has a module named as one of Python's
+    command = [sys.executable, "-P", __file__, str(path)]  # -P: its folder has modules with common names
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=WALL_SECONDS)
     except subprocess.TimeoutExpired:
@@ -61,26 +60,22 @@ def _limit() -> None:
 def _datasets(path: str) -> dict[str, NDArray]:
     import h5py
 
+    names: list[bytes] = []
     found: dict[str, NDArray] = {}
-    links = left = 0
 
-    def walk(group: Any, prefix: str, depth: int) -> None:
-        nonlocal links, left
-        links += len(group)
-        if links > LINKS or depth > DEPTH:
-            raise ValueError(f"it has more than {LINKS} names, or groups deeper than {DEPTH}")
-        for name in itertools.islice(group, LINKS):
-            if type(group.get(name, getlink=True)) is not h5py.HardLink:
-                raise ValueError(f"{prefix}{name} is a link to somewhere else")
-            item = group[name]
-            if isinstance(item, h5py.Group):
-                walk(item, f"{prefix}{name}/", depth + 1)
-            else:
-                found[prefix + name] = array = _array(item, prefix + name, BYTES - left)
-                left += array.nbytes
+    def stop(name: bytes) -> bool | None:
+        names.append(name)
+        return True if len(names) > LINKS else None
 
     with h5py.File(path, "r") as file:
-        walk(file, "", 0)
+        file.id.links.visit(stop)
+        if len(names) > LINKS or any(name.count(b"/") > DEPTH for name in names):
+            raise ValueError(f"it has more than {LINKS} names, or groups deeper than {DEPTH}")
+        for name in map(bytes.decode, names):
+            if type(file.get(name, getlink=True)) is not h5py.HardLink:
+                raise ValueError(f"{name} is a link to somewhere else")
+            if not isinstance(file[name], h5py.Group):
+                found[name] = _array(file[name], name, BYTES - sum(array.nbytes for array in found.values()))
     return found
 
 

@@ -24,12 +24,13 @@ class Stored(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
-    def check(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        """Raises ValueError unless an array of this dtype and shape will do."""
-        shorter = self.or_shorter and len(shape) == 1 and shape[0] <= self.shape[0]
-        if dtype != self.dtype or not (shape == self.shape or shorter):
+    def check(self, name: str, array: NDArray) -> NDArray:
+        """The array, if it has this dtype and shape; raises ValueError otherwise."""
+        shorter = self.or_shorter and array.ndim == 1 and len(array) <= self.shape[0]
+        if array.dtype != self.dtype or not (array.shape == self.shape or shorter):
             wanted = f"{self.dtype} {'of up to ' if self.or_shorter else ''}{list(self.shape)}"
-            raise ValueError(f"{name} is {dtype} {list(shape)[:9]}, not {wanted}")
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)[:9]}, not {wanted}")
+        return array
 
 
 def parts(layout: str, shape: tuple[int, ...]) -> dict[str, Stored]:

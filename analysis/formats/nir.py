@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
-from analysis.formats import hdf5
-from analysis.formats.description import check_digest, check_same, complete, describe, described, digest
+from analysis.formats import description, hdf5
+from analysis.formats.layouts import Stored
 from analysis.packages import imported
 from analysis.snapshot import Snapshot
 from training.errors import Refusal
@@ -53,9 +53,9 @@ def write_nir(snapshot: Snapshot) -> bytes:
     if size > most:
         raise Refusal(f"argument --format: nir takes at most {most:,} bytes of weights, not {size:,}; use npz")
     graph = export_to_nir(one_step(snapshot), torch.zeros(1, *IMAGE, dtype=torch.float32, device="cpu"), dt=DT)
-    text = describe(snapshot, {})
+    text = description.describe(snapshot, {})
     arrays = {name: tensor.numpy() for name, tensor in snapshot.state.items()}
-    graph.metadata = {"network": text, "sha256": digest(text, arrays), "dt": DT}
+    graph.metadata = {"network": text, "sha256": description.digest(text, arrays), "dt": DT}
     file = io.BytesIO()
     nir.write(file, graph)
     return file.getvalue()
@@ -66,30 +66,27 @@ def read_nir(path: Path) -> Snapshot:
     imported("h5py", "this format")
     found = hdf5.read(path)
     texts = [found.pop(f"node/metadata/{key}", None) for key in ("network", "sha256")]
-    if any(text is not None and (text.shape != () or text.dtype.kind != "U") for text in texts) or texts[0] is None:
+    if texts[0] is None or any(text is not None and (text.shape, text.dtype.kind) != ((), "U") for text in texts):
         raise ValueError("its node/metadata/network is not a text")
     text, sha256 = (None if text is None else str(text) for text in texts)
-    snapshot, layers = described(path, text, sha256)
+    snapshot, layers = description.described(path, text, sha256)
     if snapshot.experiment != "mnist":
         raise ValueError(f"it has a network of {snapshot.experiment}, which nir cannot hold")
-    check_same("layers", layers, {})
-    stored = {name: found.pop(f"node/nodes/{node}/weight", None) for node, name in WEIGHTS.items()}
-    for name, shape in snapshot.shapes().items():
-        weight = stored[name]
-        if weight is None or weight.dtype != np.float32 or weight.shape != shape:
-            raise ValueError(f"{name} is not float32 {list(shape)}")
+    description.check_same("layers", layers, {})
+    shapes, stored = snapshot.shapes(), {}
+    for node, name in WEIGHTS.items():
+        stored[name] = Stored("float32", shapes[name]).check(name, found.pop(f"node/nodes/{node}/weight"))
     _check_graph(snapshot, found)
-    check_digest(text, stored, sha256)
-    return complete(snapshot, stored)
+    description.check_digest(text, stored, sha256)
+    return description.complete(snapshot, stored)
 
 
 def _check_graph(snapshot: Snapshot, found: dict[str, NDArray]) -> None:
     """Raises ValueError unless everything but the weights is as :func:`write_nir` writes it."""
     found.pop("version", None)  # of the package that wrote it
     others = {path.split("/")[2] for path in found if path.startswith("node/nodes/")} - set(NODES)
-    ends = [
-        [node for node in others if np.array_equal(found.get(f"node/nodes/{node}/type", ""), kind)] for kind in ENDS
-    ]
+    types = {node: found.get(f"node/nodes/{node}/type", "") for node in others}
+    ends = [[node for node in others if np.array_equal(types[node], kind)] for kind in ENDS]
     if any(len(nodes) != 1 for nodes in ends):
         raise ValueError(f"it does not have exactly one {ENDS[0]} and one {ENDS[1]}")
     wanted = _graph(snapshot, *(node for (node,) in ends))
@@ -105,7 +102,6 @@ def _graph(snapshot: Snapshot, source: str, sink: str) -> dict[str, NDArray]:
     """What a file of a network holds besides the weights, by its path in the file."""
     settings, shapes = snapshot.neuron(), snapshot.shapes()
     lif = {
-        "type": "LIF",
         "tau": settings["tau"] * DT,
         "r": 1.0 if settings["decay_input"] else settings["tau"],
         "v_leak": settings["v_reset"],
@@ -117,9 +113,9 @@ def _graph(snapshot: Snapshot, source: str, sink: str) -> dict[str, NDArray]:
         source: {"type": ENDS[0], "shape": IMAGE},
         "flatten": {"type": "Flatten", "start_dim": 0, "end_dim": -1, "input_type": IMAGE},
         "static_fc_1": {"type": "Linear"},
-        "fc_0": {key: value if key == "type" else np.full(hidden, value) for key, value in lif.items()},
+        "fc_0": {"type": "LIF", **{key: np.full(hidden, value) for key, value in lif.items()}},
         "fc_1": {"type": "Linear"},
-        "fc_2": {key: value if key == "type" else np.full(outputs, value) for key, value in lif.items()},
+        "fc_2": {"type": "LIF", **{key: np.full(outputs, value) for key, value in lif.items()}},
         sink: {"type": ENDS[1], "shape": (outputs,)},
     }
     edges = sorted(pairwise([source, *NODES, sink]))

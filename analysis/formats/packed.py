@@ -1,53 +1,66 @@
-"""What npz, safetensors and csr share: every weight in a layout, the other tensors beside or folded.
+"""The formats npz, csr and safetensors: every weight in a layout, the other tensors beside or folded.
 
 csr folds BatchNorm to y = scale * x + shift after its convolution. See :mod:`analysis.formats`.
 """
 
+import io
+import math
+import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from analysis.formats import layouts
-from analysis.formats.description import arrays_of, check_digest, check_same, complete, describe, described, digest
+from analysis.formats import description, layouts
 from analysis.formats.layouts import Stored
+from analysis.packages import imported
 from analysis.snapshot import Snapshot
 from training.errors import Refusal
-from training.files import checks
+from training.files import archives, checks
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+TEXTS = {"network": description.LENGTH, "sha256": 64}  # with their lengths
+NPY_HEADER = 1024  # bytes; an array's header has 128
+SAFETENSORS_HEADER = 1 << 20  # bytes; the CIFAR-10 network's has 8000
 
 
 def pack(snapshot: Snapshot, choose: Callable[[NDArray], str]) -> tuple[dict[str, str], dict[str, NDArray]]:
     """The description and the digest, by name, and the arrays. ``choose`` names the layout of a weight."""
-    weights, others = arrays_of(snapshot)
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in snapshot.state.items()}
+    weights = {name: arrays.pop(name) for name in snapshot.shapes()}
     chosen = {name: choose(weight) for name, weight in weights.items()}
-    arrays = _folded(snapshot.network(), others) if "csr" in chosen.values() else others
+    if "csr" in chosen.values():
+        arrays = _folded(snapshot.network(), arrays)
     for name, weight in weights.items():
         arrays |= {name + part: array for part, array in layouts.pack(chosen[name], weight).items()}
-    text = describe(snapshot, {name: _layer(weight.shape, chosen[name]) for name, weight in weights.items()})
-    return {"network": text, "sha256": digest(text, arrays)}, arrays
+    layers = {name: _layer(weight.shape, chosen[name]) for name, weight in weights.items()}
+    text = description.describe(snapshot, layers)
+    return {"network": text, "sha256": description.digest(text, arrays)}, arrays
 
 
-def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callable[[str, Stored], NDArray]) -> Snapshot:
+def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callable[[str, int], NDArray]) -> Snapshot:
     """Reads an export. Nothing is expanded before the names and sizes are known to be those of the network.
 
     Args:
         path: of the file.
         texts: the description and, if there is one, the digest, by name.
         names: of the arrays.
-        get: reads an array by its name; raises ValueError unless it is what it has to be.
+        get: reads an array by its name and the most bytes that it may have.
     """
     text, sha256 = texts["network"], texts.get("sha256")
-    snapshot, layers = described(path, text, sha256)
+    snapshot, layers = description.described(path, text, sha256)
     network, shapes = snapshot.plan(), snapshot.shapes()
     chosen = {name: layers[name].get("layout", "csr") for name in shapes}
-    check_same("layers", layers, {name: _layer(shape, chosen[name]) for name, shape in shapes.items()})
+    description.check_same("layers", layers, {name: _layer(shape, chosen[name]) for name, shape in shapes.items()})
     others = {
         name: Stored(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in network.state_dict().items()
@@ -60,8 +73,8 @@ def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callab
     parts = {name: layouts.parts(chosen[name], shape) for name, shape in shapes.items()}
     wanted = others | {name + part: stored for name in parts for part, stored in parts[name].items()}
     checks.keys("it", names, wanted)
-    found = {name: get(name, stored) for name, stored in wanted.items()}
-    check_digest(text, found, sha256)
+    found = {name: stored.check(name, get(name, stored.nbytes)) for name, stored in wanted.items()}
+    description.check_digest(text, found, sha256)
     arrays = {name: found.pop(name).copy() for name in others}  # those of an archive are read-only
     if folded:
         arrays = _unfolded(network, arrays)
@@ -70,7 +83,7 @@ def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callab
             arrays[name] = layouts.unpack(chosen[name], {part: found.pop(name + part) for part in parts[name]}, shape)
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
-    return complete(snapshot, arrays)
+    return description.complete(snapshot, arrays)
 
 
 def _layer(shape: Iterable[int], layout: str) -> dict[str, Any]:
@@ -112,3 +125,83 @@ def _unfolded(network: nn.Module, folded: Mapping[str, NDArray]) -> dict[str, ND
         values = (scale, shift, torch.zeros_like(scale), torch.full_like(scale, 1 - norm.eps), steps)
         tensors |= {f"{norm_name}.{key}": value.numpy() for key, value in zip(BATCH_NORM, values, strict=True)}
     return tensors
+
+
+# -- npz and csr ------------------------------------------------------------------------------------
+
+
+def write_npz(layout: str, snapshot: Snapshot) -> bytes:
+    texts, arrays = pack(snapshot, lambda weight: layout)
+    file = io.BytesIO()
+    np.savez_compressed(file, **{name: np.array(text) for name, text in texts.items()}, **arrays)
+    return file.getvalue()
+
+
+def read_npz(path: Path) -> Snapshot:
+    """Reads npz and csr."""
+    with open(path, "rb") as file, archives.opened(file, expanded=description.largest(path)) as archive:
+        if others := [name for name in archive.namelist() if not name.endswith(".npy")]:
+            raise ValueError(f"it has the unknown {checks.short(others[0])}")
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        texts = {name: _text(archive, name, length) for name, length in TEXTS.items() if name in names}
+        return read(path, texts, names - TEXTS.keys(), partial(_array, archive))
+
+
+def _text(archive: zipfile.ZipFile, name: str, length: int) -> str:
+    array = _array(archive, name, 4 * length)
+    if array.shape != () or array.dtype.kind != "U":
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not a text")
+    return str(array)
+
+
+def _array(archive: zipfile.ZipFile, name: str, size: int) -> NDArray:
+    """An array of at most ``size`` bytes, read-only. Its header has to declare them rightly."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > size + NPY_HEADER:
+        raise ValueError(f"{name} has {info.file_size} bytes, more than {size}")
+    with archive.open(info) as member:
+        version = npy.read_magic(member)
+        if version != (1, 0):
+            raise ValueError(f"{name} is an array of version {version}, not (1, 0)")
+        shape, fortran, dtype = npy.read_array_header_1_0(member)
+        content = member.read()
+    if dtype.hasobject or len(content) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {len(content)} bytes for {dtype} {list(shape)}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+# -- safetensors ------------------------------------------------------------------------------------
+
+
+def _smaller(weight: NDArray) -> str:
+    """The layout that takes fewer bytes."""
+    sizes = {key: sum(a.nbytes for a in layouts.pack(key, weight).values()) for key in ("dense", "bitmap")}
+    return min(sizes, key=sizes.get)
+
+
+def write_safetensors(snapshot: Snapshot) -> bytes:
+    save = imported("safetensors.numpy", "this format").save
+    texts, arrays = pack(snapshot, _smaller)
+    return save(arrays, metadata=texts)
+
+
+def read_safetensors(path: Path) -> Snapshot:
+    safe_open = imported("safetensors", "this format").safe_open
+    header = _header(path)
+    texts = header.pop("__metadata__", None)
+    if type(texts) is not dict or "network" not in texts or texts.keys() - {"network", "sha256"}:
+        raise ValueError("its metadata are not network and sha256")
+    with safe_open(path, framework="numpy") as file:
+        return read(path, texts, header, lambda name, size: file.get_tensor(name))
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The JSON at the beginning of the file, once its length is bounded."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > SAFETENSORS_HEADER:
+            raise ValueError(f"its header has {length} bytes, more than {SAFETENSORS_HEADER}")
+        header = description.parse(file.read(length).decode())
+    if type(header) is not dict:
+        raise ValueError("its header is not a JSON object")
+    return header
