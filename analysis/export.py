@@ -18,8 +18,6 @@ from training.errors import Refusal
 from training.files.storage import CHECKPOINT
 from training.options import REPOSITORY
 
-__all__ = ["export", "load_pruned"]
-
 
 @torch_defaults()
 def load_pruned(path: str | Path) -> SpikingNetwork:
@@ -78,40 +76,21 @@ def differing_counts(one: SpikingNetwork, other: SpikingNetwork, test_set: data.
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m analysis.export",
-        description="Exports the network of a run to one small file, without its pruned weights.",
+    text = "Exports the network of a run to one small file, without its pruned weights."
+    parser = Parser(prog="python -m analysis.export", description=text)
+    text = "folder of the run: <dump-dir>/models/<name> or <dump-dir>/logs/<name>"
+    parser.add_argument("run", type=folder_path, metavar="RUN", help=text)
+    text = (
+        "npz: small, for NumPy; safetensors: for any language; csr: matrices for SciPy; nir: a graph for other "
+        "simulators and chips, mnist only (default: %(default)s)"
     )
-    parser.add_argument(
-        "run",
-        type=folder_path,
-        metavar="RUN",
-        help="folder of the run: <dump-dir>/models/<name> or <dump-dir>/logs/<name>",
-    )
-    parser.add_argument(
-        "--format",
-        choices=list(WRITERS),
-        default="npz",
-        help="npz: small, for NumPy; safetensors: for any language; csr: matrices for SciPy; nir: a graph for other "
-        "simulators and chips, mnist only (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=file_path,
-        metavar="FILE",
-        help="file to write (default: export, with the format's suffix, beside the run's checkpoint)",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare every spike count on the test set with the checkpoint's"
-    )
-    parser.add_argument(
-        "--dataset-dir",
-        type=folder_path,
-        default=REPOSITORY / "data",
-        metavar="DIR",
-        help="with --check: folder of the data set (default: data, in the repository)",
-    )
+    parser.add_argument("--format", choices=list(WRITERS), default="npz", help=text)
+    text = "file to write (default: export, with the format's suffix, beside the run's checkpoint)"
+    parser.add_argument("-o", "--output", type=file_path, metavar="FILE", help=text)
+    text = "compare every spike count on the test set with the checkpoint's"
+    parser.add_argument("--check", action="store_true", help=text)
+    text, folder = "with --check: folder of the data set (default: data, in the repository)", REPOSITORY / "data"
+    parser.add_argument("--dataset-dir", type=folder_path, default=folder, metavar="DIR", help=text)
     return parser.parse_args(argv)
 
 
@@ -133,15 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
     print(f"its network  {dense:>11,} bytes  dense")
     print(f"the export   {size:>11,} bytes  {100 * size / dense:.1f} % of the network: {output}")
-    if options.check:
-        dataset = snapshot.source.load(options.dataset_dir)
-        experiment = snapshot.about
-        normalisation = snapshot.source.normalisation(torch.device("cpu"))
-        test_set = data.TestBatches(dataset.test, experiment.test_batch_size, normalisation)
-        differing, counted = differing_counts(snapshot.network(), load_pruned(output), test_set)
-        print(f"{differing} of {counted} spike counts differ on the {len(dataset.test)} test images")
-        return 1 if differing else 0
-    return 0
+    if not options.check:
+        return 0
+    test_images = snapshot.source.load(options.dataset_dir).test
+    normalisation = snapshot.source.normalisation(torch.device("cpu"))
+    test_set = data.TestBatches(test_images, snapshot.about.test_batch_size, normalisation)
+    differing, counted = differing_counts(snapshot.network(), load_pruned(output), test_set)
+    print(f"{differing} of {counted} spike counts differ on the {len(test_images)} test images")
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

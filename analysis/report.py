@@ -1,9 +1,5 @@
-"""Shows runs: a table on the terminal, and one HTML page with pictures. See --help.
+"""Shows runs: a table on the terminal, and one HTML page with pictures. See ``python -m analysis.report --help``."""
 
-python -m analysis.report runs -o report.html
-"""
-
-import gc
 import math
 import multiprocessing
 import os
@@ -34,26 +30,17 @@ if TYPE_CHECKING:
     from analysis.pictures import Picture
 
 COLUMNS = {  # of the page's table, and how it aligns them
-    "run": "text",
-    "method": "text",
-    "epochs": "number",
-    "test accuracy": "number",
-    "best": "number",
-    "connectivity": "number",
-    "connections": "number",
-    "s/epoch": "number",
-    "device": "text",
-    "commit": "text",
+    **dict.fromkeys(("run", "method"), "text"),
+    **dict.fromkeys(("epochs", "test accuracy", "best", "connectivity", "connections", "s/epoch"), "number"),
+    **dict.fromkeys(("device", "commit"), "text"),
 }
 # of the terminal's table: the long names are last, so that they do not break the others where a line wraps
 PRINTED = ("method", "epochs", "test accuracy", "best", "connectivity", "s/epoch", "run")
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    parser = Parser(
-        prog="python -m analysis.report",
-        description="Shows runs, finished or still running: a table on the terminal, pictures on one HTML page.",
-    )
+    text = "Shows runs, finished or still running: a table on the terminal, pictures on one HTML page."
+    parser = Parser(prog="python -m analysis.report", description=text)
     text = "a dump folder (--dump-dir), a folder of dump folders, or the folder of one run in logs or models"
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help=text)
     text = "HTML page to write; replaces an existing one (default: %(default)s)"
@@ -96,8 +83,8 @@ def facts(run: SavedRun) -> dict[str, str]:
     rate = number(run.last, "learning_rate")
     found = {
         "command": run.info.get("command"),
-        "logs": run.logs if run.logs.is_dir() else None,
-        "checkpoint": run.models / CHECKPOINT if (run.models / CHECKPOINT).is_file() else None,
+        "logs": str(run.logs) if run.logs.is_dir() else None,
+        "checkpoint": str(run.models / CHECKPOINT) if (run.models / CHECKPOINT).is_file() else None,
         "parameters": ", ".join(f"{count:,.0f} {what}" for what, count in counts.items() if not math.isnan(count)),
         "learning rate": None if math.isnan(rate) else f"{rate:g}",
         "seed": run.arguments.get("seed"),
@@ -105,23 +92,20 @@ def facts(run: SavedRun) -> dict[str, str]:
         "device": run.info.get("device"),
         "commit": run.info.get("git_commit"),
     }
-    texts = {key: shown(str(value) if isinstance(value, Path) else value, 2000) for key, value in found.items()}
-    return {key: printable(text) for key, text in texts.items() if text}
+    return {key: text for key, value in found.items() if (text := shown(value, 2000))}
 
 
 def _section(run: SavedRun) -> tuple[list["Picture"], list[str]]:
     """The pictures of one run, and all its problems; in a process of its own."""
     from analysis import pictures
 
-    weights_epoch, weights = weights_of(run)
-    return pictures.of_run(run, weights_epoch, weights), run.problems
+    return pictures.of_run(run, *weights_of(run)), run.problems
 
 
 def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    gc.freeze()  # what the imports made stays; to search it again and again takes a tenth of the time
 
 
 def _end_with_parent() -> None:
@@ -133,9 +117,8 @@ def _end_with_parent() -> None:
 def _sections(runs: Sequence[SavedRun]) -> list[tuple[list["Picture"], list[str]]]:
     if not runs:
         return []
-    workers = min(os.cpu_count() or 1, len(runs), 8)
     try:
-        with ProcessPoolExecutor(workers, initializer=_prepare_worker) as pool:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(runs), 8), initializer=_prepare_worker) as pool:
             return list(pool.map(_section, runs))
     except BrokenProcessPool:
         raise MemoryError("a process that was drawing pictures was killed") from None
@@ -153,28 +136,21 @@ def page(runs: Sequence[SavedRun], details: int) -> str:
     Only the ``details`` runs that changed last have pictures of their own, which take nearly all of the time.
     """
     jinja2, pictures = (imported(name, "the report's page") for name in ("jinja2", "analysis.pictures"))
-    newest = sorted(range(len(runs)), key=lambda i: _changed(runs[i]), reverse=True)[:details]
-    detailed = dict(zip(newest, _sections([runs[i] for i in newest]), strict=True))
-    sections = []
-    for i, run in enumerate(runs):
-        made, run.problems[:] = detailed.get(i, ([], run.problems))
-        about = dict(id=f"run-{i + 1}", row=row(run), facts=facts(run), pictures=made, detailed=i in detailed)
-        sections.append(about)
+    newest = sorted(runs, key=_changed, reverse=True)[:details]
+    made = {id(run): drawn for run, drawn in zip(newest, _sections(newest), strict=True)}
+    sections, comparisons = [], []
     groups: dict[tuple[str, str], list[SavedRun]] = defaultdict(list)
-    for run in runs:
+    for i, run in enumerate(runs, 1):
         groups[run.experiment].append(run)
-    comparisons = []
+        own, run.problems[:] = made.get(id(run), ([], run.problems))
+        about = dict(id=f"run-{i}", row=row(run), facts=facts(run), pictures=own, detailed=id(run) in made)
+        sections.append(about)
     for (experiment, dataset), members in groups.items():
         label = EXPERIMENTS[experiment].label if experiment in EXPERIMENTS else experiment or "Unknown network"
-        made = pictures.overall(members, short_names([run.name for run in members]))
-        comparisons.append({"title": f"{label} on {dataset or 'unknown data'}", "pictures": made})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        overall = pictures.overall(members, short_names([run.name for run in members]))
+        comparisons.append({"title": f"{label} on {dataset or 'unknown data'}", "pictures": overall})
+    settings = dict(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **settings)
     problems = [printable(problem) for run in runs for problem in run.problems]
     template = environment.get_template("report.html.jinja")
     return template.render(columns=COLUMNS, sections=sections, comparisons=comparisons, problems=problems)
@@ -193,8 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     for run in runs:
         for problem in run.problems:
             print(f"report.py: warning: {printable(problem)}", file=sys.stderr)
-    noun = "run" if len(runs) == 1 else "runs"
-    print(f"\nReport of {len(runs)} {noun}: {options.output} ({len(text) / 1e6:.1f} MB)")
+    print(f"\nReport of {len(runs)} run{'' if len(runs) == 1 else 's'}: {options.output} ({len(text) / 1e6:.1f} MB)")
     if options.details < len(runs):
         print(f"{options.details} of them have pictures of their own; --details {len(runs)} draws those of all.")
     return 0

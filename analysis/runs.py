@@ -33,39 +33,30 @@ LARGEST_RESULTS, MOST_EPOCHS = 1 << 27, 1 << 17  # bytes and lines of results.js
 MOST_NAMES = 256  # of layers, those of LIF neurons among them
 MOST_PROBLEMS = 20  # named of one file
 RECORDINGS = 7  # of the distributions, that are kept
-
-NEWLINE = b"\n"
+PARTS = ("logs", "models")  # the folders of a dump folder
 
 
 @dataclass
 class SavedRun:
-    """One run as it is on disk.
+    """One run as it is on disk."""
 
-    Attributes:
-        name: of its folders; with the dump folder before it where two runs share a name.
-        logs, models: its folders, which need not exist.
-        info: ``run.json``; empty when there is none.
-        epochs: the lines of ``results.jsonl``, one dictionary per finished epoch, in order. Of the recordings of
-            distributions, which are nearly all of the file, :data:`RECORDINGS` are kept, from the first to the last.
-        problems: one line for everything that was damaged and left out.
-    """
-
-    name: str
-    logs: Path
+    name: str  # of its folders; with the dump folder before it where two runs share a name
+    logs: Path  # its folders, which need not exist
     models: Path
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)  # run.json; empty when there is none
+    # the lines of results.jsonl, one per finished epoch, in order; RECORDINGS of them have distributions, which are
+    # nearly all of the file
     epochs: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # a line for everything that was damaged and left out
 
     @property
     def arguments(self) -> dict[str, Any]:
-        arguments = self.info.get("arguments")
-        return arguments if isinstance(arguments, dict) else {}
+        return nested(self.info, "arguments") or {}
 
     @property
     def experiment(self) -> tuple[str, str]:
         """Experiment and data set: only runs that share both can be compared. Unknown ones are empty texts."""
-        experiment = self.info.get("experiment") or self.arguments.get("experiment") or ""
+        experiment = self.info.get("experiment") or self.arguments.get("experiment")
         return shown(experiment), shown(self.arguments.get("dataset"))
 
     @property
@@ -90,10 +81,7 @@ class SavedRun:
 
     def names_in(self, key: str) -> list[str]:
         """The names (of layers, of LIF neurons) that any epoch has under ``key``, in their first order."""
-        found: dict[str, None] = {}
-        for epoch in self.epochs:
-            found.update(dict.fromkeys(nested(epoch, key) or {}))
-        return list(found)
+        return list(dict.fromkeys(name for epoch in self.epochs for name in nested(epoch, key) or {}))
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -105,13 +93,9 @@ class SavedRun:
     @property
     def connections(self) -> measuring.Connections | None:
         """Connected weights, and all that can be pruned, after the last epoch; None when not known."""
-        layers = [
-            (number(self.last, "layers", name, "connected"), number(self.last, "layers", name, "weights"))
-            for name in nested(self.last, "layers") or {}
-        ]
-        if not layers or not np.isfinite(layers).all():
-            return None
-        return measuring.Connections(*(int(sum(column)) for column in zip(*layers, strict=True)))
+        layers = nested(self.last, "layers") or {}
+        sums = [sum(number(self.last, "layers", name, key) for name in layers) for key in ("connected", "weights")]
+        return measuring.Connections(*map(int, sums)) if layers and np.isfinite(sums).all() else None
 
 
 def find(paths: Iterable[str | Path]) -> list[SavedRun]:
@@ -127,18 +111,14 @@ def find(paths: Iterable[str | Path]) -> list[SavedRun]:
     for text in paths:
         path = Path(os.path.abspath(os.path.expanduser(text)))  # a "." has no name
         if not path.is_dir():
-            raise Refusal(
-                f"{text} is not a folder; give a dump folder, which holds logs and models, or folders of runs"
-            )
+            wanted = "a dump folder, which holds logs and models, or folders of runs"
+            raise Refusal(f"{text} is not a folder; give {wanted}")
         found = _places(path)
-        for folder in sorted(path.iterdir()):
-            if any((folder / part).is_dir() for part in ("logs", "models")):
-                found.update(_places(folder))
+        for folder in sorted({folder.parent for part in PARTS for folder in path.glob(f"*/{part}/")}):
+            found |= _places(folder)
         if not found:
-            raise Refusal(
-                f"there is no run in {text}: looked for folders logs/<name> and models/<name> in it, "
-                f"and for {RESULTS}, {INFO} or {CHECKPOINT}"
-            )
+            looked_for = f"folders logs/<name> and models/<name> in it, and for {RESULTS}, {INFO} or {CHECKPOINT}"
+            raise Refusal(f"there is no run in {text}: looked for {looked_for}")
         places.update(found)
     names = Counter(places.values())
     return [
@@ -148,16 +128,13 @@ def find(paths: Iterable[str | Path]) -> list[SavedRun]:
 
 
 def _places(path: Path) -> dict[tuple[Path, Path], str]:
-    dump = path.parent if path.name in ("logs", "models") else path
-    if path.parent.name in ("logs", "models") and not any((path / part).is_dir() for part in ("logs", "models")):
+    if path.parent.name in PARTS and not any((path / part).is_dir() for part in PARTS):
         dump, names = path.parent.parent, [path.name]
     else:
-        folders = [dump / part for part in ("logs", "models")]
-        names = sorted(
-            {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()}
-        )
-        if not names and any((path / file).is_file() for file in (RESULTS, INFO, CHECKPOINT)):
-            return {(path, path): path.name}  # a run's files, taken elsewhere
+        dump = path.parent if path.name in PARTS else path
+        names = sorted({folder.name for part in PARTS for folder in (dump / part).glob("*/")})
+    if not names and any((path / file).is_file() for file in (RESULTS, INFO, CHECKPOINT)):
+        return {(path, path): path.name}  # a run's files, taken elsewhere
     return {(dump / "logs" / name, dump / "models" / name): name for name in names}
 
 
@@ -170,8 +147,8 @@ def read(name: str, logs: Path, models: Path) -> SavedRun:
         run.problems.append(f"{logs / INFO}: {error}; its arguments are not shown")
     try:
         content = read_file(logs / RESULTS, LARGEST_RESULTS)
-        if content.count(NEWLINE) > MOST_EPOCHS:
-            raise ValueError(f"{content.count(NEWLINE):,} lines, more than {MOST_EPOCHS:,}")
+        if (count := content.count(b"\n")) > MOST_EPOCHS:
+            raise ValueError(f"{count:,} lines, more than {MOST_EPOCHS:,}")
     except FileNotFoundError:
         return run
     except (OSError, ValueError) as error:
@@ -181,8 +158,7 @@ def read(name: str, logs: Path, models: Path) -> SavedRun:
     recorded: dict[int, bytes] = {}  # the lines with distributions
     names: set[str] = set()
     problems = []
-    complete = content.split(NEWLINE)[:-1]  # what follows the last newline is still being written
-    for line_number, line in enumerate(complete, 1):
+    for line_number, line in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last is still being written
         if not line.strip():
             continue
         try:
@@ -190,7 +166,7 @@ def read(name: str, logs: Path, models: Path) -> SavedRun:
                 raise ValueError(f"{len(line):,} bytes, more than {LARGEST:,}")
             entry = parse_object(line)
             epoch = entry.get("epoch")
-            if not isinstance(epoch, int) or isinstance(epoch, bool) or not 1 <= epoch < 2**63:
+            if type(epoch) is not int or not 1 <= epoch < 2**63:
                 raise ValueError("no epoch, a whole number >= 1")
             if epoch in epochs:
                 raise ValueError(f"epoch {epoch} was there before")
@@ -199,13 +175,13 @@ def read(name: str, logs: Path, models: Path) -> SavedRun:
                 raise ValueError(f"more than {MOST_NAMES} names of layers")
         except ValueError as error:
             problems.append(f"{logs / RESULTS}, line {line_number}: {reason(error)}; the line is left out")
-        else:
-            names = more
-            epochs[epoch] = _numbers(entry)
-            if nested(entry, "distributions"):
-                recorded[epoch] = line
+            continue
+        names, epochs[epoch] = more, _numbers(entry)
+        if nested(entry, "distributions"):
+            recorded[epoch] = line
     run.epochs = [epochs[epoch] for epoch in sorted(epochs)]
-    for epoch in evenly(sorted(recorded), RECORDINGS):
+    places = np.linspace(0, len(recorded) - 1, min(RECORDINGS, len(recorded))).round().astype(int)
+    for epoch in np.array(sorted(recorded))[places].tolist():
         epochs[epoch]["distributions"] = parse_object(recorded[epoch])["distributions"]
     run.problems += problems[:MOST_PROBLEMS]
     if len(problems) > MOST_PROBLEMS:
@@ -216,19 +192,13 @@ def read(name: str, logs: Path, models: Path) -> SavedRun:
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     """What a line says of an epoch, of its layers and of their neurons; nothing that is nested deeper or is a list."""
 
-    def flat(entry: dict[str, Any] | None) -> dict[str, Any]:
-        return {key: value for key, value in (entry or {}).items() if not isinstance(value, (dict, list))}
+    def flat(entry: Any) -> dict[str, Any]:
+        return {key: value for key, value in (nested(entry) or {}).items() if not isinstance(value, (dict, list))}
 
-    parts = {part: layers for part in ("layers", "neurons") if (layers := nested(entry, part)) is not None}
+    parts = {part: nested(entry, part) for part in ("layers", "neurons")}
     return flat(entry) | {
-        part: {name: flat(nested(layer)) for name, layer in layers.items()} for part, layers in parts.items()
+        part: {name: flat(layer) for name, layer in layers.items()} for part, layers in parts.items() if layers
     }
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, from the first to the last."""
-    chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[i] for i in chosen]
 
 
 def weights_of(run: SavedRun) -> tuple[int, dict[str, Tensor]]:
@@ -236,20 +206,20 @@ def weights_of(run: SavedRun) -> tuple[int, dict[str, Tensor]]:
 
     A damaged checkpoint is one more of :attr:`SavedRun.problems`.
     """
-    if not (run.models / CHECKPOINT).is_file():
+    path = run.models / CHECKPOINT
+    if not path.is_file():
         return 0, {}
     try:
-        state = storage.read(run.models / CHECKPOINT, verify=False)  # only the weights are read from the disk
-        experiment = state["arguments"]["experiment"]
+        state = storage.read(path, verify=False)  # only the weights are read from the disk
         with torch.device("meta"):  # for the names alone: no memory, no random numbers
-            names = list(measuring.prunable(EXPERIMENTS[experiment].network()))
-        weights = {name: state["network"][name] for name in names}
+            network = EXPERIMENTS[state["arguments"]["experiment"]].network()
+        weights = {name: state["network"][name] for name in measuring.prunable(network)}
         for name, weight in weights.items():  # that they are dense and of the file's size, storage.read has checked
             if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():
                 raise ValueError(f"{name} is not of a layer")
         return checks.whole_number("epoch", state["epoch"]), weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
-        run.problems.append(f"{run.models / CHECKPOINT}: damaged or not a checkpoint of this program ({reason(error)})")
+        run.problems.append(f"{path}: damaged or not a checkpoint of this program ({reason(error)})")
         return 0, {}
 
 
@@ -259,8 +229,8 @@ _PART = re.compile(r"[A-Za-z_]+-\d+(?:\.\d+)?(?:e-?\d+)?(?=-|$)|[^-]+")
 def short_names(names: Sequence[str]) -> list[str]:
     """What tells runs apart: of ``lr-1e-4-s-0.9-grad`` and ``lr-1e-4-s-0.8-grad``, ``s-0.9`` and ``s-0.8``.
 
-    A name is taken apart into options with their values, and those that all names share are left out; a name with
-    nothing of its own keeps its last part. Whole names where that does not tell them apart.
+    The parts of a name are options with their values. Those that all names share are left out; a name with nothing of
+    its own keeps its last part. Whole names where that does not tell them apart.
     """
     parts = [[part for folder in name.split("/") for part in _PART.findall(folder)] or [name] for name in names]
     shared = set.intersection(*map(set, parts)) if parts else set()

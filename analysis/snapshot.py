@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from spikingjelly.activation_based import neuron
-from torch import Tensor, nn
+from torch import Tensor
 
 import measuring
 from analysis.experiments import EXPERIMENTS
@@ -17,6 +17,7 @@ from training.defaults import torch_defaults
 from training.errors import Refusal
 from training.experiment import Experiment
 from training.files import checks, storage
+from training.files.json_files import nested
 from training.files.storage import CHECKPOINT
 
 FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch")  # of a snapshot, but for its state
@@ -29,20 +30,15 @@ class Unreadable(Refusal, ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network at the end of an epoch.
+    """A network at the end of an epoch."""
 
-    ``state`` is its state_dict, float32 on the CPU; ``T`` the number of time steps; ``width`` the size of its layers;
-    ``experiment`` one of :data:`analysis.experiments.EXPERIMENTS`; ``dataset``, ``run`` and ``epoch`` say where it
-    comes from.
-    """
-
-    experiment: str
+    experiment: str  # one of analysis.experiments.EXPERIMENTS
     dataset: str
-    T: int
-    width: int
+    T: int  # time steps
+    width: int  # the size of its layers
     run: str
     epoch: int
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # the network's state_dict, float32 on the CPU
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], state: dict[str, Tensor]) -> "Snapshot":
@@ -51,12 +47,12 @@ class Snapshot:
         Raises:
             ValueError: a field is missing, of another type or out of range.
         """
-        experiment = fields.get("experiment")
+        experiment, dataset = fields.get("experiment"), fields.get("dataset")
         if type(experiment) is not str or experiment not in EXPERIMENTS:
             raise ValueError(f"experiment is {str(experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
         fields = {"width": EXPERIMENTS[experiment].width, **fields}
-        dataset, datasets = fields.get("dataset"), [source.name for source in EXPERIMENTS[experiment].datasets]
-        if type(dataset) is not str or dataset not in datasets:
+        datasets = [source.name for source in EXPERIMENTS[experiment].datasets]
+        if dataset not in datasets:
             raise ValueError(f"dataset is {str(dataset)[:100]!r}, not one of {', '.join(datasets)}")
         checks.whole_number("T", fields.get("T"), 1, checks.T_LIMIT)
         checks.whole_number("width", fields["width"], 1, checks.WIDTH_LIMIT)
@@ -83,15 +79,16 @@ class Snapshot:
 
     @torch_defaults()
     def network(self) -> SpikingNetwork:
-        """The network with this state, in eval mode; it shares the tensors, and asks for no gradients.
-
-        Draws no random number.
+        """The network with this state, in eval mode; it shares the tensors and asks for no gradients.
 
         Raises:
-            ValueError: the state is not one of this experiment's network, or has values that are not finite.
+            ValueError: the state is not one of this experiment's network, or has values that it cannot have.
         """
-        network = self.plan()  # nothing to initialise: every tensor comes from the state
-        check_state(network, self.state)
+        network = self.plan()  # nothing to initialise, no random number to draw: every tensor comes from the state
+        checks.tensors("the network", self.state, network.state_dict())
+        for name, tensor in self.state.items():
+            if name.endswith(("running_var", "num_batches_tracked")) and (tensor < 0).any():
+                raise ValueError(f"{name} has values below 0")
         network.load_state_dict(self.state, assign=True)
         return network.eval().requires_grad_(False)
 
@@ -112,21 +109,14 @@ class Snapshot:
         return settings[0]
 
 
-def check_state(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises ValueError unless a state has the network's tensors, with values that they can have."""
-    checks.tensors("the network", state, network.state_dict())
-    for name, tensor in state.items():
-        if name.endswith(("running_var", "num_batches_tracked")) and bool((tensor < 0).any()):
-            raise ValueError(f"{name} has values below 0")
-
-
 def models_folder(path: Path) -> Path:
     """Where a run's checkpoint is: ``path`` is the run's folder below models, or the one below logs.
 
     Raises:
         Unreadable: there is no checkpoint.
     """
-    for folder in (path, path.resolve().parent.parent / "models" / path.resolve().name):
+    real = path.resolve()
+    for folder in (path, real.parent.parent / "models" / real.name):
         if (folder / CHECKPOINT).is_file():
             return folder
     raise Unreadable(
@@ -142,13 +132,11 @@ def from_checkpoint(path: Path) -> Snapshot:
     """
     try:
         checkpoint = storage.read(path)
-        if type(checkpoint) is not dict or type(checkpoint.get("arguments")) is not dict:
-            raise ValueError("no arguments")
-        if not isinstance(checkpoint.get("network"), dict):
-            raise ValueError("no network")
-        arguments, state = checkpoint["arguments"], dict(checkpoint["network"])
+        arguments, state = (nested(checkpoint, key) for key in ("arguments", "network"))
+        if arguments is None or state is None:
+            raise ValueError("no arguments" if arguments is None else "no network")
         run = "".join(c if c.isprintable() else "?" for c in path.resolve().parent.name)
-        snapshot = Snapshot.of({**arguments, "run": run, "epoch": checkpoint.get("epoch")}, state)
+        snapshot = Snapshot.of({**arguments, "run": run, "epoch": checkpoint.get("epoch")}, dict(state))
         snapshot.network()
     except (storage.DamagedError, ValueError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None

@@ -1,8 +1,8 @@
 """Evaluates a pruned network by its connections and its spikes alone, on the CPU.
 
-What is 0 costs nothing: pruned weights are not stored, hidden neurons that lead to no output are not
-computed, a neuron whose current stays below the threshold is not simulated, one that does not spike adds
-nothing to the next layer. benchmarks/RESULTS.md says from which sparsity on this pays.
+What is 0 costs nothing: pruned weights are not stored, hidden neurons that lead to no output are not computed, a neuron
+whose current stays below the threshold is not simulated, one that does not spike adds nothing to the next layer.
+benchmarks/RESULTS.md says from which sparsity on this pays.
 """
 
 import numpy as np
@@ -17,8 +17,6 @@ from spiking import LIFNode, SpikingNetwork
 from spiking_kernels import proof
 from spiking_kernels.tensors import Unfit, flaw
 
-__all__ = ["EventDrivenMnist", "event_driven"]
-
 BLOCK = 256  # images at a time, whose currents the caches hold
 
 
@@ -26,9 +24,8 @@ def event_driven(network: SpikingNetwork) -> "EventDrivenMnist":
     """A function from images to spike counts that computes what ``network`` does in eval mode.
 
     Raises:
-        ValueError: there is none for this network. For Cifar10Net it would pay little: a convolution as a
-            sparse product has to gather its input for every position of the kernel at every time step; this
-            was not even twice as fast as the dense convolution at 95 % sparsity (benchmarks.sparse).
+        ValueError: there is none for this network. A sparse convolution gathers its input for every position of the
+            kernel: at a sparsity of 95 % it is less than twice as fast as the dense one.
     """
     if type(network) is not MnistNet:
         raise ValueError(
@@ -62,15 +59,15 @@ def _obstacle(network: MnistNet) -> str | None:
 class EventDrivenMnist:
     """Maps images [N, 1, 28, 28] to spike counts [N, 10] as a MnistNet in eval mode does.
 
-    The image does not change over time, and neither does a hidden neuron's current: reset to 0 at every
-    spike, it fires with a period, which the current gives. The spikes are the dense network's but for
-    rounding: a potential within rounding of the threshold may fall on the other side.
+    The image does not change over time, and neither does a hidden neuron's current: reset to 0 at every spike, it fires
+    with a period, which the current gives. The spikes are the dense network's but for potentials within rounding of the
+    threshold.
 
     Args:
         network: its weights are copied.
 
     Attributes:
-        fused: let the fused kernel for two layers of neurons do what follows the first product, where there
+        fused: the fused kernel for two layers of neurons does what follows the first product. It is True where there
             is one for this network and machine; otherwise the events are a sparse product too.
 
     Raises:
