@@ -39,8 +39,7 @@ def deep_rewiring(
     torch._foreach_mul_(changes, actives)
     penalties = torch._foreach_mul(signs, [(l1 * eta).to(weights[0].dtype) for eta in etas])
     torch._foreach_mul_(penalties, actives)
-    hs = torch._foreach_mul(thetas, signs) if thetas else [w.clone() for w in weights]
-    torch._foreach_sub_(hs, changes)
+    hs = torch._foreach_sub(torch._foreach_mul(thetas, signs) if thetas else weights, changes)
     torch._foreach_sub_(hs, penalties)  # h = s theta or w, - eta a m / d - l1 eta a s
     if T is not None:  # + T sqrt(eta) N
         torch._foreach_mul_(lists["noise"], [T * eta.sqrt() for eta in etas])
@@ -56,8 +55,10 @@ def deep_rewiring(
         kept = [a & (y > 0) for a, y in zip(actives, torch._foreach_mul(hs, signs), strict=True)]
         torch._foreach_mul_(hs, kept)  # where the sign flipped, w = 0
         if "uniform" in lists:
-            for h, sign, uniform in zip(hs, signs, lists["uniform"], strict=True):
-                h.copy_(torch.where(_reactivated(h, sign, uniform, max_s), sign.to(h.dtype) * eps, h))
+            hs = [
+                torch.where(_reactivated(h, sign, uniform, max_s), sign.to(h.dtype) * eps, h)
+                for h, sign, uniform in zip(hs, signs, lists["uniform"], strict=True)
+            ]
     torch._foreach_copy_(weights, hs)
 
 
@@ -155,8 +156,8 @@ class DeepRewiring(RewiringOptimizer):
                 f"eps={group['eps']!r} is not accepted: Deep R re-activates at it, and it is 0 in {param.dtype}"
             )
 
-    def _own_state(self, group: dict[str, Any]) -> set[str]:
-        return {"sign", "theta"} if group["soft"] else {"sign"}
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        return ({"sign", "theta"} if group["soft"] else {"sign"}) if group["prune"] else set()
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
         T, l1, max_s, theta_min = group["T"], group["l1"], group["max_s"], None

@@ -122,8 +122,8 @@ class GradRewiring(RewiringOptimizer):
             check_number("s", group["s"], accepted, lambda x: 0.5 <= x < 1)
         check_bool("plain_gradient", group["plain_gradient"])
 
-    def _own_state(self, group: dict[str, Any]) -> set[str]:
-        return {"sign", "theta"}
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        return {"sign", "theta"} if group["prune"] else set()
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
         alpha = group["alpha"]
@@ -148,21 +148,18 @@ class ConnectivitySchedule:
 
     Call :meth:`step` after each step of the optimizer and of the learning-rate scheduler, if there is one.
     Connectivity is the share of the weights that are not 0, over all groups together but those with ``prune=False``.
-
     The schedule wants connectivity 1 until ``begin``; from there it falls, fast at first and then ever more slowly,
     and is C from ``end`` on. It stays C after the last step, as long as :meth:`step` is called.
 
-    It divides the steps into segments, and looks at theta at the start of each: theta_q is the largest theta among
-    the connections to prune in this segment, or 0 if enough are pruned already. Grad R's prior lowers theta by
-    alpha * eta_t in every step, so it prunes them within the segment if alpha is theta_q / (sum of its eta_t).
-    The gradient moves theta too; the next segment corrects what it did. When the learning rate changes within a
-    segment, alpha * lr stays the same.
+    At the start of each segment of the steps it looks for theta_q, the largest theta among the connections to prune in
+    the segment, or 0 if enough are pruned. Grad R's prior lowers theta by alpha * eta_t in every step, so it prunes
+    them within the segment if alpha is theta_q / (sum of its eta_t). The gradient moves theta too; the next segment
+    corrects that. When the learning rate changes within a segment, alpha * lr stays the same.
 
-    Until C is due, alpha is at most ``max_alpha``. A gradient that never changes its sign moves theta by eta_t in every
+    Until C is due, alpha is at most ``max_alpha``: a gradient that never changes its sign moves theta by eta_t in every
     step, so it can hold a connection against any alpha < 1. The schedule cannot raise the connectivity: where the
-    gradient prunes more than is wanted, alpha is 0. The prior moves only weights that have a gradient, and only while
-    their learning rate is above 0: others stay connected, but they count. A group that is added later is scheduled
-    from the next segment on.
+    gradient prunes more than is wanted, alpha is 0. The prior moves only weights that have a gradient and a learning
+    rate above 0: others stay connected, but they count. A group that is added later joins with the next segment.
 
     Args:
         optimizer: the schedule sets alpha in its groups, and s where it is None: so that mu is -REACH times the
@@ -199,9 +196,8 @@ class ConnectivitySchedule:
         foresight: bool = True,
     ):
         if not isinstance(optimizer, GradRewiring):
-            raise TypeError(
-                f"ConnectivitySchedule sets the alpha of a GradRewiring; {type(optimizer).__name__} has none"
-            )
+            name = type(optimizer).__name__
+            raise TypeError(f"ConnectivitySchedule sets the alpha of a GradRewiring; {name} has none")
         settings = dict(connectivity=connectivity, steps=steps, begin=begin, end=end, max_alpha=max_alpha)
         self._check({**settings, "segments": segments, "foresight": foresight})
         if not any(group["prune"] for group in optimizer.param_groups):
@@ -217,29 +213,21 @@ class ConnectivitySchedule:
     @staticmethod
     def _check(settings: dict[str, Any]) -> None:
         """Raises ValueError for an argument, or an attribute in a state, that is not accepted."""
+        from_1 = "a whole number >= 1", lambda x: type(x) is int and x >= 1
+        from_0 = "a whole number >= 0", lambda x: type(x) is int and x >= 0
+        not_negative = "a finite number >= 0", lambda x: x >= 0
+        begin = settings["begin"]
         checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "connectivity": ("the share of connections to leave, in (0, 1]", lambda x: 0 < x <= 1),
             "begin": ("a share of the steps, in [0, 1]", lambda x: 0 <= x <= 1),
-            "end": (
-                f"a share of the steps, from begin={settings['begin']!r} to 1",
-                lambda x: settings["begin"] <= x <= 1,
-            ),
+            "end": (f"a share of the steps, from begin={begin!r} to 1", lambda x: begin <= x <= 1),
             "max_alpha": ("a finite number > 0", lambda x: x > 0),
-            "largest_lr": ("a finite number >= 0", lambda x: x >= 0),
-            **dict.fromkeys(
-                ("steps", "segments", "length"), ("a whole number >= 1", lambda x: type(x) is int and x >= 1)
-            ),
-            **dict.fromkeys(("taken", "before"), ("a whole number >= 0", lambda x: type(x) is int and x >= 0)),
+            **dict(steps=from_1, segments=from_1, length=from_1, taken=from_0, before=from_0),
+            **dict(largest_lr=not_negative, lrs=not_negative, alphas=not_negative),
         }
-        for name, (accepted, condition) in checks.items():
-            if name in settings:
-                check_number(name, settings[name], accepted, condition)
-        check_bool("foresight", settings["foresight"])
-        for name in ("lrs", "alphas"):
-            for value in settings.get(name, ()):
-                check_number(f"a number of {name}", value, "a finite number >= 0", lambda x: x >= 0)
-        for value in settings.get("sets_s", ()):
-            check_bool("a value of sets_s", value)
+        for name in [name for name in (*checks, "foresight", "sets_s") if name in settings]:
+            for value in settings[name] if name in ("lrs", "alphas", "sets_s") else [settings[name]]:
+                check_number(name, value, *checks[name]) if name in checks else check_bool(name, value)
 
     def step(self) -> None:
         """Sets alpha for the optimizer's next step."""
@@ -315,10 +303,9 @@ class ConnectivitySchedule:
         if state_dict.keys() != present.keys():
             raise ValueError(f"a ConnectivitySchedule's state has {sorted(present)}, not {sorted(state_dict)}")
         for key, value in present.items():
-            if type(value) is list and (type(state_dict[key]) is not list or len(state_dict[key]) != len(value)):
-                raise ValueError(
-                    f"a ConnectivitySchedule's {key} are those of {len(value)} groups, not {state_dict[key]}"
-                )
+            given = state_dict[key]
+            if type(value) is list and (type(given) is not list or len(given) != len(value)):
+                raise ValueError(f"a ConnectivitySchedule's {key} are those of {len(value)} groups, not {given}")
         self._check(state_dict)
         vars(self).update(copy.deepcopy(state_dict))
         self._set_alphas()

@@ -6,6 +6,7 @@ m and v are Adam's moments, eta_t = lr / (1 - beta1^t) the step size and
 d_t = sqrt(v) / sqrt(1 - beta2^t) + eps the denominator.
 """
 
+import contextlib
 import functools
 import math
 import warnings
@@ -102,9 +103,10 @@ def _scaled(tensors: list[Tensor], scale: float | Tensor) -> tuple[list[Tensor],
 
 def check_number(name: str, value: Any, accepted: str, condition: Callable[[float], bool]) -> None:
     """Raises ValueError, naming the argument, unless ``value`` is a finite number for which ``condition`` holds."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not _is_finite(value) or not condition(value):
-        raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
+    with contextlib.suppress(OverflowError):  # a whole number, or a fraction, that no float holds
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and condition(value):
+            return
+    raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
 
 
 def check_bool(name: str, value: Any, or_none: bool = False) -> None:
@@ -112,13 +114,6 @@ def check_bool(name: str, value: Any, or_none: bool = False) -> None:
     if not (isinstance(value, bool) or (or_none and value is None)):
         accepted = "True, False or None" if or_none else "True or False"
         raise ValueError(f"{name}={value!r} is not accepted: {name} must be {accepted}")
-
-
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number, or a fraction, that no float holds
-        return False
 
 
 def _plain(value: Real) -> bool | int | float:
@@ -154,7 +149,7 @@ Drawn = list[tuple[Tensor, dict[str, Tensor]]]  # parameters, each with the rand
 class RewiringOptimizer(Optimizer):
     """Base of the rewiring optimizers: an Adam whose update an algorithm redefines.
 
-    A subclass checks its settings in :meth:`_check_settings`, names in :meth:`_own_state` what it keeps, draws the
+    A subclass checks its settings in :meth:`_check_settings`, names in :meth:`own_state` what it keeps, draws the
     random numbers of a step in :meth:`_draw`, and does the arithmetic in :attr:`_update`, on lists of tensors, with
     its settings as :meth:`_numbers` gives them.
 
@@ -169,7 +164,6 @@ class RewiringOptimizer(Optimizer):
     The state follows its weight to another dtype or device. What others keep in it is left alone.
 
     Args:
-        params: parameters or parameter groups, as torch.optim.Adam takes them.
         settings, named: of every group that does not name its own; ``named`` are those of :attr:`LATER`.
     """
 
@@ -190,8 +184,8 @@ class RewiringOptimizer(Optimizer):
         """Raises ValueError for a setting of the algorithm that is not accepted."""
         raise NotImplementedError
 
-    def _own_state(self, group: dict[str, Any]) -> set[str]:
-        """What a parameter's state holds beside Adam's, under the settings of its group: ``sign``, ``theta``."""
+    def own_state(self, group: dict[str, Any]) -> set[str]:
+        """What the state of a group's parameters holds beside Adam's: ``sign``, ``theta``, nothing without prune."""
         raise NotImplementedError
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
@@ -206,13 +200,9 @@ class RewiringOptimizer(Optimizer):
         return {}
 
     def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
-        """Takes a step of one parameter with a kernel of spiking_kernels, which draws random numbers of its own.
+        """Takes a step of one parameter, of size eta, with a kernel of spiking_kernels, which draws its own numbers.
 
-        Args:
-            tensors: weight, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or None, sign, theta or None.
-            settings: those of the update.
-            eta: the step size.
-            adam: what the kernel takes of Adam, and ``kept``, what it has checked before.
+        The tensors are weight, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or None, sign, theta or None.
         """
         raise NotImplementedError
 
@@ -274,10 +264,6 @@ class RewiringOptimizer(Optimizer):
             )
 
     # -- state ---------------------------------------------------------------------------------
-
-    def own_state(self, group: dict[str, Any]) -> set[str]:
-        """What the state of a group's parameters holds beside Adam's."""
-        return self._own_state(group) if group["prune"] else set()
 
     def _state_keys(self, group: dict[str, Any]) -> list[str]:
         return [*ADAM_STATE, *([AMSGRAD_STATE] if group["amsgrad"] else []), *sorted(self.own_state(group))]
@@ -408,75 +394,75 @@ class RewiringOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for update, tensors, settings in self._updates(torch.compiler.is_compiling()):
-            update(tensors, **settings)
+        for lists, settings in self._prepared(torch.compiler.is_compiling()):
+            self._update(lists, **settings)
         return loss
 
     @torch._disable_dynamo  # torch.compile traces only the arithmetic, so the random draws are those of an eager step
-    def _updates(self, traced: bool) -> list[tuple[Callable[..., None], Any, dict[str, Any]]]:
-        """The updates of a step, each a function and its arguments, once all is checked, created and drawn."""
-        checked = [self._check_step(number, group) for number, group in enumerate(self.param_groups)]
-        updates: list[tuple[Callable[..., None], Any, dict[str, Any]]] = []
-        for group, (seen, params, changed) in zip(self.param_groups, checked, strict=True):
-            for param in changed:
-                self._begin_state(param, group)
-                seen.looks[param], seen.memory[param] = _looks(param, *map(self.state[param].get, seen.keys)), None
+    def _prepared(self, traced: bool) -> list[tuple[Lists, dict[str, Any]]]:
+        """Checks and creates all that a step needs, draws its random numbers, and takes what is not for torch.compile.
+
+        Returns:
+            The tensors and the settings of the updates that are left.
+        """
+        updates: list[tuple[Lists, dict[str, Any]]] = []
+        groups = [(group, self._check_step(number, group)) for number, group in enumerate(self.param_groups)]
+        for group, seen in groups:
+            params, settings, foreach = seen.params, seen.settings, group["foreach"]
+            if seen.looks is None:  # something is new
+                for param in params:
+                    self._begin_state(param, group)
+                seen.tensors, seen.memory = self._tensors(seen), [self._memory(param, group) for param in params]
+                seen.looks = _looks(seen.tensors)
             if not params:
                 continue
             if not group["prune"]:
-                updates.append((_adam_update, self._lists([(param, {}) for param in params], seen), {"group": group}))
+                _adam_update(self._lists([(param, {}) for param in params], seen), settings["lr"], group)
                 continue
             for param in params:
                 self._prepare_gradient(param, group)
             if group["fused"]:
-                updates.append((self._fused, params, {"group": group, "seen": seen}))
+                self._fused(seen, group)
                 continue
-            foreach, settings = group["foreach"], seen.settings
             if foreach is None:
                 _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
             if traced:  # what enters by alpha= and value= stays a number, to round as it does in an eager step
                 settings = {**_as_tensors(settings), **{key: settings[key] for key in ("betas", "weight_decay")}}
             drawn = [(param, self._draw(param, group)) for param in params]
-            for some in _alike(drawn) if foreach else [[one] for one in drawn]:
-                updates.append((self._update, self._lists(some, seen), settings))
+            updates += [
+                (self._lists(some, seen), settings) for some in (_alike(drawn) if foreach else [[one] for one in drawn])
+            ]
         return updates
 
-    @torch._disable_dynamo  # it compiles, or calls a kernel, itself
-    def _fused(self, params: list[Tensor], group: dict[str, Any], seen: "_Seen") -> None:
+    def _fused(self, seen: "_Seen", group: dict[str, Any]) -> None:
         """Updates parameters in place, in one pass over memory."""
-        steps, rest = [], []
-        for param in params:
-            if self._kernel_step(param, seen):
-                steps.append(self.state[param]["step"])
-            else:
-                rest.append((param, self._draw(param, group)))
-        if steps:
-            torch._foreach_add_(steps, 1)
+        rest = [
+            (param, self._draw(param, group))
+            for param, memory in zip(seen.params, seen.memory, strict=True)
+            if memory is None or not self._kernel_step(param, memory, seen.settings)
+        ]
         for some in _alike(rest):
             _compiled(self._update)(self._lists(some, seen), **seen.settings)
 
-    def _kernel_step(self, param: Tensor, seen: "_Seen") -> bool:
-        """Takes the step of a parameter with a kernel, if one can; it does not count the step."""
-        if seen.memory[param] is None and not _may_have_kernel(param):
-            return False
-        state, settings = self.state[param], seen.settings
-        beta1, beta2 = settings["betas"]
-        largest = state[AMSGRAD_STATE] if settings["amsgrad"] else None
-        t = float(state["step"]) + 1
+    def _kernel_step(self, param: Tensor, memory: Any, settings: dict[str, Any]) -> bool:
+        """Takes the step of a parameter with a kernel; False if that does not take the gradient."""
+        (beta1, beta2), step = settings["betas"], self.state[param]["step"]
+        t = float(step) + 1
         try:
             self._kernel(
-                (param, param.grad, state["exp_avg"], state["exp_avg_sq"], largest, state["sign"], state.get("theta")),
+                (param, param.grad, *memory.state),
                 settings,
-                float(settings["lr"]) / (1 - beta1**t),
-                betas=(beta1, beta2),
+                eta=float(settings["lr"]) / (1 - beta1**t),
                 correction=math.sqrt(1 - beta2**t),
+                betas=(beta1, beta2),
                 eps=settings["eps"],
                 weight_decay=settings["weight_decay"] or 0.0,
                 maximize=settings["maximize"],
-                kept=seen.memory,
+                memory=memory,
             )
-        except spiking_kernels.Unfit:  # one is not contiguous, say
+        except spiking_kernels.Unfit:  # it is not contiguous, say
             return False
+        step.fill_(t)
         return True
 
     def _lists(self, drawn: Drawn, seen: "_Seen") -> Lists:
@@ -485,24 +471,20 @@ class RewiringOptimizer(Optimizer):
         lists |= {key: [self.state[param][key] for param, _ in drawn] for key in seen.keys}
         return lists | {key: [draws[key] for _, draws in drawn] for key in drawn[0][1]}
 
-    def _check_step(self, number: int, group: dict[str, Any]) -> tuple["_Seen", list[Tensor], list[Tensor]]:
-        """Raises an error, in one line, for what a step of a group cannot use.
-
-        Returns:
-            What is remembered, the parameters that have a gradient, and those of them whose state may need a change.
-        """
-        seen = self._seen.get(number)
-        if seen is None or isinstance(group["lr"], Tensor) or seen.values != self._values(group):
+    def _check_step(self, number: int, group: dict[str, Any]) -> "_Seen":
+        """Raises an error, in one line, for what a step of a group cannot use; what has not changed is good still."""
+        seen, values = self._seen.get(number), self._values(group)
+        if seen is None or isinstance(group["lr"], Tensor) or seen.values != values:
             self._accept_group(group, wait=False)
             old, seen = seen, _Seen(self._values(group), self._settings(group), self._state_keys(group))
-            if old is not None and old.keys == seen.keys and old.switches() == seen.switches():
-                seen.looks, seen.memory = old.looks, old.memory  # a scheduler changes numbers in every step
+            if old is not None and old.switches() == seen.switches():  # a scheduler changes numbers in every step
+                seen.tensors, seen.looks, seen.memory = old.tensors, old.looks, old.memory
             self._seen[number] = seen
-        params = [param for param in group["params"] if param.grad is not None]
-        if params and params[0].is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+        seen.params = [param for param in group["params"] if param.grad is not None]
+        on_gpu = seen.params and seen.params[0].is_cuda
+        if on_gpu and not group["capturable"] and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("to capture step() in a CUDA graph, construct the optimizer with capturable=True")
-        changed = []
-        for param in params:
+        for param in seen.params:
             grad = param.grad
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
@@ -511,18 +493,35 @@ class RewiringOptimizer(Optimizer):
                     f"the gradient of {self._name(param)} is {list(grad.shape)} on {grad.device}, "
                     f"the parameter {list(param.shape)} on {param.device}"
                 )
-            if param in seen.looks and seen.as_before(param, self.state[param]):
-                continue
-            self._check_param(param, group)
-            if param in self.state:
-                self._check_state(param, self.state[param])
-            changed.append(param)
-        return seen, params, changed
+        if seen.looks is None or seen.looks != _looks(self._tensors(seen)):
+            seen.looks = None
+            for param in seen.params:
+                self._check_param(param, group)
+                if param in self.state:
+                    self._check_state(param, self.state[param])
+        return seen
+
+    def _tensors(self, seen: "_Seen") -> list[Any]:
+        """Each parameter with a gradient and, after it, its state."""
+        return [x for param in seen.params for x in (param, *map(self.state.get(param, {}).get, seen.keys))]
+
+    def _memory(self, param: Tensor, group: dict[str, Any]) -> Any:
+        """What a kernel works on; None where none takes the update."""
+        fits = group["fused"] and group["prune"] and param.is_cpu and param.dtype == torch.float32
+        if not fits or spiking_kernels is None or spiking_kernels.unavailable() is not None:
+            return None
+        _, *keys = self._state_keys(group)
+        try:
+            return spiking_kernels.Memory(param, **{key: self.state[param][key] for key in keys})
+        except spiking_kernels.Unfit:  # one is not contiguous, say
+            return None
 
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the update takes of a group's settings; None for a term that is off."""
         settings = {key: group[key] for key in ("betas", "eps", "amsgrad", "maximize")}
-        settings |= dict(lr=_scalar(group["lr"]), weight_decay=group["weight_decay"] or None)
+        # with more dimensions, lr would give them to a 0-dimensional weight
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        settings |= dict(lr=lr, weight_decay=group["weight_decay"] or None)
         return settings | (self._numbers(group) if group["prune"] else {})
 
     def _values(self, group: dict[str, Any]) -> list[Any]:
@@ -536,30 +535,26 @@ class _Seen:
     """What a step found good of a group: the next one checks only what is no longer so."""
 
     values: list[Any]
-    settings: dict[str, Any]
-    keys: list[str]
-    looks: dict[Tensor, list[Any]] = field(default_factory=dict)
-    memory: dict[Tensor, Any] = field(default_factory=dict)  # what a kernel has found good
+    settings: dict[str, Any]  # of the update
+    keys: list[str]  # of the state
+    params: list[Tensor] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)  # kept, so that no other tensor gets the id of one
+    looks: list[Any] | None = None
+    memory: list[Any] = field(default_factory=list)  # of each parameter, if a kernel can work on it
 
     def switches(self) -> list[Any]:
         """The settings on which it depends whether a parameter and its state are good."""
         return [self.settings["eps"], *(value for value in self.values if isinstance(value, bool))]
 
-    def as_before(self, param: Tensor, state: dict[str, Any]) -> bool:
-        """Whether a parameter and its state are as they were found good."""
-        step, *tensors = map(state.get, self.keys)
-        memory = self.memory[param]
-        if memory is not None:
-            return isinstance(step, Tensor) and memory.holds(param, *tensors)
-        return self.looks[param] == _looks(param, step, *tensors)
 
-
-def _looks(*tensors: Any) -> list[Any]:
-    """What the checks of a parameter and its state look at."""
-    return [
-        (x.dtype, x.device, x.shape, x.stride()) if isinstance(x, Tensor) and x.layout is torch.strided else None
-        for x in tensors
-    ]
+def _looks(tensors: list[Any]) -> list[Any] | None:
+    """All that the checks of tensors look at; None, so that they are checked at each step, if one has no memory."""
+    try:
+        return [
+            (id(x), x.data_ptr(), x.untyped_storage().nbytes(), x.dtype, x.device, x.shape, x.stride()) for x in tensors
+        ]
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def _flaw(state: Any, shape: torch.Size, loaded: bool = False, foreign: bool = False) -> str | None:
@@ -608,18 +603,6 @@ def _as_step(value: Real | Tensor, device: torch.device | str) -> Tensor:
     return step.reshape(()).to(device, torch.float32)
 
 
-def _scalar(lr: float | Tensor) -> float | Tensor:
-    """lr, 0-dimensional if it is a tensor: with more dimensions it would give them to a 0-dimensional weight."""
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def _may_have_kernel(param: Tensor) -> bool:
-    """Whether spiking_kernels takes the update of such a weight: a first look, see Unfit there."""
-    if spiking_kernels is None or not param.is_cpu or param.dtype != torch.float32:
-        return False
-    return spiking_kernels.unavailable() is None
-
-
 def _alike(drawn: Drawn) -> Iterable[Drawn]:
     """Parameters and their random numbers, by device and dtype."""
     together = defaultdict(list)
@@ -628,10 +611,9 @@ def _alike(drawn: Drawn) -> Iterable[Drawn]:
     return together.values()
 
 
-@torch._disable_dynamo  # compiled, it would round its bias corrections to float32
-def _adam_update(lists: Lists, group: dict[str, Any]) -> None:
+def _adam_update(lists: Lists, lr: float | Tensor, group: dict[str, Any]) -> None:
     """Updates the parameters of a group that is not pruned, as torch.optim.Adam does."""
-    lr, (beta1, beta2) = _scalar(group["lr"]), group["betas"]
+    beta1, beta2 = group["betas"]
     on_device = group["capturable"] and all(weight.is_cuda for weight in lists["weight"])
     plain_adam(
         *(lists.get(key, []) for key in ("weight", "grad", "exp_avg", "exp_avg_sq", AMSGRAD_STATE, "step")),

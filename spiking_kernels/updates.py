@@ -2,7 +2,6 @@
 
 import math
 from bisect import bisect_right
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,32 +14,31 @@ MOST_WEIGHTS, MOST_SEEDS = 1 << 48, 1 << 64
 
 
 class Memory:
-    """The tensors that the steps of a parameter work on, all but the gradient: checked once, as long as they stay."""
+    """The tensors that the steps of a parameter work on, all but the gradient, as long as they stay as they are.
 
-    def __init__(self, optional: set[str], **tensors: Tensor | None):
-        """Checks the tensors; one of the optional ones may be None.
+    Raises:
+        Unfit: a tensor is not accepted, or two share memory.
+    """
 
-        Raises:
-            Unfit: a tensor is not accepted, or two share memory.
-        """
-        self.shape = getattr(tensors["param"], "shape", None)
-        self.named = {name: x for name, x in tensors.items() if x is not None or name not in optional}
-        for name, tensor in self.named.items():
+    def __init__(
+        self,
+        param: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        max_exp_avg_sq: Tensor | None = None,
+        *,
+        sign: Tensor,
+        theta: Tensor | None = None,
+    ):
+        self.param, self.state = param, (exp_avg, exp_avg_sq, max_exp_avg_sq, sign, theta)
+        self.shape = getattr(param, "shape", None)
+        named = dict(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, sign=sign)
+        named |= {k: x for k, x in (("max_exp_avg_sq", max_exp_avg_sq), ("theta", theta)) if x is not None}
+        for name, tensor in named.items():
             check(name, tensor, torch.int8 if name == "sign" else torch.float32, self.shape)
-        apart(self.named, self.named.keys() - {"sign"})
-        self.tensors = [*self.named.values()]  # kept, so that no other tensor gets the id of one
-        self.ids = [*map(id, self.tensors)]
-        self.places = self._places()
-        self.sorted = sorted(tensor.data_ptr() for tensor in self.tensors)
-        self.first, *self.others = map(pointer, tensors.values())
-
-    def _places(self) -> list[Any]:
-        """All that can change in a tensor that stays the same object."""
-        return [(x.data_ptr(), x.untyped_storage().nbytes(), x.dtype, x.shape, x.is_contiguous()) for x in self.tensors]
-
-    def holds(self, *tensors: Any) -> bool:
-        """Whether these are its tensors, without those that are None, and as they were."""
-        return [*map(id, tensors)] == self.ids and self._places() == self.places
+        apart(named, named.keys() - {"sign"})
+        self.named, self.starts = named, sorted(tensor.data_ptr() for tensor in named.values())
+        self.first, *self.others = map(pointer, (param, *self.state))
 
     def pointers(self, grad: Tensor) -> list[int | None]:
         """The addresses of all, the gradient after the parameter.
@@ -50,10 +48,10 @@ class Memory:
         """
         check("grad", grad, torch.float32, self.shape)
         start, size = grad.data_ptr(), grad.nbytes
-        near = bisect_right(self.sorted, start - size)
-        if near < len(self.sorted) and self.sorted[near] < start + size:  # no tensor is larger than the gradient
+        near = bisect_right(self.starts, start - size)
+        if near < len(self.starts) and self.starts[near] < start + size:  # no tensor is larger than the gradient
             apart({**self.named, "grad": grad}, self.named.keys() - {"sign"})
-        torch.autograd.graph.increment_version(self.tensors[0])  # or a graph that needs it would not know
+        torch.autograd.graph.increment_version(self.param)  # or a graph that needs it would not know
         return [self.first, start, *self.others]
 
 
@@ -74,7 +72,7 @@ def grad_rewiring_step(
     maximize: bool,
     prior: float,
     mu: float,
-    kept: dict[Tensor, Memory | None] | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """One step of Grad Rewiring, in place, on contiguous float32 tensors of one shape (sign: int8).
 
@@ -83,25 +81,22 @@ def grad_rewiring_step(
         eta: the step size, lr / (1 - beta1^t).
         prior: alpha * eta, or 0 where the prior is off.
         mu: where the prior changes its sign.
-        kept: what was checked before, by parameter, as far as it still :meth:`Memory.holds`; what is checked is put in.
+        memory: that of the tensors, if they were checked before.
 
     The other arguments are those of gradrewire.GradRewiring.
 
     Raises:
         Unfit: a tensor is not accepted, or two share memory; nothing has been changed.
     """
-    memory = None if kept is None else kept.get(param)
     if memory is None:
-        tensors = dict(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq)
-        memory = Memory({"max_exp_avg_sq"}, **tensors, sign=sign, theta=theta)
+        check("theta", theta, torch.float32)  # Deep R may have none
+        memory = Memory(param, exp_avg, exp_avg_sq, max_exp_avg_sq, sign=sign, theta=theta)
     build.library().grad_rewiring_step(
         *memory.pointers(grad),
         param.numel(),
         *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
         *(-1.0 if maximize else 1.0, prior, mu),
     )
-    if kept is not None:
-        kept[param] = memory
 
 
 def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, Tensor]:
@@ -144,7 +139,7 @@ def deep_rewiring_step(
     penalty: float,
     temperature: float,
     theta_min: float | None,
-    kept: dict[Tensor, Memory | None] | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """One step of Deep R, soft where theta is given, in place, on contiguous float32 tensors of one shape (sign: int8).
 
@@ -153,12 +148,10 @@ def deep_rewiring_step(
 
     Args:
         seed: of the step's random numbers, in [0, 2^64).
-        correction: sqrt(1 - beta2^t).
-        eta: the step size, lr / (1 - beta1^t).
+        correction, eta, memory: as of :func:`grad_rewiring_step`.
         penalty: l1 * eta.
         temperature: of the noise, T * sqrt(eta); with 0, none is drawn.
         theta_min: lower bound of theta, or None.
-        kept: as of :func:`grad_rewiring_step`.
 
     The other arguments are those of deeprewire.DeepRewiring.
 
@@ -166,15 +159,10 @@ def deep_rewiring_step(
         Unfit: a tensor or the seed is not accepted, or two tensors share memory; nothing has been changed.
     """
     whole("seed", seed, 0, MOST_SEEDS - 1)
-    memory = None if kept is None else kept.get(param)
-    if memory is None:
-        tensors = dict(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, max_exp_avg_sq=max_exp_avg_sq)
-        memory = Memory({"max_exp_avg_sq", "theta"}, **tensors, sign=sign, theta=theta)
+    memory = memory or Memory(param, exp_avg, exp_avg_sq, max_exp_avg_sq, sign=sign, theta=theta)
     build.library().deep_rewiring_step(
         *memory.pointers(grad),
         *(param.numel(), seed, max_s),
         *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
         *(-1.0 if maximize else 1.0, penalty, temperature, -math.inf if theta_min is None else theta_min),
     )
-    if kept is not None:
-        kept[param] = memory
