@@ -423,7 +423,11 @@ FMA = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     ],
 )
 def test_fused_deep_rewiring_is_bitwise_the_plain_update(settings, soft, kernels, seeds, exact_sqrt, monkeypatch):
-    """Given its draws, over 60 steps, with tails of every kind: weights, state and zeros."""
+    """Given its draws, over 60 steps, with tails of every kind: weights, state and zeros.
+
+    Without fused multiply-add it differs by rounding, which may decide whether a connection changes its sign.
+    """
+    torch.manual_seed(0)  # of the kernel's seeds
     settings = {"lr": 0.01, "l1": 0.01, "max_s": 0.4, "T": 0.02, "soft": soft, **settings}
     ours, theirs = (parameters(shapes=[(1,), (15,), (16,), (513,), (30, 41), (6, 3, 3, 3), (9000,)]) for _ in range(2))
     for params in (ours, theirs):
@@ -451,7 +455,10 @@ def test_fused_deep_rewiring_is_bitwise_the_plain_update(settings, soft, kernels
         pairs = [(p.detach(), q.detach()), *((fused.state[p][key], value) for key, value in plain.state[q].items())]
         for a, b in pairs:
             assert a.dtype == b.dtype
-            assert torch.equal(a, b) if FMA else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+            if FMA:
+                assert torch.equal(a, b)
+            else:
+                assert int((~torch.isclose(a, b, rtol=1e-5, atol=1e-6)).sum()) <= a.numel() / 500
 
 
 @needs_kernels
