@@ -39,7 +39,11 @@ def deep_rewiring(
     torch._foreach_mul_(changes, actives)
     penalties = torch._foreach_mul(signs, [(l1 * eta).to(weights[0].dtype) for eta in etas])
     torch._foreach_mul_(penalties, actives)
-    hs = torch._foreach_sub(torch._foreach_mul(thetas, signs) if thetas else weights, changes)
+    if thetas:
+        hs = torch._foreach_mul(thetas, signs)
+        torch._foreach_sub_(hs, changes)
+    else:
+        hs = torch._foreach_sub(weights, changes)
     torch._foreach_sub_(hs, penalties)  # h = s theta or w, - eta a m / d - l1 eta a s
     if T is not None:  # + T sqrt(eta) N
         torch._foreach_mul_(lists["noise"], [T * eta.sqrt() for eta in etas])
