@@ -7,11 +7,9 @@ time of an epoch is computed from them; the tables say from how many.
 
 import statistics
 import sys
-from collections import defaultdict
 from itertools import chain, islice, repeat
 
 import torch
-from spikingjelly.activation_based import functional
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision import transforms
@@ -20,7 +18,7 @@ import measuring
 import spiking_kernels
 from analysis.experiments import EXPERIMENTS
 from benchmarks.optimizers import bench_optimizers
-from benchmarks.tables import Tables, in_turns, mnist_images, noise, parser, run, table, timed
+from benchmarks.tables import Tables, in_turns, mnist_images, noise, parser, run, table
 from training import data
 from training.command_line import command
 from training.methods import METHODS
@@ -127,40 +125,6 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> Tab
     yield table(f"MNIST evaluation ({rounds} rounds, medians)", head, rows)
 
 
-def bench_profile(dataset: data.Dataset, device: torch.device) -> Tables:
-    """Where the time of a fused MNIST training step goes: its parts, one after the other."""
-    execution = Execution(MNIST, dataset, device)
-    execution.train(20)
-    network, optimizer, batches = execution.network, execution.step.optimizers[0], iter(execution.batches)
-    kernel = device.type == "cpu" and not spiking_kernels.unavailable()
-    parts: dict[str, list[float]] = defaultdict(list)
-    for _ in range(min(200, len(execution.batches))):
-        optimizer.zero_grad()
-        with timed(parts["batch: pick, augment, normalise"], device):
-            images, labels = next(batches)
-        with timed(parts["first layer (product)"], device):
-            current = network.static(images)
-        leaf = current.detach().requires_grad_()
-        with timed(parts["LIF, linear, LIF (kernel)" if kernel else "LIF, linear, LIF"], device):
-            if kernel:
-                counts = spiking_kernels.lif_linear_lif(leaf, network.fc[1].weight, 8)
-            else:
-                counts = network.spiking(leaf.expand(8, *leaf.shape)).sum(0)
-        functional.reset_net(network)
-        with timed(parts["loss"], device):
-            loss = measuring.loss_function(counts, labels, 8)
-        with timed(parts["backward: loss, LIF, linear, LIF"], device):
-            loss.backward()
-        with timed(parts["backward: first layer (product)"], device):
-            current.backward(leaf.grad)
-        with timed(parts["Grad R update"], device):
-            optimizer.step()
-    medians = {name: statistics.median(seconds) for name, seconds in parts.items()}
-    total = sum(medians.values())
-    rows = [(name, f"{value * 1e3:.3f}", f"{100 * value / total:.0f} %") for name, value in medians.items()]
-    yield table("Where a fused MNIST training step goes (medians)", ("part", "ms", "share"), rows)
-
-
 def bench_scaling(dataset: data.Dataset, device: torch.device, rounds: int) -> Tables:
     """Seconds per training step of the fused execution, over T and over the batch size."""
     for what, option, values in (("T", "-T", (2, 4, 8, 16, 32)), ("batch size", "-b", (1, 4, 16, 64, 128, 256))):
@@ -235,7 +199,6 @@ def main(argv: list[str] | None = None) -> int:
         yield from ceiling(device)
         if "mnist" in options.only:
             yield from bench_mnist(dataset, device, rounds)
-            yield from bench_profile(dataset, device)
         if "scaling" in options.only:
             yield from bench_scaling(dataset, device, rounds)
         if "optimizers" in options.only:

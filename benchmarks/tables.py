@@ -1,12 +1,11 @@
 """What the benchmarks share: they measure functions in turns, print tables, and have the same options."""
 
 import argparse
-import contextlib
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -22,26 +21,19 @@ Row = tuple[str, ...]
 Tables = Iterable[dict]  # of :func:`table`, each when it is measured
 
 
-@contextlib.contextmanager
-def timed(seconds: list[float], device: torch.device) -> Iterator[None]:
-    """Appends the seconds that a block takes, with what it starts on the device."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    yield
-    synchronize()
-    seconds.append(time.perf_counter() - start)
-
-
 def in_turns(
     functions: dict[str, Callable], rounds: int, device: torch.device, warmup: int = 1, take=statistics.median
 ) -> dict[str, float]:
     """The median of the seconds that each function takes. In each round they run one after the other."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = {name: [] for name in functions}
     for _ in range(warmup + rounds):
         for name, function in functions.items():
-            with timed(seconds[name], device):
-                function()
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
     return {name: take(values[warmup:]) for name, values in seconds.items()}
 
 

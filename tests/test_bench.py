@@ -45,14 +45,6 @@ def test_an_execution_trains_the_steps_it_is_asked_for(fused):
     assert 0 <= execution.test() <= 1
 
 
-def test_the_profile_names_every_part():
-    (made,) = bench.bench_profile(tiny(n=260), CPU)
-    assert made["rows"][0][0].startswith("batch")
-    assert len(made["rows"]) == 7
-    shares = [float(row[2].split()[0]) for row in made["rows"]]
-    assert sum(shares) == pytest.approx(100, abs=4)
-
-
 def test_the_plain_way_gives_batches_of_the_same_form():
     images, labels = next(iter(bench.torchvision_loader(tiny(), 8)))
     assert (images.shape, images.dtype, labels.shape) == ((8, 1, 28, 28), torch.float32, (8,))

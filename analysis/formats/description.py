@@ -1,4 +1,4 @@
-"""The description and the digest that every export carries. See :mod:`analysis.formats`."""
+"""The description and the digest that every export carries. See docs/exporting.md."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def _settings(snapshot: Snapshot) -> dict[str, dict[str, Any]]:
 
 
 def digest(text: str, arrays: Mapping[str, NDArray]) -> str:
-    """SHA-256 of a description and arrays, in hexadecimal digits. See :mod:`analysis.formats`."""
+    """SHA-256 of a description and arrays, in hexadecimal digits. See docs/exporting.md."""
     content = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
         content.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())

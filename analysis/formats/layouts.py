@@ -1,4 +1,4 @@
-"""The layouts: how a weight is packed into the arrays of a file, and unpacked. See :mod:`analysis.formats`."""
+"""The layouts: how a weight is packed into the arrays of a file, and unpacked. See docs/exporting.md."""
 
 import math
 from collections.abc import Mapping

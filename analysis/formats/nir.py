@@ -1,4 +1,4 @@
-"""The format nir, the graph of one time step for other simulators and for chips. See :mod:`analysis.formats`."""
+"""The format nir, the graph of one time step for other simulators and for chips. See docs/exporting.md."""
 
 import io
 from collections import OrderedDict

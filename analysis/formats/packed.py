@@ -1,6 +1,6 @@
 """The formats npz, csr and safetensors: every weight in a layout, the other tensors beside or folded.
 
-csr folds BatchNorm to y = scale * x + shift after its convolution. See :mod:`analysis.formats`.
+csr folds BatchNorm to y = scale * x + shift after its convolution. See docs/exporting.md.
 """
 
 import io
