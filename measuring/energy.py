@@ -27,19 +27,12 @@ PICOJOULES_PER_MAC = 0.9 + 3.7
 
 @dataclass(frozen=True)
 class Operations:
-    """The operations of one layer, summed over all images.
+    """The operations of one layer, summed over all images."""
 
-    Attributes:
-        images: the number of images.
-        pruned: the operations at connected weights.
-        dense: the operations for the same inputs if all weights were connected.
-        kind: "MAC" for the first layer, "SynOp" for the other layers.
-    """
-
-    images: int
-    pruned: int
-    dense: int
-    kind: str
+    images: int  # their number
+    pruned: int  # the operations at connected weights
+    dense: int  # the operations for the same inputs if all weights were connected
+    kind: str  # "MAC" for the first layer, "SynOp" for the other layers
 
     @property
     def picojoules(self) -> float:

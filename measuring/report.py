@@ -12,23 +12,14 @@ from spiking import SpikingNetwork
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a test.
+    """The results of a test. Layers go by their weight's name, those of neurons by their own."""
 
-    Attributes:
-        epoch: the number of epochs for which the network was trained.
-        evaluation: the confusion matrix of all images.
-        connected: the connections of each layer, by the weight's name.
-        structural: the connections on a path from an input to an output, see :mod:`measuring.paths`.
-        rates: the firing rate of each neuron, in spikes per image and time step, by the LIF layer's name.
-        operations: the operations of each layer, by the weight's name, see :mod:`measuring.energy`.
-    """
-
-    epoch: int
-    evaluation: measuring.Evaluation
-    connected: dict[str, Connections]
-    structural: dict[str, Connections]
-    rates: dict[str, Tensor]
-    operations: dict[str, energy.Operations]
+    epoch: int  # the number of epochs for which the network was trained
+    evaluation: measuring.Evaluation  # the confusion matrix of all images
+    connected: dict[str, Connections]  # of each layer
+    structural: dict[str, Connections]  # those on a path from an input to an output, see measuring.paths
+    rates: dict[str, Tensor]  # of each neuron, in spikes per image and time step
+    operations: dict[str, energy.Operations]  # of each layer, see measuring.energy
 
     def lines(self) -> list[str]:
         """The report for the console, up to 100 columns wide."""

@@ -27,19 +27,12 @@ EPOCH = ("test_accuracy", "connectivity", "pruned", "regrown")  # the numbers of
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished row with its results.
+    """A finished row with its results."""
 
-    Attributes:
-        row: of the grid.
-        numbers: its results, by the names in ``rows.csv``; NaN where it is not known.
-        made: how, by the names in ``MADE``; empty texts where it is not known.
-        epochs: the numbers after each epoch up to the row's last, by the names in ``EPOCH``; NaN where they are lost.
-    """
-
-    row: Row
-    numbers: dict[str, float]
-    made: dict[str, str]
-    epochs: list[dict[str, float]]
+    row: Row  # of the grid
+    numbers: dict[str, float]  # its results, by the names in rows.csv; NaN where it is not known
+    made: dict[str, str]  # how, by the names in MADE; empty texts where it is not known
+    epochs: list[dict[str, float]]  # after each epoch up to the row's last, by the names in EPOCH; NaN where it is lost
 
 
 def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:

@@ -22,21 +22,13 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Row:
-    """One run of the grid, up to a number of epochs.
+    """One run of the grid, up to a number of epochs."""
 
-    Attributes:
-        experiment: the name of the one whose script runs it.
-        title: of its group.
-        ablation: whether the group is one, not a method to compare.
-        argv: what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu).
-        options: what ``argv`` says.
-    """
-
-    experiment: str
-    title: str
-    ablation: bool
-    argv: tuple[str, ...]
-    options: Namespace = field(compare=False, repr=False)
+    experiment: str  # the name of the one whose script runs it
+    title: str  # of its group
+    ablation: bool  # whether the group is one, not a method to compare
+    argv: tuple[str, ...]  # what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu)
+    options: Namespace = field(compare=False, repr=False)  # what argv says
 
     @cached_property
     def name(self) -> str:

@@ -18,15 +18,10 @@ EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # connectivities at whi
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows that differ in their seed only.
+    """The rows that differ in their seed only."""
 
-    Attributes:
-        entries: the rows, in the grid's order.
-        dense: mean test accuracy of the dense rows of the same learning rate and epochs; NaN without any.
-    """
-
-    entries: tuple[Entry, ...]
-    dense: float
+    entries: tuple[Entry, ...]  # in the grid's order
+    dense: float  # mean test accuracy of the dense rows of the same learning rate and epochs; NaN without any
 
     @property
     def row(self) -> Row:

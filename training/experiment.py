@@ -17,32 +17,19 @@ class Pace:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network, its data sets and its default options.
+    """A network, its data sets and its default options."""
 
-    Attributes:
-        name: the name of its folder and its script.
-        label: its name in titles.
-        network: the class; called as ``network(T, width=width)``.
-        width: the default of --width, the size of the network's layers.
-        width_is: what the width counts, for --help.
-        datasets: what --dataset accepts, the default first.
-        paper, fast: the defaults with each --recipe.
-        interval_test: the default of -i1.
-        test_batch_size: limits the memory of an evaluation; the result does not depend on it.
-        histograms: the weights whose distribution is recorded; None for all prunable weights.
-    """
-
-    name: str
-    label: str
-    network: type[SpikingNetwork]
-    width: int
-    width_is: str
-    datasets: tuple[DataSource, ...]
-    paper: Pace
+    name: str  # of its folder and its script
+    label: str  # its name in titles
+    network: type[SpikingNetwork]  # called as network(T, width=width)
+    width: int  # the default of --width, the size of the network's layers
+    width_is: str  # what the width counts, for --help
+    datasets: tuple[DataSource, ...]  # what --dataset accepts, the default first
+    paper: Pace  # the defaults with each --recipe
     fast: Pace
-    interval_test: int
-    test_batch_size: int
-    histograms: tuple[str, ...] | None = None
+    interval_test: int  # the default of -i1
+    test_batch_size: int  # limits the memory of an evaluation; the result does not depend on it
+    histograms: tuple[str, ...] | None = None  # the weights whose distribution is recorded; None: all prunable weights
 
     def dataset(self, name: str) -> DataSource:
         """The data set with this name."""

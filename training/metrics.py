@@ -26,29 +26,19 @@ LAYERS, NEURONS, DISTRIBUTIONS = "layers/{layer}/{key}", "neurons/{layer}/{key}"
 class Metric:
     """A number: what it means, and where it is written.
 
-    Attributes:
-        key: its name in the code.
-        unit: as on the page; a number without a unit has an empty one.
-        when: :data:`STEP` etc.: whenever one of these is recorded, the number must be, unless it is ``optional``.
-        definition, formula: in Markdown.
-        path: the keys that lead to it in the file of ``when``; empty for a number that is not in it.
-        tag: in TensorBoard; empty for a number that is not there. With ``{layer}`` in path or tag, the number is
-            recorded for each layer: ``layer`` is the name of a weight or of a LIF layer.
-        tag_with_bn: the tag in networks with BatchNorm, or other parameters that are never pruned; default: ``tag``.
-        words: before the number in the console's line of an epoch; None for a number that is not in it.
-        also: where else it is shown, in Markdown.
+    With ``{layer}`` in its path or tag, the name of a weight or of a LIF layer, it is recorded for each layer.
     """
 
-    key: str
-    unit: str
-    when: tuple[str, ...]
-    definition: str
+    key: str  # its name in the code
+    unit: str  # as on the page; a number without a unit has an empty one
+    when: tuple[str, ...]  # STEP etc.: whenever one of these is recorded, the number must be, unless it is optional
+    definition: str  # in Markdown, as the formula
     formula: str = "–"
-    path: str = "{key}"
-    tag: str = ""
-    tag_with_bn: str | None = None
-    words: str | None = None
-    also: str = ""
+    path: str = "{key}"  # the keys that lead to it in the file of ``when``; empty for a number that is not in it
+    tag: str = ""  # in TensorBoard; empty for a number that is not there
+    tag_with_bn: str | None = None  # in networks with BatchNorm or other parameters never pruned; None: as ``tag``
+    words: str | None = None  # before the number in the console's line of an epoch; None for a number not in it
+    also: str = ""  # where else it is shown, in Markdown
     optional: bool = False
 
     @property

@@ -43,26 +43,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set on which an experiment can train.
+    """A data set on which an experiment can train."""
 
-    Attributes:
-        name: its name for --dataset.
-        read: reads the data set from the folder --dataset-dir, or downloads it there; may raise Refusal.
-        shape: the shape of an image: channels, height, width.
-        mean, std: the mean and standard deviation of each channel, for pixels in [0, 1]; they normalise the images.
-        augmentation: the augmentation of the training images.
-        about: an explanation for --help, if needed.
-        classes: the number of classes; labels are from 0 to classes - 1.
-    """
-
-    name: str
-    read: Callable[[Path], Dataset]
-    shape: tuple[int, int, int]
-    mean: tuple[float, ...]
+    name: str  # for --dataset
+    read: Callable[[Path], Dataset]  # from the folder --dataset-dir, where it may download it; may raise Refusal
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+    mean: tuple[float, ...]  # of each channel, for pixels in [0, 1], as the standard deviation: they normalise images
     std: tuple[float, ...]
-    augmentation: RandomAffine | RandomCropFlip
-    about: str = ""
-    classes: int = 10
+    augmentation: RandomAffine | RandomCropFlip  # of the training images
+    about: str = ""  # an explanation for --help, if needed
+    classes: int = 10  # labels are from 0 to classes - 1
 
     def normalisation(self, device: torch.device) -> Normalisation:
         return Normalisation(self.mean, self.std, device)

@@ -15,31 +15,18 @@ from training.errors import Refusal
 
 @dataclass(frozen=True)
 class Option:
-    """A command-line option of one or more methods.
+    """A command-line option of one or more methods."""
 
-    Attributes:
-        spellings: how it is written on the command line, as in "-s/--sparsity"; the last one gives its :attr:`name`.
-        type: converts the text to a value; None for a switch, which is off by default.
-        metavar: the placeholder for the value in --help.
-        default: the default, as --help shows it.
-        place: the position in a run's name: "first", among the "settings", "after" the method, or "last".
-        label: what stands in a run's name, before the value or alone for a switch; by default the name with dashes.
-        show: formats the value in a run's name.
-        unnamed: a value that does not appear in a run's name, besides None.
-        beside: what the option needs besides its method, for a message.
-        listed: whether the console's first line lists it; not if the method's title or explanation says it.
-    """
-
-    spellings: str
-    type: Callable[[str], Any] | None = None
-    metavar: str | None = None
-    default: str = "off"
-    place: str = "after"
-    label: str | None = None
-    show: Callable[[Any], str] = format_number
-    unnamed: Any = None
-    beside: str = ""
-    listed: bool = True
+    spellings: str  # on the command line, as in "-s/--sparsity"; the last one gives its name
+    type: Callable[[str], Any] | None = None  # converts the text to a value; None for a switch, which is off by default
+    metavar: str | None = None  # the placeholder for the value in --help
+    default: str = "off"  # as --help shows it
+    place: str = "after"  # in a run's name: "first", among the "settings", "after" the method, or "last"
+    label: str | None = None  # in a run's name, before the value or alone for a switch; None: the name with dashes
+    show: Callable[[Any], str] = format_number  # formats the value in a run's name
+    unnamed: Any = None  # a value that does not appear in a run's name, besides None
+    beside: str = ""  # what the option needs besides its method, for a message
+    listed: bool = True  # by the console's first line; not if the method's title or explanation says it
 
     @property
     def name(self) -> str:
@@ -71,23 +58,14 @@ PENALTY = Option("-penalty/--penalty", number(">= 0", lambda x: x >= 0), "P", de
 
 
 class Method:
-    """A way to train a network. A subclass is an entry in the table of methods.
+    """A way to train a network. A subclass is an entry in the table of methods."""
 
-    Attributes:
-        name: its name for -m and in run names.
-        label: its name in titles, tables and figures.
-        about: its name in --help.
-        options: its options, each with its help.
-        prunes: whether it sets weights to 0.
-        penalty: the key of its parameter groups that is recorded as the penalty; None without a penalty.
-    """
-
-    name: ClassVar[str]
-    label: ClassVar[str]
-    about: ClassVar[str]
-    options: ClassVar[dict[Option, str]] = {}
-    prunes: ClassVar[bool] = True
-    penalty: ClassVar[str | None] = None
+    name: ClassVar[str]  # for -m and in run names
+    label: ClassVar[str]  # in titles, tables and figures
+    about: ClassVar[str]  # in --help
+    options: ClassVar[dict[Option, str]] = {}  # each with its help
+    prunes: ClassVar[bool] = True  # whether it sets weights to 0
+    penalty: ClassVar[str | None] = None  # the key of its parameter groups that is recorded as the penalty
 
     def check(self, options: Namespace) -> None:
         """Sets the defaults of its options.
