@@ -1,3 +1,4 @@
+import itertools
 import os
 import threading
 
@@ -7,13 +8,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pretended_runs
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from analysis.experiments import EXPERIMENTS
@@ -120,3 +124,31 @@ def narrow(monkeypatch):
     monkeypatch.setattr(c10, "EXPERIMENT", experiment)
     monkeypatch.setitem(EXPERIMENTS, "c10", experiment)
     monkeypatch.setattr(Cifar10Net.__init__, "__defaults__", (8, "m", 8))
+
+
+@pytest.fixture(scope="session")
+def pretended_driver(tmp_path_factory) -> Path:
+    """A folder for the kernels that all tests on a pretended GPU compile, once its driver is built."""
+    if reason := pretended_runs.unavailable():
+        pytest.skip(reason)
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # workers share it
+    with FileLock(base / "driver.lock"):
+        folder = base / "compiled kernels"
+        if not folder.exists():
+            pretended_runs.run(["-c", "import torch; torch.zeros(1).cuda()"], tmp_path_factory.mktemp("build")).check()
+            folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def gpu(pretended_driver, tmp_path) -> Callable[..., pretended_runs.Run]:
+    """Runs a command on pretended GPUs as pretended_runs.run does, in the folders "run 0", "run 1", ..."""
+    numbers = itertools.count()
+
+    def run(*argv, **settings):
+        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        caches = {key: str(pretended_driver / name) for key, name in caches.items()}
+        return pretended_runs.run([*map(str, argv)], tmp_path / f"run {next(numbers)}", **{**caches, **settings})
+
+    return run

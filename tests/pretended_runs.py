@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ OWN = ("CUDA", "CUBLAS", "FAKE", "NVIDIA", "PRETENDED", "PYTHON", "PYTORCH", "TO
 
 
 def unavailable() -> str | None:
-    """Why no command can run on a pretended GPU here; None if it can."""
+    """Why no command can run on a pretended GPU here, in words; None if it can."""
     if not os.environ.get("SPIKING_PRETENDED_GPU"):
         return "needs a pretended GPU: set SPIKING_PRETENDED_GPU to its folder"
     if missing := [name for name in ("gcc", "g++") if shutil.which(name) is None]:
@@ -140,6 +140,14 @@ class Run:
     def only(self) -> Process:
         (process,) = self.processes
         return process
+
+    def check(self, devices: Collection[int] = (0,), status: int = 0) -> None:
+        """The command has ended as it should: in no process a call that is not allowed, or work on another device."""
+        assert self.status == status, self.err
+        assert "Traceback" not in self.err
+        for process in self.processes:
+            assert process.errors == []
+            assert process.devices() <= set(devices)
 
 
 def parse(lines: Iterator[str]) -> list[Period]:
