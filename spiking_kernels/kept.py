@@ -78,7 +78,9 @@ def workspace() -> Iterator[Path]:
         raise OSError("no folder for temporary files: TMPDIR names one")
     with created:
         for path in parent.glob(f"{PREFIX}*"):
-            _remove_abandoned(path)
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime > ABANDONED:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield Path(created.name)
 
 
@@ -128,9 +130,3 @@ def _places() -> list[Path]:
     with contextlib.suppress(OSError):
         places.append(Path(tempfile.gettempdir()))
     return [place for place in places if place]
-
-
-def _remove_abandoned(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        if time.time() - path.lstat().st_mtime > ABANDONED:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

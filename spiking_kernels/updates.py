@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,14 @@ class Memory:
         return [self.first, start, *self.others]
 
 
+def _adam(
+    betas: tuple[float, float], correction: float, eps: float, eta: float, weight_decay: float, maximize: bool
+) -> tuple[float, ...]:
+    """What both updates take of Adam; correction is sqrt(1 - beta2^t), eta the step size, lr / (1 - beta1^t)."""
+    beta1, beta2 = betas
+    return beta1, 1 - beta1, beta2, 1 - beta2, correction, eps, eta, weight_decay, -1.0 if maximize else 1.0
+
+
 def grad_rewiring_step(
     param: Tensor,
     grad: Tensor,
@@ -64,26 +73,18 @@ def grad_rewiring_step(
     sign: Tensor,
     theta: Tensor,
     *,
-    betas: tuple[float, float],
-    correction: float,
-    eps: float,
-    eta: float,
-    weight_decay: float,
-    maximize: bool,
     prior: float,
     mu: float,
     memory: Memory | None = None,
+    **adam: Any,
 ) -> None:
     """One step of Grad Rewiring, in place, on contiguous float32 tensors of one shape (sign: int8).
 
     Args:
-        correction: sqrt(1 - beta2^t).
-        eta: the step size, lr / (1 - beta1^t).
         prior: alpha * eta, or 0 where the prior is off.
         mu: where the prior changes its sign.
         memory: that of the tensors, if they were checked before.
-
-    The other arguments are those of gradrewire.GradRewiring.
+        adam: the arguments of :func:`_adam`.
 
     Raises:
         Unfit: a tensor is not accepted, or two share memory; nothing has been changed.
@@ -91,12 +92,7 @@ def grad_rewiring_step(
     if memory is None:
         check("theta", theta, torch.float32)  # Deep R may have none
         memory = Memory(param, exp_avg, exp_avg_sq, max_exp_avg_sq, sign=sign, theta=theta)
-    build.library().grad_rewiring_step(
-        *memory.pointers(grad),
-        param.numel(),
-        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
-        *(-1.0 if maximize else 1.0, prior, mu),
-    )
+    build.library().grad_rewiring_step(*memory.pointers(grad), param.numel(), *_adam(**adam), prior, mu)
 
 
 def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, Tensor]:
@@ -130,16 +126,11 @@ def deep_rewiring_step(
     *,
     seed: int,
     max_s: float,
-    betas: tuple[float, float],
-    correction: float,
-    eps: float,
-    eta: float,
-    weight_decay: float,
-    maximize: bool,
     penalty: float,
     temperature: float,
     theta_min: float | None,
     memory: Memory | None = None,
+    **adam: Any,
 ) -> None:
     """One step of Deep R, soft where theta is given, in place, on contiguous float32 tensors of one shape (sign: int8).
 
@@ -148,12 +139,11 @@ def deep_rewiring_step(
 
     Args:
         seed: of the step's random numbers, in [0, 2^64).
-        correction, eta, memory: as of :func:`grad_rewiring_step`.
+        max_s: as of :class:`deeprewire.DeepRewiring`.
         penalty: l1 * eta.
         temperature: of the noise, T * sqrt(eta); with 0, none is drawn.
         theta_min: lower bound of theta, or None.
-
-    The other arguments are those of deeprewire.DeepRewiring.
+        memory, adam: as of :func:`grad_rewiring_step`.
 
     Raises:
         Unfit: a tensor or the seed is not accepted, or two tensors share memory; nothing has been changed.
@@ -162,7 +152,6 @@ def deep_rewiring_step(
     memory = memory or Memory(param, exp_avg, exp_avg_sq, max_exp_avg_sq, sign=sign, theta=theta)
     build.library().deep_rewiring_step(
         *memory.pointers(grad),
-        *(param.numel(), seed, max_s),
-        *(betas[0], 1 - betas[0], betas[1], 1 - betas[1], correction, eps, eta, weight_decay),
-        *(-1.0 if maximize else 1.0, penalty, temperature, -math.inf if theta_min is None else theta_min),
+        *(param.numel(), seed, max_s, *_adam(**adam)),
+        *(penalty, temperature, -math.inf if theta_min is None else theta_min),
     )
