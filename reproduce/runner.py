@@ -118,7 +118,7 @@ class Runner:
     def _call(self, row: Row, argv: Sequence[str]) -> int:
         """Runs the row's script to its end; returns its exit status."""
         script = f"{row.experiment}/{row.experiment}.py"
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
+        share = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(self.threads))
         with open(log_of(self.dump, row), "ab") as log, self._starting:
             if self.stopped is not None:
                 return 128 + self.stopped
@@ -128,7 +128,7 @@ class Runner:
                 [*PYTHON, str(REPOSITORY / script), *argv],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**share, **os.environ},
                 start_new_session=True,  # a terminal's Ctrl-C comes through the runner, once
             )
             self._processes.add(process)

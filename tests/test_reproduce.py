@@ -64,7 +64,8 @@ logs = dump / "logs" / name
 logs.mkdir(parents=True, exist_ok=True)
 results, epochs = logs / "results.jsonl", int(value("-N"))
 with open(dump / "calls", "a") as calls:
-    print(" ".join(["start", *argv]), os.environ["OMP_NUM_THREADS"], file=calls)
+    threads = os.environ["OMP_NUM_THREADS"] + "/" + os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
+    print(" ".join(["start", *argv]), threads, file=calls)
 deadline = time.monotonic() + 30
 while (dump / "meet").exists() and (dump / "calls").read_text().count("start") < 3:
     time.sleep(0.01)
@@ -105,7 +106,8 @@ def stub_in(folder, monkeypatch):
     (folder / "repository" / "mnist").mkdir(parents=True)
     (folder / "repository" / "mnist" / "mnist.py").write_text(SCRIPT)
     monkeypatch.setattr(runner, "REPOSITORY", folder / "repository")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     (folder / "dump").mkdir()
     return folder / "dump"
 
@@ -243,7 +245,8 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
     assert len(calls(stub)) == 4 * len(rows)  # nothing was run again
 
 
-def test_jobs_run_side_by_side_but_never_two_of_one_run(rows, stub):
+def test_jobs_run_side_by_side_but_never_two_of_one_run(rows, stub, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 15)
     (stub / "meet").touch()  # none ends before three have begun
     assert runner.Runner(stub, [], 7).run(rows) == ([], [])
     lines = calls(stub)
@@ -252,8 +255,21 @@ def test_jobs_run_side_by_side_but_never_two_of_one_run(rows, stub):
         index for index, line in enumerate(lines) if "1e-2 -m no_prune -N 1 --seed 2020" in line and "-test" in line
     ]
     assert long > short
-    threads = {line.rpartition(" ")[2] for line in lines if line.startswith("start")}
-    assert threads == {"1"}
+    assert threads_of(lines) == {"2/2"}
+
+
+def threads_of(lines):
+    """What the rows had as OMP_NUM_THREADS and TORCHINDUCTOR_COMPILE_THREADS."""
+    return {line.rpartition(" ")[2] for line in lines if line.startswith("start")}
+
+
+@pytest.mark.parametrize(("name", "threads"), [("OMP", "5/3"), ("TORCHINDUCTOR_COMPILE", "3/5")])
+def test_the_threads_that_the_user_sets_stay(rows, stub, monkeypatch, name, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    name = {"OMP": "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE": "TORCHINDUCTOR_COMPILE_THREADS"}[name]
+    monkeypatch.setenv(name, "5")
+    assert runner.Runner(stub, [], 4).run(rows) == ([], [])
+    assert threads_of(calls(stub)) == {threads}
 
 
 def test_rows_side_by_side_take_the_gpus_in_turn(rows, stub):
