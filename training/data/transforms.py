@@ -1,6 +1,7 @@
 """Augmentation and normalisation of images.
 
-All randomness comes from one CPU generator, so the batches for a seed are the same on every device.
+All randomness comes from one CPU generator, so the order and the transforms for a seed are the same on every device.
+Normalised pixels can differ between devices in the last bit.
 """
 
 import math
