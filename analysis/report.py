@@ -90,6 +90,7 @@ def facts(run: SavedRun) -> dict[str, str]:
         "seed": run.arguments.get("seed"),
         "versions": ", ".join(versions),
         "device": run.info.get("device"),
+        "precision": run.info.get("precision"),
         "commit": run.info.get("git_commit"),
     }
     return {key: text for key, value in found.items() if (text := shown(value, 2000))}

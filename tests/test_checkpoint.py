@@ -15,11 +15,12 @@ import measuring
 from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
-from training import checkpoint, dump_dir, loop, randomness
+from training import checkpoint, dump_dir, loop, randomness, run_info
 from training.files import json_files, storage
 from training.files.locks import Lock
 from training.files.storage import previous_of
 from training.metrics import EPOCH
+from training.options import parse
 from training.recording import Recording
 from training.schedule import FastSchedule
 
@@ -471,6 +472,23 @@ def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
     assert said["parameters"]["layers"] == {"static_fc.1.weight": [800, 784], "fc.1.weight": [10, 800]}
     assert said["versions"]["torch"] == torch.__version__.split("+")[0]
     assert mnist.EXPERIMENT.name == said["experiment"]
+
+
+def test_run_json_says_how_a_gpu_computes(run, tmp_path, monkeypatch):
+    run(*GRAD, "-N", "1", "--precision", "bf16")
+    (path,) = tmp_path.glob("logs/*/run.json")
+    said = json.loads(path.read_text())
+    assert (said["precision"], said["compute_capability"]) == ("bf16", None)
+    assert not said["versions"].keys() & {"cuda", "cudnn"}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    options = parse(mnist.EXPERIMENT, [*GRAD, "--dump-dir", str(tmp_path)])
+    options.device, options.precision_used = torch.device("cuda", 1), "tf32"
+    said = json.loads(json.dumps(run_info.describe(options, MnistNet(), {"torch": "3"})))
+    assert (said["device"], said["compute_capability"], said["precision"]) == ("card 1", "9.1", "tf32")
+    assert said["versions"] == {"python": said["versions"]["python"], "torch": "3", "cuda": "13.0", "cudnn": "91002"}
 
 
 def test_every_number_is_defined(run, tmp_path):

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from measuring import prunable
@@ -25,8 +26,10 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
         "name": options.name,
         "command": shlex.join(["python", *sys.argv]),
         "arguments": arguments(options),
-        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions},
+        "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions, **_gpu_versions(options.device)},
         "device": device.name(options.device),
+        "compute_capability": _compute_capability(options.device),
+        "precision": options.precision_used,
         "cpu": processor(),
         "git_commit": _git_commit(),
         "parameters": {
@@ -35,6 +38,20 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
             "layers": {name: list(weight.shape) for name, weight in weights.items()},
         },
     }
+
+
+def _gpu_versions(device: torch.device) -> dict[str, str]:
+    """The versions of the libraries that compute on a GPU; none for another device."""
+    if device.type != "cuda":
+        return {}
+    return {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+
+
+def _compute_capability(device: torch.device) -> str | None:
+    """Such as "9.0"; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def processor() -> str:
