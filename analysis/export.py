@@ -9,14 +9,18 @@ import torch
 
 import measuring
 from analysis.formats import SUFFIXES, WRITERS, read
+from analysis.formats.packed import as_folded
 from analysis.snapshot import Snapshot, from_checkpoint, models_folder
+from measuring.report import percent
 from spiking import SpikingNetwork
-from training import data, files
+from training import data, device, files
 from training.command_line import Parser, check_output, command, file_path, folder_path
+from training.console import counted
 from training.defaults import torch_defaults
 from training.errors import Refusal
 from training.files.storage import CHECKPOINT
-from training.options import REPOSITORY
+from training.options import REPOSITORY, gpu_number
+from training.step import set_precision
 
 
 @torch_defaults()
@@ -91,6 +95,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help=text)
     text, folder = "with --check: folder of the data set (default: data, in the repository)", REPOSITORY / "data"
     parser.add_argument("--dataset-dir", type=folder_path, default=folder, metavar="DIR", help=text)
+    text = "with --check: id of the GPU to use (default: the first GPU, or the CPU without a GPU)"
+    parser.add_argument("-gpu", "--gpu", type=gpu_number, metavar="ID", help=text)
     return parser.parse_args(argv)
 
 
@@ -105,20 +111,28 @@ def main(argv: list[str] | None = None) -> int:
         raise Refusal(f"argument --check: {output} is not a file that can be read again")
     snapshot = from_checkpoint(checkpoint)
     check_output("-o/--output", output, parents=True)
+    place = argparse.Namespace(gpu=options.gpu, precision="fp32", deterministic=False, compile=False)
+    if options.check:
+        device.choose(place)
+        set_precision(place.precision_used, place.device)
     size = export(snapshot, options.format, output)
     total = measuring.total(measuring.count(measuring.masks(snapshot.network())))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())
-    print(f"{total.connected} of {total.weights} connections, sparsity {100 * total.sparsity:.2f} %, T {snapshot.T}")
+    epochs, sparsity = counted(snapshot.epoch, "epoch"), percent(total.sparsity)
+    print(f"after {epochs}: {total.connected} of {total.weights} connections, sparsity {sparsity}, T {snapshot.T}")
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
     print(f"its network  {dense:>11,} bytes  dense")
     print(f"the export   {size:>11,} bytes  {100 * size / dense:.1f} % of the network: {output}")
     if not options.check:
         return 0
     test_images = snapshot.source.load(options.dataset_dir).test
-    normalisation = snapshot.source.normalisation(torch.device("cpu"))
-    test_set = data.TestBatches(test_images, snapshot.about.test_batch_size, normalisation)
-    differing, counted = differing_counts(snapshot.network(), load_pruned(output), test_set)
-    print(f"{differing} of {counted} spike counts differ on the {len(test_images)} test images")
+    normalisation = snapshot.source.normalisation(place.device)
+    test_set = data.TestBatches(test_images.to(place.device), snapshot.about.test_batch_size, normalisation)
+    folded = options.format == "csr" and place.device.type != "cpu"
+    expected = as_folded(snapshot) if folded else snapshot
+    networks = (network.to(place.device) for network in (expected.network(), load_pruned(output)))
+    differing, pairs = differing_counts(*networks, test_set)
+    print(f"{differing} of {pairs} spike counts differ on the {len(test_images)} test images")
     return 1 if differing else 0
 
 

@@ -16,6 +16,7 @@ import measuring
 from analysis import export as export_module
 from analysis import formats
 from analysis.export import differing_counts, export, load_pruned, main
+from analysis.formats import packed
 from analysis.snapshot import from_checkpoint, models_folder
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
@@ -271,6 +272,54 @@ def test_the_check_fails_where_counts_differ(tmp_path, capsys, mnist_folder, mon
     assert "0 of 200" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["npz", "csr"])
+def test_the_check_computes_on_the_device_chosen(form, tmp_path, mnist_folder, monkeypatch):
+    """The device meta stands for a GPU: it has no values, so the counts are not compared."""
+    models, seen = write_run(tmp_path, mnist()), []
+
+    def choose(place):
+        seen.append((place.gpu, place.precision))
+        place.device, place.precision_used = torch.device("meta"), place.precision
+
+    def compare(one, other, test_set):
+        networks = {parameter.device.type for network in (one, other) for parameter in network.parameters()}
+        (images, _), *_ = test_set
+        seen.append((networks, images.device.type))
+        return 0, 1
+
+    monkeypatch.setattr(export_module.device, "choose", choose)
+    monkeypatch.setattr(export_module, "differing_counts", compare)
+    argv = [str(models), "--format", form, "-gpu", "3", "--dataset-dir", str(mnist_folder)]
+    assert main(argv) == 0
+    assert seen == []  # without --check, no device is looked for
+    assert main([*argv, "--check"]) == 0
+    assert seen == [(3, "fp32"), ({"meta"}, "meta")]
+
+
+@pytest.mark.gpu
+@forms
+def test_the_check_on_a_gpu_finds_no_difference(form, tmp_path, capsys, mnist_folder):
+    models = write_run(tmp_path, mnist())
+    assert main([str(models), "--format", form, "--check", "--dataset-dir", str(mnist_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 200 spike counts differ" in out
+    assert "No GPU found" not in out
+
+
+def test_csr_holds_the_batch_norms_of_as_folded(tmp_path):
+    """To the bit, so that their spikes are the same on any device; on the CPU, those of the network itself too."""
+    network = cifar10()
+    snapshot = snapshot_of(network)
+    export(snapshot, "csr", tmp_path / "file")
+    folded, loaded = packed.as_folded(snapshot).network(), load_pruned(tmp_path / "file")
+    states = [module.state_dict() for module in (network, folded, loaded)]
+    changed = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert {name.rpartition(".")[2] for name in changed} >= {"weight", "bias", "running_mean", "running_var"}
+    assert not set(changed) & measuring.prunable(network).keys()
+    assert all(torch.equal(states[1][name], states[2][name]) for name in states[0])
+    assert_same_counts(network, folded)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -281,6 +330,8 @@ def test_the_check_fails_where_counts_differ(tmp_path, capsys, mnist_folder, mon
         (["{run}", "--format", "csr", "-o", "{folder}"], "is a folder"),
         (["{run}", "--format", "csr", "-o", "{run}/checkpoint.pt"], "is the run's checkpoint"),
         (["{run}", "--format", "csr", "--check", "--dataset-dir", "{folder}/logs/a-run/x/y"], "--dataset-dir"),
+        (["{run}", "--check", "-gpu", "99"], "argument -gpu/--gpu: there is no GPU 99"),
+        (["{run}", "--check", "-gpu", "cpu"], "argument -gpu/--gpu: must be the id of a GPU"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, capsys, monkeypatch):
@@ -291,6 +342,8 @@ def test_bad_input_is_one_line_and_status_2(argv, message, tmp_path, capsys, mon
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert message in line
+    if "-gpu" in argv:
+        assert not list(run.glob("export*"))
 
 
 def test_statuses(tmp_path, capsys):
@@ -329,5 +382,6 @@ def test_a_real_run(width, weights, tmp_path, mnist_folder, capsys):
     out = capsys.readouterr().out
     assert f" of {weights} connections" in out
     assert "T 3" in out
+    assert "after 2 epochs: " in out
     assert (models / "export.npz").read_bytes()[:2] == b"PK"
     assert "0 of 200 spike counts differ" in out

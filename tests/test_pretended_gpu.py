@@ -95,3 +95,14 @@ def test_benchmarks_of_the_optimizers(gpu):
     run = gpu("-m", "benchmarks.bench", "--only", "optimizers", "--rounds", 1)
     run.check()
     assert "36.7 M weights" in run.out
+
+
+def test_an_export_is_checked_on_the_gpu_that_is_named(train, gpu, tmp_path):
+    """Whether counts differ says nothing here, as no kernel computes any."""
+    train("mnist", *GRAD, "--no-compile", "-N", 1)
+    (models,) = (tmp_path / "runs" / "models").iterdir()
+    checked = gpu("-m", "analysis.export", models, "--check", "-gpu", 1, gpus=2)
+    assert checked.status in (0, 1)
+    checked.check((1,), checked.status)
+    assert checked.only.devices() == {1}
+    assert "spike counts differ on the" in checked.out

@@ -59,7 +59,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         f"(default: {paper.epochs}; fast: {fast.epochs})")
     add("--seed", type=whole_number(0), default=2020,
         help="seed of the initial weights, the data order, the augmentation and all noise (default: %(default)s)")
-    add("-gpu", "--gpu", type=_gpu, metavar="ID",
+    add("-gpu", "--gpu", type=gpu_number, metavar="ID",
         help="id of the GPU to use (default: the first GPU, or the CPU without a GPU)")
     add("--dataset", choices=sets, default=sets[0], help=f"data set{about_sets} (default: %(default)s)")
     add("--dataset-dir", type=folder_path, default=REPOSITORY / "data", metavar="DIR",
@@ -84,7 +84,8 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     return parser
 
 
-def _gpu(text: str) -> int:
+def gpu_number(text: str) -> int:
+    """The type of -gpu."""
     if text.lower() == "cpu":
         hint = "to use the CPU, hide the GPUs: CUDA_VISIBLE_DEVICES="
         raise argparse.ArgumentTypeError(f"must be the id of a GPU; {hint}")

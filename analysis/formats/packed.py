@@ -8,6 +8,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -84,6 +85,16 @@ def read(path: Path, texts: Mapping[str, str], names: Iterable[str], get: Callab
         except ValueError as error:
             raise ValueError(f"{name} {error}") from None
     return description.complete(snapshot, arrays)
+
+
+def as_folded(snapshot: Snapshot) -> Snapshot:
+    """The snapshot as csr holds it: with BatchNorms that compute scale * x + shift.
+
+    On the CPU its spikes are the same, to the bit; a GPU rounds the two forms of BatchNorm differently.
+    """
+    network = snapshot.network()
+    norms = _unfolded(network, _folded(network, {}))
+    return replace(snapshot, state=snapshot.state | {name: torch.from_numpy(array) for name, array in norms.items()})
 
 
 def _layer(shape: Iterable[int], layout: str) -> dict[str, Any]:
