@@ -6,6 +6,7 @@ import operator
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
 from training import checkpoint, dump_dir, loop, randomness, run_info
+from training.divergence import FiniteCheck
 from training.files import json_files, storage
 from training.files.locks import Lock
 from training.files.storage import previous_of
@@ -126,21 +128,143 @@ def test_a_run_killed_while_its_logs_are_begun_goes_on(run, tmp_path, monkeypatc
 
 
 def test_a_run_killed_between_its_results_and_its_checkpoint_logs_nothing_twice(run, tmp_path, monkeypatch):
-    run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "one")
+    run(*GRAD, "-N", "2", "-i2", "1", dump=tmp_path / "one")
     save, saves = checkpoint.Store.save, []
 
     def save_or_die(self, state, files):
         self.wait()
         saves.append(state["epoch"])
-        if saves.count(2) == 1 and state["epoch"] == 2:  # the results of the second epoch are written by now
+        if saves.count(2) == 1 and state["epoch"] == 2:  # the results of the last epoch are written by now
             raise KeyboardInterrupt
         save(self, state, files)
 
     monkeypatch.setattr(checkpoint.Store, "save", save_or_die)
-    assert run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").status == 130
+    assert run(*GRAD, "-N", "2", "-i2", "1", dump=tmp_path / "killed").status == 130
     assert [line["epoch"] for line in results(tmp_path / "killed")] == [1, 2]
-    assert "Resuming after epoch 1;" in run(*GRAD, "-N", "3", "-i2", "1", dump=tmp_path / "killed").out
+    assert "Resuming after epoch 1;" in run(*GRAD, "-N", "2", "-i2", "1", dump=tmp_path / "killed").out
     assert_same_run(tmp_path / "one", tmp_path / "killed")
+
+
+# -- when it saves -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands still, but for a minute at each step of training and two at each test, which is one batch."""
+    now, forward = SimpleNamespace(minutes=0.0), MnistNet.forward
+
+    def forward_in_time(self, images):
+        now.minutes += 1 if self.training else 2
+        return forward(self, images)
+
+    def seconds():
+        return 60 * now.minutes
+
+    monkeypatch.setattr(MnistNet, "forward", forward_in_time)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=seconds, perf_counter=seconds))
+    return now
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """The epoch and the position of each checkpoint."""
+    save, places = checkpoint.Store.save, []
+
+    def save_and_note(self, state, files):
+        places.append((state["epoch"], state["position"]))
+        save(self, state, files)
+
+    monkeypatch.setattr(checkpoint.Store, "save", save_and_note)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("minutes", "places"),
+    [  # an epoch takes 7 minutes
+        ("1000", [(0, 0), (1, 0), (6, 0)]),  # the start, the first epoch's end and the run's
+        ("21.5", [(0, 0), (1, 0), (4, 0), (6, 0)]),  # and the last end of an epoch in time
+        ("20.5", [(0, 0), (1, 0), (3, 0), (5, 0), (6, 0)]),
+        ("7.5", [(epoch, 0) for epoch in range(7)]),
+        ("2.5", [(0, 0), *(place for epoch in range(6) for place in ((epoch, 3), (epoch + 1, 0)))]),
+        ("1e-9", sorted({(epoch, step) for epoch in range(6) for step in range(6)} | {(6, 0)})),
+    ],
+)
+def test_it_saves_in_time_and_at_the_ends_of_epochs_where_it_can(run, tmp_path, clock, saves, minutes, places):
+    run(*GRAD, "-N", "6", "--checkpoint-minutes", minutes)
+    assert saves == places
+    run(*GRAD, "-N", "6", dump=tmp_path / "one")
+    assert_same_run(tmp_path / "one", tmp_path)
+
+
+def test_a_run_killed_epochs_after_its_checkpoint_is_the_run_in_one(run, tmp_path, monkeypatch, saves):
+    """Each process saves its first epoch, so that a run that is always killed early goes on all the same."""
+    argv = [*GRAD, "-N", "7", "-i1", "2", "-i2", "1", "--checkpoint-minutes", "1000"]
+    run(*argv, dump=tmp_path / "one")
+    saves.clear()
+    die_at(monkeypatch, 18, 18 + 9, 18 + 9 + 16)
+    killed = tmp_path / "killed"
+    for epochs, lines in ((1, [1, 2, 3]), (2, [1, 2]), (3, [1, 2, 3, 4, 5])):
+        assert run(*argv, dump=killed).status == 130
+        assert load(killed)["epoch"] == epochs
+        assert [line["epoch"] for line in results(killed)] == lines
+        assert f"after {epochs} epochs (" in run(*argv, "-test", dump=killed).out
+    result = run(*argv, dump=killed)
+    assert [line.split()[1] for line in result.out.splitlines() if line.startswith("epoch")] == [
+        "4/7",
+        "5/7",
+        "6/7",
+        "7/7",
+    ]
+    assert saves == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (7, 0)]
+    assert [line["epoch"] for line in results(killed)] == [1, 2, 3, 4, 5, 6, 7]
+    assert_same_run(tmp_path / "one", killed)
+
+
+def test_a_resumed_epoch_that_ends_is_the_first_of_its_process(run, tmp_path, monkeypatch, saves):
+    argv = [*GRAD, "-N", "4", *EVERY_STEP]
+    die_at(monkeypatch, 8)
+    assert run(*argv).status == 130
+    assert saves[-1] == (1, 2)
+    saves.clear()
+    assert run(*argv[:-1], "1000").status == 0
+    assert saves == [(2, 0), (4, 0)]
+
+
+def test_an_extended_run_saves_its_end(run, tmp_path, saves):
+    run(*GRAD, "-N", "2")
+    run(*GRAD, "-N", "5")
+    assert saves == [(0, 0), (1, 0), (2, 0), (3, 0), (5, 0)]
+
+
+def test_waiting_for_the_device_is_training_and_waiting_for_the_disk_is_not(run, tmp_path, monkeypatch, clock):
+    found, save = FiniteCheck.found, checkpoint.Store.save
+
+    def wait_and_find(self):
+        clock.minutes += 10
+        return found(self)
+
+    def wait_and_save(self, state, files):
+        clock.minutes += 100
+        save(self, state, files)
+
+    monkeypatch.setattr(FiniteCheck, "found", wait_and_find)
+    monkeypatch.setattr(checkpoint.Store, "save", wait_and_save)
+    run(*GRAD, "-N", "3", "-i2", "1000", "--checkpoint-minutes", "1000")
+    run(*GRAD, "-N", "4", "-i2", "1000", *EVERY_STEP)
+    (path,) = tmp_path.glob("logs/*/results.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    took = [[line[f"{what}_seconds"] / 60 for what in ("train", "test", "checkpoint")] for line in lines]
+    # five steps and the end's wait, and the wait of step 0, which is recorded; in the last, each step saves
+    assert took == [[5 + 10 + 10, 2, 100], [5 + 10, 2, 100], [5 + 10, 2, 0], [5 + 5 * 10 + 10, 2, 5 * 100]]
+
+
+def test_a_test_says_that_its_checkpoint_is_from_within_an_epoch(run, tmp_path, monkeypatch):
+    die_at(monkeypatch, 9)
+    assert run(*GRAD, "-N", "3", *EVERY_STEP).status == 130
+    monkeypatch.undo()
+    assert "The checkpoint was saved in epoch 2, after step 3 of 5.\n" in run(*GRAD, "-test").out
+    assert run(*GRAD, "-N", "3").status == 0
+    assert "The checkpoint was saved" not in run(*GRAD, "-test").out
 
 
 def test_everything_that_draws_random_numbers_goes_on(run, tmp_path):

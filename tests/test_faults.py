@@ -71,7 +71,8 @@ def test_a_folder_that_is_removed_under_a_run(run, tmp_path, monkeypatch, no_thr
     assert "existing files are unchanged" not in result.err
 
 
-def test_a_folder_that_another_run_has_made_anew_is_left_to_it(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [3, 8])  # in the first epoch, and in the second, which is not saved
+def test_a_folder_that_another_run_has_made_anew_is_left_to_it(run, tmp_path, monkeypatch, number):
     """The lock is that of a folder that is gone: who holds it would write among the other's files."""
     dump, others = tmp_path / "dump", []
 
@@ -81,9 +82,10 @@ def test_a_folder_that_another_run_has_made_anew_is_left_to_it(run, tmp_path, mo
         assert others[0].acquire()
         (dump / "logs" / NAME).mkdir(parents=True)
 
-    at_forward(monkeypatch, 3, begin_anew)
+    at_forward(monkeypatch, number, begin_anew)
     assert_one_line(run(*GRAD, "-N", "3", dump=dump), "its folder was removed during the run")
     assert [path.name for path in (dump / "models" / NAME).iterdir()] == ["lock"]
+    assert not (dump / "logs" / NAME / "results.jsonl").exists()
     others[0].release()
 
 

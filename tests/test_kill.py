@@ -1,4 +1,4 @@
-"""kill -9 at random moments, inside checkpoint writes too, until the run is complete, and as if never killed.
+"""kill -9 at random moments, inside checkpoint writes and epochs after one, until the run is as if never killed.
 
 One kill by default; KILLS says how many (.ci/run: 5, make kill-test: 50).
 """
@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from run_helpers import assert_same_run, load, the_checkpoint
 
+from training.files import storage
 from training.files.storage import temporary_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,16 +24,16 @@ KILLS = int(os.environ.get("KILLS", "1"))
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def command(folder, epochs):
-    # noise from the default generator, and a checkpoint after every step
-    settings = "--dataset digits -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 128 -i1 3 -i2 5 --checkpoint-minutes 1e-9"
-    folder = ["--dump-dir", str(folder)]
-    return [sys.executable, str(ROOT / "mnist" / "mnist.py"), *settings.split(), *folder, "-N", str(epochs)]
+def command(folder, epochs, minutes):
+    # noise from the default generator
+    settings = f"--dataset digits -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 128 -i1 3 -i2 5 -N {epochs}"
+    folder = ["--checkpoint-minutes", minutes, "--dump-dir", str(folder)]
+    return [sys.executable, str(ROOT / "mnist" / "mnist.py"), *settings.split(), *folder]
 
 
-def begin(folder, epochs):
+def begin(*arguments):
     process = subprocess.Popen(
-        command(folder, epochs), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert "No GPU found" in process.stdout.readline(), process.communicate()
     return process
@@ -42,22 +44,34 @@ def is_training(folder, since):
     return any(path.stat().st_mtime >= since for path in folder.glob("logs/*/run.json"))
 
 
-def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path):
+def epochs_to_repeat(folder):
+    """How many epochs the results have that the checkpoint has not."""
+    (models,) = folder.glob("models/*")
+    state, _ = storage.newest(models / storage.CHECKPOINT)
+    lines = sum(path.read_bytes().count(b"\n") for path in folder.glob("logs/*/results.jsonl"))
+    return lines - state["epoch"]
+
+
+# Checkpoints after each step, or as by default: after the first epoch of each process, and at the end.
+@pytest.mark.parametrize(("minutes", "epochs"), [("1e-9", 3 + KILLS // 2), ("10", 8 + KILLS)])
+def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, minutes, epochs):
     draw = random.Random(KILLS)
     one, killed = tmp_path / "one", tmp_path / "killed"
-    epochs = 3 + KILLS // 2
-    subprocess.run(command(one, epochs), env=ENVIRONMENT, check=True, capture_output=True)
-    kills = in_writes = processes = 0
+    subprocess.run(command(one, epochs, minutes), env=ENVIRONMENT, check=True, capture_output=True)
+    kills = in_writes = processes = most = 0
     while True:
         processes += 1
         assert processes < 10 * KILLS + 10
         since = time.time()
-        process = begin(killed, epochs)
+        process = begin(killed, epochs, minutes)
         if kills < KILLS:
             while process.poll() is None and not is_training(killed, since):
                 time.sleep(0.002)
+            into_a_write = draw.random() < 0.5 and (minutes == "1e-9" or kills)  # the first kill comes epochs later
+            epochs_later = 2 if minutes == "10" and not into_a_write else 0
+            while process.poll() is None and epochs_to_repeat(killed) < epochs_later:
+                time.sleep(0.02)
             deadline = time.monotonic() + draw.uniform(0.0, 0.6)
-            into_a_write = draw.random() < 0.5
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.001)
             temporary = None
@@ -71,6 +85,7 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path):
                 process.communicate()
                 kills += 1
                 in_writes += any(path.name.endswith(".tmp") for path in killed.glob("models/*/*"))
+                most = max(most, epochs_to_repeat(killed))
                 continue
         out, err = process.communicate()
         assert process.returncode == 0, err
@@ -79,6 +94,10 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path):
         assert_same_run(one, killed)
         assert not temporary_of(the_checkpoint(killed)).exists()
         if kills == KILLS:
+            assert minutes == "1e-9" or most >= 2
             break
         shutil.rmtree(killed)  # it was too fast; once more from the start
-    print(f"{kills} kills, {in_writes} of them inside a checkpoint write, {processes} processes: 0 differences")
+    print(
+        f"{kills} kills, {in_writes} of them inside a checkpoint write, at most {most} epochs after one, "
+        f"{processes} processes: 0 differences"
+    )

@@ -290,6 +290,17 @@ def test_weights_of_a_checkpoint(dump):
     assert "\n" not in problem
 
 
+def test_the_logs_may_be_epochs_newer_than_the_checkpoint(tmp_path):
+    """As those of a run that trains, or was killed: the table shows the logs, the pictures of weights their epoch."""
+    write_run(tmp_path, "x", [result(epoch) for epoch in range(1, 8)])
+    small_checkpoint(tmp_path, "x", epoch=5)
+    (run,) = runs.find([tmp_path])
+    assert report.row(run)["epochs"] == "7/512"
+    captions = [picture.caption for picture in pictures.of_run(run, *runs.weights_of(run))]
+    assert len([caption for caption in captions if "rom the checkpoint of epoch 5." in caption]) == 2
+    assert run.problems == []
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

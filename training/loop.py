@@ -137,6 +137,7 @@ class Trainer:
         self.network.load_state_dict(saved["network"])
         self.epoch, self.step, self.best_accuracy = saved["epoch"], saved["step"], saved["best_accuracy"]
         if self.options.test:
+            self.position = saved["position"]
             return
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             checkpoint.load_optimizer(optimizer, state)
@@ -150,8 +151,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Saves the state in the background. Raises DivergedError instead if something is not finite."""
-        start = time.perf_counter()
         self._check_finite()
+        start = time.perf_counter()  # the check has waited for the device, which is part of the training
         self.lengths = self.recorder.lengths()
         self.store.save(self._state(), [self.folder / name for name in self.lengths])
         self.saved_at = time.monotonic()
@@ -175,7 +176,7 @@ class Trainer:
     # -- training ------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains until ``-N`` epochs are done, with checkpoints after each epoch and every --checkpoint-minutes.
+        """Trains until ``-N`` epochs are done. Saves every --checkpoint-minutes, and as :meth:`_save_after_epoch` says.
 
         Raises:
             Interrupted: a signal stopped the run; it is saved.
@@ -265,16 +266,29 @@ class Trainer:
     def _stop_or_save(self) -> None:
         """Stops or saves if a signal asks for it; saves if a checkpoint is due."""
         self.signals.check()
-        due = time.monotonic() - self.saved_at >= 60 * self.options.checkpoint_minutes
-        if due or self.signals.save:
+        if self._due() or self.signals.save:
             asked, self.signals.save = self.signals.save, False
             self._save()
             if asked:
                 self.store.wait()
                 print(f"Saved {self._place()}, as requested by SIGUSR1; continuing.", flush=True)
 
+    def _due(self, ahead: float = 0.0) -> bool:
+        """Whether the last checkpoint will be --checkpoint-minutes old in ``ahead`` seconds."""
+        return time.monotonic() - self.saved_at + ahead >= 60 * self.options.checkpoint_minutes
+
+    def _save_after_epoch(self, seconds: float) -> None:
+        """Saves if the last checkpoint would be too old after another epoch, which takes as many ``seconds``.
+
+        So short epochs are saved at their ends, not within. The last epoch is saved too, and the first one of each
+        process: a run that is killed again and again still gets on.
+        """
+        first = self.step - self.first_step <= len(self.training)  # of this process, which may have resumed within it
+        if first or self.epoch == self.options.epoch or self._due(ahead=seconds):
+            self._save()
+
     def _end_epoch(self) -> None:
-        """Tests, records and saves after an epoch; records in full after the first and every -i1 epochs."""
+        """Tests and records after an epoch, in full after the first and every -i1 epochs; saves if it is time."""
         start = time.perf_counter()
         epoch = self.epoch + 1
         full = epoch == 1 or epoch % self.options.interval_test == 0
@@ -283,6 +297,7 @@ class Trainer:
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, measuring.masks(self.network)
         batches, (group, *_) = len(self.training), self.optimizers[0].param_groups
+        self.store.lock.check()  # of a folder that is now another run's: its logs are not to be written
         with self.recorder.epoch(epoch, full) as record:
             record("epoch", epoch)
             record("step", self.step)
@@ -300,10 +315,11 @@ class Trainer:
             self.seconds["test"] += time.perf_counter() - start
             for what, seconds in self.seconds.items():
                 record(f"{what}_seconds", seconds)
-            record("epoch_seconds", sum(self.seconds.values()))
+            took = sum(self.seconds.values())
+            record("epoch_seconds", took)
         self.epoch = epoch
         self._begin_epoch()
-        self._save()
+        self._save_after_epoch(took)
         self.time_left.tested(full)
         left = self.time_left.left(epoch)
         remaining = "" if left is None else f"  {console.duration(left)} left"
@@ -325,4 +341,6 @@ class Trainer:
         """Evaluates the network; prints the results and stores them in the log folder."""
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
             found = report.report_on(self.network, bar, self.epoch)
+        if self.position:
+            print(f"The checkpoint was saved {self._place()}.")
         store_report(self.folder, found)

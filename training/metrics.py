@@ -133,7 +133,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("train_seconds", SECONDS, (EPOCH,), "Wall time of the epoch's training, checkpoints excluded."),
     Metric("test_seconds", SECONDS, (EPOCH,), "Wall time of the test and of counting and recording after the epoch."),
     Metric("checkpoint_seconds", SECONDS, (EPOCH,), "Wall time that training waited for checkpoints since the previous "
-           "line: for the one after the previous epoch, and those within the epoch."),
+           "line: for one after the previous epoch, and those within the epoch."),
     Metric("epoch_seconds", SECONDS, (EPOCH,), "Wall time of the epoch.",
            "train_seconds + test_seconds + checkpoint_seconds", path="", words="",
            also="report, as s/epoch: the median over the epochs"),
