@@ -550,10 +550,12 @@ class _Seen:
 def _looks(tensors: list[Any]) -> list[Any] | None:
     """All that the checks of tensors look at; None, so that they are checked at each step, if one has no memory."""
     try:
-        return [
-            (id(x), x.data_ptr(), x.untyped_storage().nbytes(), x.dtype, x.device, x.shape, x.stride()) for x in tensors
-        ]
-    except (AttributeError, RuntimeError):
+        storage = [x.untyped_storage().nbytes() for x in tensors]
+        kind = [x.dtype for x in tensors], [x.device for x in tensors]
+        # one list for each: faster than all of a tensor after the other
+        shape = [x.shape for x in tensors], [*map(Tensor.stride, tensors)]
+        return [[*map(id, tensors)], [*map(Tensor.data_ptr, tensors)], storage, *kind, *shape]
+    except (AttributeError, RuntimeError, TypeError):
         return None
 
 
