@@ -142,7 +142,7 @@ class DeepRewiring(RewiringOptimizer):
 
     _update = staticmethod(deep_rewiring)
 
-    def _check_settings(self, group: dict[str, Any]) -> None:
+    def _check_settings(self, group: dict[str, Any], wait: bool) -> None:
         check_number("T", group["T"], "the temperature, a finite number >= 0", lambda x: x >= 0)
         check_number("l1", group["l1"], "a finite number >= 0", lambda x: x >= 0)
         check_bool("soft", group["soft"])

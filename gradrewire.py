@@ -15,6 +15,7 @@ IJCAI 2021, doi 10.24963/ijcai.2021/236. To leave 5 % of a network's connections
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -77,7 +78,9 @@ class GradRewiring(RewiringOptimizer):
         eps: term added to Adam's denominator, >= 0.
         weight_decay: L2 penalty, added to the gradient of w as in torch.optim.Adam, >= 0.
         amsgrad: use the running maximum of the second moment.
-        alpha: strength of the prior (the scripts' -penalty), >= 0; up to eps it is off.
+        alpha: strength of the prior (the scripts' -penalty), >= 0; up to eps it is off. A one-element tensor is
+            accepted too, for a captured CUDA graph, which reads it at each replay; it needs s, and where it is at most
+            eps, the prior is computed with alpha 0: the same weights, but for the signs of zeros.
         s: target sparsity: the probability mass of the prior below theta = 0, in [0.5, 1); needed when
             alpha > eps. A target of the prior, not a bound: the sparsity that is reached depends on
             alpha, lr and the number of steps.
@@ -103,7 +106,7 @@ class GradRewiring(RewiringOptimizer):
         eps: float = 1e-8,  # the prior is off unless alpha is greater
         weight_decay: float = 0,
         amsgrad: bool = False,
-        alpha: float = 1e-5,
+        alpha: float | Tensor = 1e-5,
         s: float | None = None,
         **named: Any,
     ):
@@ -112,9 +115,10 @@ class GradRewiring(RewiringOptimizer):
 
     _update = staticmethod(grad_rewiring)
 
-    def _check_settings(self, group: dict[str, Any]) -> None:
-        check_number("alpha", group["alpha"], "a finite number >= 0", lambda x: x >= 0)
-        if group["alpha"] > group["eps"] or group["s"] is not None:
+    def _check_settings(self, group: dict[str, Any], wait: bool) -> None:
+        alpha = self.number("alpha", group["alpha"], wait)
+        check_number("alpha", alpha, "a finite number >= 0", lambda x: x >= 0)
+        if alpha > group["eps"] or group["s"] is not None or isinstance(group["alpha"], Tensor):
             accepted = (
                 "a target sparsity in [0.5, 1), required when alpha > eps. Give one, s=0.95 say; or give alpha=0, "
                 "for no prior or for a ConnectivitySchedule, which sets alpha and s"
@@ -125,8 +129,13 @@ class GradRewiring(RewiringOptimizer):
     def own_state(self, group: dict[str, Any]) -> set[str]:
         return {"sign", "theta"} if group["prune"] else set()
 
-    def _numbers(self, group: dict[str, Any]) -> dict[str, float | None]:
+    def _numbers(self, group: dict[str, Any]) -> dict[str, float | Tensor | None]:
         alpha = group["alpha"]
+        if isinstance(alpha, Tensor):  # without looking at its value
+            alpha = alpha.detach().reshape(()).double()
+            on = alpha > group["eps"]
+            mu = math.log(2 * (1 - group["s"])) / alpha
+            return {"alpha": torch.where(on, alpha, 0.0), "mu": torch.where(on, mu, 0.0)}
         if alpha <= group["eps"]:
             return {"alpha": None, "mu": None}
         return {"alpha": alpha, "mu": math.log(2 * (1 - group["s"])) / alpha}
@@ -139,7 +148,7 @@ class GradRewiring(RewiringOptimizer):
 
     def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
         alpha, mu = settings["alpha"], settings["mu"]
-        prior, mu = (0.0, 0.0) if alpha is None else (alpha * eta, mu)
+        prior, mu = (0.0, 0.0) if alpha is None else (float(alpha) * eta, float(mu))
         spiking_kernels.grad_rewiring_step(*tensors, eta=eta, prior=prior, mu=mu, **adam)
 
 
@@ -251,8 +260,8 @@ class ConnectivitySchedule:
         weights = [(p, group) for group in groups if group["prune"] for p in group["params"]]
         size, theta_q = sum(p.numel() for p, _ in weights), 0.0
         if pruned := size - round(self.wanted((taken + length) / self.steps) * size):
-            thetas = [self._theta(p, group, length).flatten().to(weights[0][0].device) for p, group in weights]
-            theta_q = max(0.0, float(_smallest(torch.cat(thetas), pruned)))
+            thetas = [self._theta(p, group, length) for p, group in weights]
+            theta_q = max(0.0, _smallest(thetas, pruned))
         self.sets_s += [group["s"] is None for group in groups[len(self.sets_s) :]]  # groups may have been added
         self.taken, self.lrs, self.alphas = taken, [float(group["lr"]) for group in groups], []
         self.largest_lr = max(self.largest_lr, *self.lrs)
@@ -285,7 +294,11 @@ class ConnectivitySchedule:
             now = float(group["lr"])
             if now != lr:
                 alpha = alpha * lr / now if now > 0 else 0.0
-            group["alpha"] = alpha = min(alpha, limit)
+            alpha = min(alpha, limit)
+            if isinstance(group["alpha"], Tensor):  # a captured graph reads it
+                group["alpha"].fill_(alpha)
+            else:
+                group["alpha"] = alpha
             if sets_s:  # mu = ln(2 (1 - s)) / alpha
                 group["s"] = min(1 - math.exp(-self.REACH * self.largest_lr * alpha) / 2, 0.9999)
 
@@ -311,6 +324,46 @@ class ConnectivitySchedule:
         self._set_alphas()
 
 
-def _smallest(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest of values [n], k from 1; on a GPU by sorting, as kthvalue is not deterministic there."""
-    return values.sort().values[k - 1] if values.is_cuda else values.kthvalue(k).values
+COUNTED_AT_ONCE = 2**22  # values; a sum of bools takes 8 bytes for each
+
+
+def _smallest(tensors: list[Tensor], k: int) -> float:
+    """The k-th smallest of all values of some tensors, k from 1; a NaN counts as larger than any number."""
+    if all(tensor.is_cpu for tensor in tensors):
+        return float(torch.cat([tensor.flatten() for tensor in tensors]).kthvalue(k).values)
+    return _smallest_by_counting(tensors, k)
+
+
+def _smallest_by_counting(tensors: list[Tensor], k: int) -> float:
+    """The same on a GPU, where kthvalue is not deterministic, and sorting takes many times the memory of the values.
+
+    It bisects the numbers of the widest dtype, in their order, by how many values are at most as large: in each of 32
+    rounds, for float32, one pass over the values, and one wait for the device.
+    """
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    largest = torch.iinfo(whole).max
+
+    def number(place: int) -> Tensor:
+        """The number at a place in their order: its bits as a whole number, those of negative ones reversed."""
+        bits = torch.tensor(place if place >= 0 else place ^ largest, dtype=whole, device="cpu")
+        return bits.view(dtype)
+
+    def place_of(value: float) -> int:
+        bits = int(torch.tensor(value, dtype=dtype, device="cpu").view(whole))
+        return bits if bits >= 0 else bits ^ largest
+
+    parts = [part for tensor in tensors for part in tensor.detach().reshape(-1).split(COUNTED_AT_ONCE)]
+
+    def at_most(value: Tensor) -> int:
+        counts = [(part.to(dtype) <= value).sum() for part in parts]
+        return int(sum(count.to(counts[0].device) for count in counts))
+
+    low, high = place_of(-math.inf), place_of(math.inf) + 1  # beyond infinity, only NaN is left
+    while low < high:
+        middle = (low + high) // 2
+        if at_most(number(middle)) >= k:
+            high = middle
+        else:
+            low = middle + 1
+    return float(number(low)) if low <= place_of(math.inf) else math.nan

@@ -180,8 +180,8 @@ class RewiringOptimizer(Optimizer):
 
     _update: ClassVar[Callable[..., None]]  # of lists of tensors and settings; in place, with ``torch._foreach_*``
 
-    def _check_settings(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for a setting of the algorithm that is not accepted."""
+    def _check_settings(self, group: dict[str, Any], wait: bool) -> None:
+        """Raises ValueError for a setting of the algorithm that is not accepted; ``wait`` as :meth:`number` has it."""
         raise NotImplementedError
 
     def own_state(self, group: dict[str, Any]) -> set[str]:
@@ -229,11 +229,7 @@ class RewiringOptimizer(Optimizer):
 
         Numbers of other types become Python's, which compute in full precision and which :func:`torch.load` takes.
         """
-        lr, betas = group["lr"], group["betas"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1 or lr.is_complex() or lr.is_meta:
-                raise ValueError(f"lr={lr!r} is not accepted: lr must be a number, or a tensor of one real element")
-            lr = float(lr) if wait or lr.is_cpu else 0.0
+        lr, betas = self.number("lr", group["lr"], wait), group["betas"]
         for name, value in (("lr", lr), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
             check_number(name, value, "a finite number >= 0", lambda x: x >= 0)
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -246,9 +242,20 @@ class RewiringOptimizer(Optimizer):
         if group["fused"] and group["foreach"]:
             raise ValueError("foreach=True is not accepted with fused=True: choose one of them")
         if group["prune"]:
-            self._check_settings(group)
+            self._check_settings(group, wait)
         group["betas"] = tuple(map(_plain, betas))
         group.update({key: _plain(value) for key, value in group.items() if isinstance(value, Real)})
+
+    @staticmethod
+    def number(name: str, value: Any, wait: bool) -> Any:
+        """A setting that may be a one-element tensor, as a number; 0 for one on a device, unless it may ``wait``."""
+        if not isinstance(value, Tensor):
+            return value
+        if value.numel() != 1 or value.is_complex() or value.is_meta:
+            raise ValueError(
+                f"{name}={value!r} is not accepted: {name} must be a number, or a tensor of one real element"
+            )
+        return float(value) if wait or value.is_cpu else 0.0
 
     def _check_param(self, param: Tensor, group: dict[str, Any]) -> None:
         """Raises ValueError for a parameter that no step could update."""
@@ -474,7 +481,7 @@ class RewiringOptimizer(Optimizer):
     def _check_step(self, number: int, group: dict[str, Any]) -> "_Seen":
         """Raises an error, in one line, for what a step of a group cannot use; what has not changed is good still."""
         seen, values = self._seen.get(number), self._values(group)
-        if seen is None or isinstance(group["lr"], Tensor) or seen.values != values:
+        if seen is None or seen.has_tensor or seen.values != values:
             self._accept_group(group, wait=False)
             old, seen = seen, _Seen(self._values(group), self._settings(group), self._state_keys(group))
             if old is not None and old.switches() == seen.switches():  # a scheduler changes numbers in every step
@@ -541,6 +548,11 @@ class _Seen:
     tensors: list[Any] = field(default_factory=list)  # kept, so that no other tensor gets the id of one
     looks: list[Any] | None = None
     memory: list[Any] = field(default_factory=list)  # of each parameter, if a kernel can work on it
+
+    @property
+    def has_tensor(self) -> bool:
+        """Whether a setting is a tensor, whose value may change without a trace."""
+        return any(isinstance(value, Tensor) for value in self.values)
 
     def switches(self) -> list[Any]:
         """The settings on which it depends whether a parameter and its state are good."""
@@ -616,6 +628,8 @@ def _alike(drawn: Drawn) -> Iterable[Drawn]:
 def _adam_update(lists: Lists, lr: float | Tensor, group: dict[str, Any]) -> None:
     """Updates the parameters of a group that is not pruned, as torch.optim.Adam does."""
     beta1, beta2 = group["betas"]
+    if isinstance(lr, Tensor) and lr.is_cuda and group["fused"]:
+        lr = lr.float()  # torch's kernel for GPUs reads no other dtype
     on_device = group["capturable"] and all(weight.is_cuda for weight in lists["weight"])
     plain_adam(
         *(lists.get(key, []) for key in ("weight", "grad", "exp_avg", "exp_avg_sq", AMSGRAD_STATE, "step")),

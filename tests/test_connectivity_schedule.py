@@ -375,3 +375,80 @@ def test_an_optimizer_that_has_nothing_to_schedule_is_refused_in_one_line():
 def test_what_grad_rewiring_asks_for_names_both_ways_to_go_on():
     with pytest.raises(ValueError, match=r"^s=None .* s=0\.95 .* alpha=0.* ConnectivitySchedule.*$"):
         GradRewiring([weight()])
+
+
+# -- the k-th smallest theta -----------------------------------------------------------------------------
+
+TINY = 2.0**-149
+PARTS = {
+    "normal": [0.3, -0.1, 0.2, 5.0, -7.0],
+    "ties": [0.25] * 4 + [0.5] * 3 + [0.25],
+    "zeros": [0.0, -0.0, -0.0, 1.0, -1.0, 0.0],
+    "denormal": [TINY, -TINY, 3 * TINY, 2.0**-127, -(2.0**-130), 0.0],
+    "infinite": [math.inf, -math.inf, 1.0, 3.4e38, -3.4e38, -math.inf],
+    "nan": [math.nan, 1.0, math.inf, -math.nan, -2.0],
+    "one": [-0.125],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", PARTS)
+def test_counting_finds_what_sorting_finds(part, dtype):
+    values = torch.tensor(PARTS[part], dtype=torch.float64).to(dtype)
+    for k in range(1, len(values) + 1):
+        expected = values.kthvalue(k).values.double()
+        found = torch.tensor(gradrewire._smallest_by_counting([values], k), dtype=torch.float64)
+        assert torch.equal(found, expected) or (found.isnan() and expected.isnan()), (k, found, expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 2**22])
+def test_counting_takes_all_values_of_all_tensors(monkeypatch, at_once):
+    monkeypatch.setattr(gradrewire, "COUNTED_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, 3, generator=generator).round(decimals=1) for n in (20, 1, 7)]
+    tensors += [torch.randn(5, 4, generator=generator).t(), torch.randn(9, generator=generator, dtype=torch.float64)]
+    tensors.append(torch.randn(6, generator=generator).bfloat16())
+    values = torch.cat([tensor.flatten().double() for tensor in tensors])
+    for k in range(1, len(values) + 1):
+        expected = float(values.kthvalue(k).values)
+        assert gradrewire._smallest_by_counting(tensors, k) == gradrewire._smallest(tensors, k) == expected
+
+
+def test_counting_needs_little_memory(monkeypatch):
+    """What it makes of the values at a time, it makes of few."""
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != start:
+                made.append(out.nbytes)
+            return out
+
+    monkeypatch.setattr(gradrewire, "COUNTED_AT_ONCE", 100)
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    start = values.untyped_storage().data_ptr()
+    with Watch():
+        gradrewire._smallest_by_counting([values], 1234)
+    assert 0 < max(made) <= 8 * 100
+
+
+# -- alpha in a tensor -----------------------------------------------------------------------------------
+
+
+def test_a_schedule_writes_into_the_tensor_of_a_captured_graph():
+    runs = []
+    for alpha in (0.0, torch.zeros((), dtype=torch.float64)):
+        optimizer = grad_rewiring(alpha=alpha, s=0.9)
+        schedule = ConnectivitySchedule(optimizer, 0.3, 20)
+        (w,), found = optimizer.param_groups[0]["params"], []
+        for _ in range(25):
+            w.grad = w.detach() - 0.2
+            optimizer.step()
+            schedule.step()
+            found.append((float(optimizer.param_groups[0]["alpha"]), w.tolist()))
+        assert (optimizer.param_groups[0]["alpha"] is alpha) == isinstance(alpha, torch.Tensor)
+        assert all(type(value) is not torch.Tensor for value in schedule.state_dict().values())
+        runs.append((found, schedule.state_dict()))
+    assert len({alpha for alpha, _ in runs[0][0]}) > 3
+    assert runs[0] == runs[1]

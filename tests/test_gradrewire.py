@@ -159,3 +159,67 @@ def test_the_prior_alone_settles_theta_at_mu(s):
         optimizer.step()
     mu = math.log(2 * (1 - s)) / alpha
     assert (optimizer.state[w]["theta"] - mu).abs().max() <= 10e-3 * 1.01  # one step of lr * alpha
+
+
+# -- settings in tensors, which a captured graph reads anew -----------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_tensor_gives_the_weights_of_its_number(path, dtype):
+    """To the bit, in whatever order the prior comes and goes; the tensors keep their values."""
+    # numbers that float32 holds, so that both dtypes mean the same
+    values = [(0.25, 0.0), (0.0625, 0.5), (0.03125, 0.0), (0.125, 2.0**-30), (0.25, 0.125), (0.25, 1e-9)]
+    values = [tuple(torch.tensor(x, dtype=torch.float32).item() for x in pair) for pair in values] * 2
+    runs = []
+    for tensors in (False, True):
+        params = parameters()
+        settings = {key: torch.tensor(0.5, dtype=dtype) if tensors else 0.5 for key in ("lr", "alpha")}
+        optimizer = GradRewiring(params, s=0.9, betas=(0.5, 0.75), **settings, **path)
+        (group,) = optimizer.param_groups
+        for lr, alpha in values:
+            if tensors:
+                group["lr"].fill_(lr)
+                group["alpha"].fill_(alpha)
+            else:
+                group.update(lr=lr, alpha=alpha)
+            train(optimizer, params, steps=3)
+        runs.append([*params, *(optimizer.state[p]["theta"] for p in params)])
+        assert float(group["alpha"]) == values[-1][1]
+    assert any((p == 0).any() for p in runs[0][: len(params)])
+    for number, tensor in zip(*runs, strict=True):
+        assert torch.equal(tensor, number)
+
+
+def test_a_tensor_of_one_element_may_have_axes():
+    params = parameters()
+    optimizer = GradRewiring(params, alpha=torch.full((1, 1), 0.5), s=0.9)
+    train(optimizer, params, steps=2)
+    assert [p.shape for p in params] == [p.shape for p in parameters()]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "s", "message"),
+    [
+        (torch.tensor(0.0), None, "s=None is not accepted"),  # it may be any number later
+        (torch.tensor(-1.0), 0.9, "alpha=-1.0 is not accepted"),
+        (torch.tensor(math.nan), 0.9, "alpha=nan is not accepted"),
+        (torch.ones(2), 0.9, "alpha=.*a tensor of one real element"),
+        (torch.tensor(1j), 0.9, "alpha=.*a tensor of one real element"),
+    ],
+)
+def test_a_tensor_that_is_no_penalty_is_refused(alpha, s, message):
+    with pytest.raises(ValueError, match=message):
+        GradRewiring(parameters(), alpha=alpha, s=s)
+
+
+def test_what_a_tensor_holds_is_not_asked_in_a_step():
+    """It would wait for the device; here it cannot be had."""
+    params = [torch.nn.Parameter(torch.ones(3, 2, device="meta"))]
+    optimizer = GradRewiring(params, alpha=0.5, s=0.9, foreach=True, capturable=True)
+    for key in ("lr", "alpha"):
+        optimizer.param_groups[0][key] = torch.tensor(0.5, dtype=torch.float64, device="meta")
+    optimizer._accept_group = lambda group, wait: None  # which refuses a tensor of no value
+    for _ in range(3):
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()

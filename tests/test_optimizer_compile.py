@@ -10,6 +10,7 @@ from optim_helpers import PATHS, VARIANTS, parameters
 
 import rewiring
 import spiking_kernels
+from gradrewire import GradRewiring
 
 needs_cpp = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
@@ -170,6 +171,27 @@ def test_fused_is_compiled_once_for_all_shapes_and_settings(variant, compilation
     plain, fused = fused_steps(variant, lambda params: params, changes)
     assert compilations.frame_count == (2 if variant == "grad" else 1)
     for p, q in zip(plain, fused, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_is_compiled_once_for_a_penalty_in_a_tensor(compilations):
+    """With and without prior: whether there is one is not known when it is compiled."""
+    runs = []
+    for alpha in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        params = parameters(shapes=MANY)
+        optimizer = GradRewiring(params, alpha=alpha, s=0.9, lr=0.01, fused=isinstance(alpha, torch.Tensor))
+        (group,), generator = optimizer.param_groups, torch.Generator().manual_seed(1)
+        for value in (0.1, 0.0, 0.2, 0.0, 0.3):
+            if isinstance(alpha, torch.Tensor):
+                group["alpha"].fill_(value)
+            else:
+                group["alpha"] = value
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        runs.append(params)
+    assert compilations.frame_count == 1
+    for p, q in zip(*runs, strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
 
 
