@@ -175,6 +175,18 @@ def test_the_seed_gives_the_batches():
     assert torch.equal(next(iter(training_batches(augmentation=AFFINE, seed=1)))[0], first[0][0])
 
 
+def test_a_batch_is_made_of_its_parts():
+    """Of small tensors, so that a captured graph can do the rest."""
+    first, second = training_batches(augmentation=AFFINE), training_batches(augmentation=AFFINE)
+    for start in (0, 2):
+        made = [first.make(*parts) for parts in first.parts(start)]
+        assert len(made) == 4 - start
+        for (images, labels), (expected, expected_labels) in zip(made, second.epoch(start), strict=True):
+            assert torch.equal(images, expected)
+            assert torch.equal(labels, expected_labels)
+    assert [(part.shape[0], part.dim()) for part in next(first.parts())] == [(5, 1), (5, 2)]
+
+
 def test_each_image_has_its_own_augmentation_and_a_new_one_each_epoch():
     split = data.Split(noise_images(1).expand(40, 1, 28, 28).contiguous(), torch.zeros(40, dtype=torch.long))
     batches = data.TrainingBatches(split, 20, AFFINE, data.Normalisation((0.0,), (1.0,), CPU), generator())

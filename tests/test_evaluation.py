@@ -1,16 +1,24 @@
-"""The report of a test: every number at its place, and the same as where it is defined."""
+"""An evaluation: as many images at a time as there is memory for; the report: every number at its place, and right."""
 
 import json
 import re
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_energy import TinyNet, counted, grid_images, prune
 
 import measuring
+from c10.c10 import EXPERIMENT as C10
 from measuring import Connections, energy
 from measuring.paths import structural
 from measuring.report import Report, report_on
+from mnist.model import MnistNet
+from training.data import TestBatches
+from training.data.dataset import Split
+from training.evaluation import images_at_a_time, in_memory
 from training.metrics import TEST
 from training.recording import Recording
 
@@ -157,3 +165,103 @@ def test_a_network_that_never_spikes_has_a_report():
     assert lines[0].startswith("test accuracy 33.33 % after 1 epochs")
     assert any(re.match(r"body\.8\.weight +SynOps +0\.0 +0\.0 +-$", line) for line in lines)
     assert any(re.match(r"total +0\.00 % +0 +-$", line) for line in lines)
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def options_on(device, batch_size):
+    return SimpleNamespace(device=torch.device(device), batch_size=batch_size)
+
+
+def test_on_a_gpu_a_test_takes_no_more_images_than_training_does():
+    experiment = replace(C10, test_batch_size=50)
+    assert images_at_a_time(experiment, options_on("cuda", 16)) == 16
+    assert images_at_a_time(experiment, options_on("cuda", 128)) == 50
+    assert images_at_a_time(experiment, options_on("cpu", 16)) == 50
+
+
+def test_batches_for_which_there_is_no_memory_are_halved(capsys):
+    images = torch.arange(23.0).view(23, 1, 1, 1)
+    batches = TestBatches(Split(images, torch.arange(23)), 20, lambda images: images)
+
+    def evaluate(room):
+        def found():
+            total = []
+            for images, labels in batches:
+                if len(images) > room:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.9 GiB")
+                total += labels.tolist()
+            return total
+
+        return found
+
+    assert in_memory(evaluate(20), batches) == [*range(23)]
+    assert capsys.readouterr().out == ""
+    assert in_memory(evaluate(6), batches) == [*range(23)]
+    assert batches.batch_size == 5
+    lines = [f"No memory for {n} test images at a time: testing {n // 2} at a time." for n in (20, 10)]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert in_memory(evaluate(6), batches) == [*range(23)]  # the next time there is nothing to say
+    assert capsys.readouterr().out == ""
+    assert in_memory(evaluate(1), batches) == [*range(23)]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_memory(evaluate(0), batches)
+    assert batches.batch_size == 1
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory():
+    batches = TestBatches(Split(torch.zeros(4, 1, 1, 1), torch.arange(4)), 4, lambda images: images)
+
+    def evaluate():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        in_memory(evaluate, batches)
+    assert batches.batch_size == 4
+
+
+def test_what_was_tried_leaves_no_memory_behind(monkeypatch):
+    """Neither the tensors of an attempt, which its traceback holds, nor what the allocator kept of them."""
+    batches = TestBatches(Split(torch.zeros(4, 1, 1, 1), torch.arange(4)), 4, lambda images: images)
+    held, emptied = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(batches.batch_size))
+
+    def evaluate():
+        assert all(one() is None for one in held)
+        activation = torch.ones(3)
+        held.append(weakref.ref(activation))
+        if batches.batch_size > 1:
+            raise torch.OutOfMemoryError
+        return 1
+
+    assert in_memory(evaluate, batches) == 1
+    assert len(held) == 3
+    assert emptied == [4, 2, 1]
+
+
+def test_a_run_records_the_same_with_smaller_test_batches(run, tmp_path, monkeypatch):
+    """Spikes are counted once, though some batches were run twice."""
+    forward, rooms = MnistNet.forward, []
+    recorded = []
+    for room in (1000, 6):
+
+        def in_little_memory(self, images, room=room):
+            counts = forward(self, images)
+            if not self.training and len(images) > room:
+                raise torch.OutOfMemoryError
+            return counts
+
+        monkeypatch.setattr(MnistNet, "forward", in_little_memory)
+        dump = tmp_path / str(room)
+        results = [run("-b", "8", "-N", "2", "-i1", "1", *more, dump=dump) for more in ([], ["-test"])]
+        assert [result.status for result in results] == [0, 0]
+        rooms.append([result.out.count("No memory for") for result in results])
+        (folder,) = (dump / "logs").glob("*")
+        lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        lines = [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
+        test = json.loads((folder / "test.json").read_text())
+        recorded.append((lines, test))
+    assert rooms == [[0, 0], [2, 2]]
+    assert len(recorded[0][0]) == 2
+    assert recorded[0] == recorded[1]

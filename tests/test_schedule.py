@@ -261,17 +261,42 @@ def test_a_target_above_what_the_gradient_leaves_is_not_reached_and_that_is_said
     assert results(tmp_path)[-1]["penalty"] == 0.0
 
 
-def test_the_step_is_renewed_whenever_settings_change(run, monkeypatch):
-    renewed, taken = [], []
-    take = step.TrainingStep.__call__
-    monkeypatch.setattr(step.TrainingStep, "drop_graph", lambda self: renewed.append(len(taken)))
-    monkeypatch.setattr(step.TrainingStep, "__call__", lambda self, *batch: taken.append(1) or take(self, *batch))
+@pytest.mark.parametrize(
+    ("argv", "changes"),
+    [
+        (["-m", "grad", "-s", "0.95"], ()),
+        (["-m", "no_prune", "--recipe", "fast"], ("lr",)),
+        (["-m", "grad", "-s", "0.95", "--recipe", "fast"], ("lr",)),
+        (["-m", "grad", "--connectivity", "0.05", "--recipe", "fast"], ("lr", "alpha")),
+    ],
+)
+def test_a_step_is_told_all_settings_that_change_in_a_run(run, monkeypatch, argv, changes):
+    told, seen = [], []
+    make, take = step.TrainingStep.__init__, step.TrainingStep.__call__
+
+    def note(self, *args, **settings):
+        told.append(settings["changing"])
+        make(self, *args, **settings)
+
+    def taken(self, *batch):
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        seen.append([{key: value for key, value in group.items() if key != "params"} for group in groups])
+        return take(self, *batch)
+
+    monkeypatch.setattr(step.TrainingStep, "__init__", note)
+    monkeypatch.setattr(step.TrainingStep, "__call__", taken)
     monkeypatch.setattr(FastSchedule, "SEGMENTS", 4)
-    argv = ["-m", "grad", "-s", "0.95", "-b", "8", "-N", "3"]
-    run(*argv, "--recipe", "fast")
-    assert (len(taken), renewed) == (15, [0, 4, 8, 12])
-    run(*argv)
-    assert (len(taken), renewed) == (30, [0, 4, 8, 12])
+    assert run(*argv, "-b", "8", "-N", "3").status == 0
+    assert len(seen) == 15
+    assert told == [changes]
+    changed = {
+        key
+        for groups in seen
+        for now, first in zip(groups, seen[0], strict=True)
+        for key in now
+        if now[key] != first[key]
+    }
+    assert changed == set(changes)
 
 
 def test_the_number_of_epochs_is_part_of_a_fast_run(run, tmp_path):
@@ -296,7 +321,7 @@ def test_a_checkpoint_with_another_schedule_is_refused(run, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_renewed_graph_takes_the_new_settings(monkeypatch):
+def test_a_graph_takes_the_new_settings(monkeypatch):
     monkeypatch.setattr(FastSchedule, "SEGMENTS", 5)  # of 4 steps
     device = torch.device("cuda")
     step.set_precision("fp32", device)
@@ -308,12 +333,11 @@ def test_a_renewed_graph_takes_the_new_settings(monkeypatch):
     for network, graph in ((eager, False), (graphed, True)):
         optimizers = optimizers_of(network, capturable=True, alpha=0.0)
         schedule = FastSchedule(optimizers, 20, 0.3)
-        takes.append((schedule, step.TrainingStep(network, optimizers, "fp32", device, graph)))
+        takes.append((schedule, step.TrainingStep(network, optimizers, "fp32", device, graph, schedule.changes)))
     for i, (images, labels) in enumerate(batches(20, (4, 3, 32, 32), device)):
         losses = []
         for schedule, take in takes:
-            if schedule.advance(i):
-                take.drop_graph()
+            schedule.advance(i)
             losses.append(float(take(images, labels)[0]))
         assert losses[0] == pytest.approx(losses[1], rel=0.05), i
     for network in (eager, graphed):

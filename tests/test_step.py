@@ -1,6 +1,9 @@
 """A training step as a unit: precisions, and on a GPU the CUDA graph."""
 
+import contextlib
 import copy
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import measuring
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from spiking import lif
+from training.first_step import Saved
 from training.step import TrainingStep, autocast, set_precision
 
 CPU = torch.device("cpu")
@@ -108,28 +112,184 @@ def test_precisions_agree_on_one_batch(fused):
     assert (counts["bf16"] - counts["fp32"]).abs().mean() < 0.1
 
 
-def test_a_renewed_step_is_taken_as_it_is_once_and_captured_anew(monkeypatch):
+class Streams:
+    """Stands for the streams of a GPU: what runs on which, and who waits for whom."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.current, self.captured_on = [], "default", []
+        for name in ("Stream", "stream", "current_stream", "graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device=None):
+        self.made.append(SimpleNamespace(wait_stream=lambda other: None, device=device))
+        return self.made[-1]
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def current_stream(self, device=None):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream=None):
+        """A capture: nothing that runs in it changes anything."""
+        self.captured_on.append(stream)
+        step = graph.step
+        counters = step.finite.first, step.finite.steps
+        held = Saved([*step.parameters, *step.network.buffers(), *counters], step.optimizers, CPU)
+        yield
+        held.restore()
+
+    def CUDAGraph(self):
+        return SimpleNamespace(step=self.step, replay=self.replay)
+
+    def replay(self):
+        """A replay takes a step with the batch and the settings as they are in the tensors of the graph."""
+        with self.step.settings.on_device():
+            for place, made in zip(self.step.outputs, self.step._eager(*self.step.batch), strict=True):
+                place.copy_(made)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Makes a step that believes to be on a GPU, and what stands for it."""
+
+    def make(network, optimizers, **settings):
+        streams = Streams(monkeypatch)
+        streams.step = TrainingStep(network, optimizers, "fp32", CPU, graph=True, **settings)
+        streams.step.use_graph = True
+        return streams.step, streams
+
+    return make
+
+
+def noted(monkeypatch, *names):
+    """The calls of some methods of a step, by their names."""
     taken = []
+    for name in names:
+        method = getattr(TrainingStep, name)
 
-    class Graph:
-        def replay(self):
-            taken.append("replay")
+        def call(self, *batch, name=name, method=method):
+            taken.append(name.strip("_"))
+            return method(self, *batch)
 
-    def capture(self, images, labels):
-        taken.append("capture")
-        self.images, self.labels, self.outputs, self.graph = images.clone(), labels.clone(), None, Graph()
+        monkeypatch.setattr(TrainingStep, name, call)
+    return taken
 
-    monkeypatch.setattr(TrainingStep, "_warm_up", lambda self, images, labels: taken.append("eager"))
-    monkeypatch.setattr(TrainingStep, "_capture", capture)
-    network = spiking_mnist(4, "m")
-    step = TrainingStep(network, optimizers_of(network), "fp32", CPU, graph=True)
-    step.use_graph = True  # as on a GPU
-    for i, batch in enumerate(batches(8, (5, 1, 28, 28))):
-        if i in (1, 5):  # before the first capture, and after it
-            step.drop_graph()
+
+def train_both(step, plain, changes, n=9):
+    """Takes the same steps with both, with settings that change."""
+    for i, batch in enumerate(batches(n, (5, 1, 28, 28))):
+        for one in (step, plain):
+            for group in one.optimizers[0].param_groups:
+                group.update(changes.get(i, {}))
+        loss, right = step(*batch)
+        expected, expected_right = plain(*batch)
+        torch.testing.assert_close(loss, expected)
+        assert right == expected_right
+    for p, q in zip(step.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert step.finite.steps == plain.finite.steps == n
+
+
+@pytest.mark.parametrize(
+    ("changes", "captures"),
+    [
+        ({i: {"lr": 1e-3 * (i + 1)} for i in range(9)}, 1),
+        ({i: {"alpha": 0.1 * (i % 3)} for i in range(9)}, 1),
+        ({6: {"s": 0.6}}, 2),
+        ({0: {"betas": (0.8, 0.9)}, 2: {"eps": 1e-7}}, 1),
+        ({7: {"maximize": True}}, 2),
+    ],
+)
+def test_a_captured_step_follows_its_settings(on_gpu, changes, captures):
+    """Those that a schedule changes are read at each replay; after any other change the step is captured anew."""
+    plain_network, network = spiking_mnist(4, "m"), spiking_mnist(4, "m")
+    step, streams = on_gpu(network, optimizers_of(network), changing=("lr", "alpha"))
+    plain = TrainingStep(plain_network, optimizers_of(plain_network), "fp32", CPU, graph=False)
+    train_both(step, plain, changes)
+    assert len(streams.captured_on) == captures
+    for group in step.optimizers[0].param_groups:  # what a checkpoint stores
+        assert type(group["lr"]) is type(group["alpha"]) is float
+        assert (group["lr"], group["alpha"]) == tuple(
+            plain.optimizers[0].param_groups[0][key] for key in ("lr", "alpha")
+        )
+
+
+def test_one_stream_serves_all_that_runs_before_a_graph(on_gpu, monkeypatch):
+    """The allocator keeps the memory of each stream for that one."""
+    network, ran_on = spiking_mnist(4, "m"), []
+    step, streams = on_gpu(network, optimizers_of(network))
+    network.register_forward_hook(lambda *_: ran_on.append(streams.current))
+    taken = noted(monkeypatch, "_plain", "_warm_up", "_capture", "_replay")
+    for batch in batches(7, (5, 1, 28, 28)):
         step(*batch)
-    wanted = ["eager", "eager", "eager", "capture", "replay", "replay", "eager", "capture", "replay", "replay"]
-    assert taken == wanted
+    assert len(streams.made) == 1
+    assert streams.captured_on == streams.made
+    assert set(map(id, ran_on[:5])) == {id(streams.made[0])}
+    assert taken == [
+        "plain",
+        "warm_up",
+        "warm_up",
+        "warm_up",
+        "plain",
+        "capture",
+        "replay",
+        "replay",
+        "replay",
+        "replay",
+    ]
+
+
+def test_nothing_is_written_while_no_setting_changes(on_gpu):
+    network = spiking_mnist(4, "m")
+    step, _ = on_gpu(network, optimizers_of(network), changing=("lr", "alpha"))
+    versions = []
+    for batch in batches(6, (5, 1, 28, 28)):
+        step(*batch)
+        versions.append([tensor._version for _, _, tensor in step.settings.lent])
+    assert len(versions[0]) == 2
+    assert versions == [versions[0]] * 6
+
+
+@pytest.mark.parametrize("fault", ["a graph that does nothing", "a capture that fails", "a kernel that fails"])
+def test_a_gpu_that_cannot_run_the_fast_step_trains_with_the_plain_one(on_gpu, monkeypatch, capsys, fault):
+    plain_network, network = spiking_mnist(4, "m"), spiking_mnist(4, "m")
+    step, streams = on_gpu(network, optimizers_of(network, fused=True), changing=("lr", "alpha"))
+    plain = TrainingStep(plain_network, optimizers_of(plain_network, fused=False), "fp32", CPU, graph=False)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted\nsee the documentation")
+
+    if fault == "a graph that does nothing":
+        streams.replay = lambda: None
+    else:
+        monkeypatch.setattr(TrainingStep, "_capture" if "capture" in fault else "_warm_up", fail)
+    train_both(step, plain, {5: {"lr": 1e-2}})
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert re.search(
+        "The (compiled|captured) step is not used .*(not permitted|differ|its loss).*: training as with --no-compile",
+        said,
+    )
+    assert ("captured" in said) == (fault != "a kernel that fails")
+    assert step.graph is None
+    assert [group["fused"] for optimizer in step.optimizers for group in optimizer.param_groups] == [False]
+
+
+def test_a_step_makes_its_batch_of_what_it_gets(on_gpu):
+    """So that a graph has the augmentation in it."""
+    pool = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    network, expected = spiking_mnist(4, "m"), spiking_mnist(4, "m")
+    step, _ = on_gpu(network, optimizers_of(network), make=lambda index: (pool[index], index % 10))
+    plain = TrainingStep(expected, optimizers_of(expected), "fp32", CPU, graph=False)
+    for i in range(8):
+        index = torch.arange(i, i + 5)
+        torch.testing.assert_close(step(index)[0], plain(pool[index], index % 10)[0])
+    assert step.graph is not None
 
 
 @pytest.mark.gpu

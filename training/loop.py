@@ -18,7 +18,7 @@ from spiking import SpikingNetwork
 from training import checkpoint, checkpoint_checks, console, logs, randomness, recording, run_info, schedule
 from training.data import Dataset, TestBatches, TrainingBatches
 from training.errors import DivergedError, Interrupted, Refusal
-from training.evaluation import store_report
+from training.evaluation import images_at_a_time, in_memory, store_report
 from training.experiment import Experiment
 from training.files import json_files
 from training.interrupt import Signals, StopRequested
@@ -73,11 +73,19 @@ class Trainer:
             self.generator,
             options.compile,
         )
-        self.test_set = TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
+        self.test_set = TestBatches(dataset.test.to(device), images_at_a_time(experiment, options), normalisation)
         set_precision(options.precision_used, device)
         network.fused = options.compile
-        self.training_step = TrainingStep(network, optimizers, options.precision_used, device, graph=options.compile)
         self.schedule = schedule.build(options, optimizers, options.epoch * len(self.training))
+        self.training_step = TrainingStep(
+            network,
+            optimizers,
+            options.precision_used,
+            device,
+            graph=options.compile,
+            changing=self.schedule.changes,
+            make=self.training.make,
+        )
         self.weights = measuring.prunable(network)
         self.never_pruned = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
         self.epoch, self.step, self.best_accuracy = 0, 0, 0.0
@@ -230,26 +238,25 @@ class Trainer:
         earlier = self.seconds["train"] + self.seconds["checkpoint"] - shown
         self.network.train()
         bar = _bar(
-            self.training.epoch(self.position),
+            self.training.parts(self.position),
             f"epoch {self.epoch + 1}/{self.options.epoch}",
             total=len(self.training),
             initial=self.position,
         )
         self.time_left.start()
         with bar:
-            for images, labels in bar:
-                if self.schedule.advance(self.step):
-                    self.training_step.drop_graph()
-                loss, right = self.training_step(images, labels)
+            for batch in bar:
+                self.schedule.advance(self.step)
+                loss, right = self.training_step(*batch)
                 self.loss += loss
                 self.right += right
                 if self.step % self.options.interval_train == 0:  # the host waits for the device here
                     self._check_finite()
                     with self.recorder.step(self.step) as record:
                         record("batch_loss", float(loss))
-                        record("batch_accuracy", int(right) / len(labels))
+                        record("batch_accuracy", int(right) / self.options.batch_size)
                 if not bar.disable and time.perf_counter() - shown > BAR_SECONDS:  # and here
-                    accuracy = int(right) / len(labels)
+                    accuracy = int(right) / self.options.batch_size
                     bar.set_postfix(loss=f"{float(loss):.4f}", accuracy=f"{accuracy:.3f}", refresh=False)
                     shown = time.perf_counter()
                 self.step += 1
@@ -292,8 +299,7 @@ class Trainer:
         start = time.perf_counter()
         epoch = self.epoch + 1
         full = epoch == 1 or epoch % self.options.interval_test == 0
-        with measuring.SpikeCounter(self.network) if full else contextlib.nullcontext() as spikes:
-            accuracy = self._accuracy()
+        accuracy, spikes = in_memory(lambda: self._accuracy(full), self.test_set)
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, measuring.masks(self.network)
         batches, (group, *_) = len(self.training), self.optimizers[0].param_groups
@@ -333,14 +339,24 @@ class Trainer:
             self.signals.check()
             yield batch
 
-    def _accuracy(self) -> float:
+    def _accuracy(self, full: bool) -> tuple[float, measuring.SpikeCounter | None]:
+        """The accuracy on the test set and, for a full record, what has counted the spikes."""
+        counter = measuring.SpikeCounter(self.network) if full else contextlib.nullcontext()
+        with counter as spikes, self._test_bar() as bar:
+            return measuring.accuracy(self.network, self._stoppable(bar)), spikes
+
+    @contextlib.contextmanager
+    def _test_bar(self) -> Iterator[tqdm]:
         with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
-            return measuring.accuracy(self.network, self._stoppable(bar))
+            yield bar
 
     def test(self) -> None:
         """Evaluates the network; prints the results and stores them in the log folder."""
-        with autocast(self.options.precision_used, self.options.device), _bar(self.test_set, "test") as bar:
-            found = report.report_on(self.network, bar, self.epoch)
+        found = in_memory(self._report, self.test_set)
         if self.position:
             print(f"The checkpoint was saved {self._place()}.")
         store_report(self.folder, found)
+
+    def _report(self) -> report.Report:
+        with self._test_bar() as bar:
+            return report.report_on(self.network, bar, self.epoch)

@@ -13,7 +13,13 @@ from gradrewire import ConnectivitySchedule
 
 
 class Schedule(ABC):
-    """What the training loop needs of a schedule."""
+    """What the training loop needs of a schedule.
+
+    Attributes:
+        changes: the settings in the optimizers' groups that it changes during a run.
+    """
+
+    changes: tuple[str, ...] = ()
 
     @abstractmethod
     def advance(self, step: int) -> bool:
@@ -53,8 +59,7 @@ class PaperSchedule(Schedule):
 class FastSchedule(Schedule):
     """The fast recipe: one cycle of the learning rate, and with --connectivity a scheduled penalty.
 
-    A run has up to :attr:`SEGMENTS` segments of equally many steps. Settings change only between segments, so that one
-    CUDA graph serves all steps of a segment.
+    A run has up to :attr:`SEGMENTS` segments of equally many steps. Settings change only between segments.
 
     The learning rate has one cycle (L. N. Smith and N. Topin, "Super-Convergence", 2018): it rises
     to the optimizers' learning rate until :attr:`BEGIN`, then falls to 0 along half a cosine. A ConnectivitySchedule
@@ -74,10 +79,11 @@ class FastSchedule(Schedule):
         self.length = math.ceil(steps / self.SEGMENTS)
         self.begun = 0  # segments
         self.rates = [LambdaLR(optimizer, self._rate) for optimizer in optimizers]
-        self.penalty = None
+        self.changes, self.penalty = ("lr",), None
         if connectivity is not None:
             shape = dict(begin=self.BEGIN, end=self.END, segments=self.SEGMENTS, foresight=False)
             self.penalty = ConnectivitySchedule(optimizers[0], connectivity, steps, **shape)
+            self.changes = ("lr", "alpha")
 
     def advance(self, step: int) -> bool:
         if step % self.length:

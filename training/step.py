@@ -1,15 +1,20 @@
 """One training step: forward, loss, backward, optimizers. On a GPU it runs as a CUDA graph."""
 
 import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 import measuring
+from rewiring import RewiringOptimizer
 from spiking import SpikingNetwork
 from training.divergence import FiniteCheck
 from training.errors import Refusal
+from training.first_step import Saved, Taken, try_out
 
 
 def set_precision(precision: str, device: torch.device) -> None:
@@ -26,15 +31,84 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+class GraphSettings:
+    """The settings of optimizers under a captured graph.
+
+    Those that a schedule changes are numbers in the groups at all times but during a captured step: that one gets
+    tensors on the device, so that the graph reads at each replay what :meth:`write` has put there.
+
+    Args:
+        changing: their names, in the groups of the optimizers that have them.
+    """
+
+    def __init__(self, optimizers: list[Optimizer], changing: Sequence[str], device: torch.device):
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.changing = changing
+        self.lent: list[tuple[dict[str, Any], str, Tensor]] = []
+        for optimizer in optimizers:
+            # torch's fused Adam reads a float32; in float64, a rewiring optimizer computes as with a number
+            dtype = torch.float64 if isinstance(optimizer, RewiringOptimizer) else torch.float32
+            for group in optimizer.param_groups:
+                for key in changing:
+                    if key in group and not isinstance(group[key], Tensor):
+                        self.lent.append((group, key, torch.zeros((), dtype=dtype, device=device)))
+        self._written: list[Any] = [None] * len(self.lent)
+        self.keep()
+
+    def write(self) -> None:
+        """Takes the numbers in the groups to the device, where they have changed; waits for nothing."""
+        for i, (group, key, tensor) in enumerate(self.lent):
+            if group[key] != self._written[i]:
+                self._written[i] = group[key]
+                tensor.fill_(group[key])
+
+    def keep(self) -> None:
+        """Notes the settings that a graph which has just been captured cannot follow."""
+        self._fixed = self._others()
+
+    def changed(self) -> bool:
+        """Whether one of them has changed since."""
+        return self._others() != self._fixed
+
+    def _others(self) -> list[dict[str, Any]]:
+        return [
+            {
+                key: id(value) if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key != "params" and key not in self.changing
+            }
+            for group in self.groups
+        ]
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The groups have tensors instead of the numbers."""
+        numbers = [group[key] for group, key, _ in self.lent]
+        for group, key, tensor in self.lent:
+            group[key] = tensor
+        try:
+            yield
+        finally:
+            for (group, key, _), number in zip(self.lent, numbers, strict=True):
+                group[key] = number
+
+
 class TrainingStep:
     """Trains on one batch; returns the loss and the number of correct predictions, both on the device.
 
     With ``graph``, on a GPU, the first :attr:`WARMUP` steps run eagerly. Then the step is captured as a CUDA graph and
     replayed on copies of the batches, so the host no longer launches each kernel. Each replay draws new dropout masks
-    and noise, because the graph advances the default generator. The optimizers must be capturable. New settings of an
-    optimizer take effect only after :meth:`drop_graph`.
+    and noise, because the graph advances the default generator. The optimizers must be capturable. A replay reads the
+    settings that are ``changing``; when others change, the step is captured anew.
+
+    The first eager step and the first replay are compared with a plain step, from the same state and with the same
+    random numbers. If one fails or differs, a line says so, and all steps are plain from then on.
 
     The next step overwrites the returned tensors: copy them to keep them.
+
+    Args:
+        changing: names of settings in the optimizers' groups that a schedule changes.
+        make: makes images and labels of what the step is called with; a graph has this in it.
 
     Attributes:
         finite: finds the first loss, gradient or parameter that is not finite.
@@ -46,26 +120,46 @@ class TrainingStep:
     WARMUP = 3
 
     def __init__(
-        self, network: SpikingNetwork, optimizers: list[Optimizer], precision: str, device: torch.device, graph: bool
+        self,
+        network: SpikingNetwork,
+        optimizers: list[Optimizer],
+        precision: str,
+        device: torch.device,
+        graph: bool,
+        changing: Sequence[str] = (),
+        make: Callable[..., tuple[Tensor, Tensor]] = lambda images, labels: (images, labels),
     ):
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
                 name = type(optimizer).__name__
                 raise Refusal(f"a method with {name} cannot train: a step has one gradient, {name} needs several")
         self.network, self.optimizers, self.precision, self.device = network, optimizers, precision, device
-        self.parameters = list(network.parameters())
+        self.make, self.parameters = make, list(network.parameters())
         self.finite = FiniteCheck(network, device)
+        self.settings = GraphSettings(optimizers, changing, device)
         self.use_graph = graph and device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls = 0
+        self.stream: torch.cuda.Stream | None = None
+        self.calls = 0  # since the start, until the capture
 
-    def drop_graph(self) -> None:
-        """Drops the captured graph; the next step runs eagerly, then the graph is captured again."""
-        self.graph = None
-        # the eager step builds the kernels that new settings may need; a capture cannot build them
-        self.calls = min(self.calls, self.WARMUP - 1)
+    def __call__(self, *batch: Tensor) -> Taken:
+        if not self.use_graph:
+            return self._eager(*batch)
+        self.settings.write()
+        if self.graph is not None and self.settings.changed():
+            # the eager step builds the kernels that new settings may need; a capture cannot build them
+            self.graph, self.calls = None, self.WARMUP - 1
+        if self.graph is not None:
+            return self._replay(*batch)
+        self.calls += 1
+        if self.calls == 1:
+            return self._tried_out(self._warm_up, *batch)
+        if self.calls <= self.WARMUP:
+            return self._warm_up(*batch)
+        return self._tried_out(self._first_replay, *batch)
 
-    def _eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _eager(self, *batch: Tensor) -> Taken:
+        images, labels = self.make(*batch)
         for parameter in self.parameters:
             parameter.grad = None
         with autocast(self.precision, self.device):
@@ -77,31 +171,67 @@ class TrainingStep:
         self.finite.update(loss)
         return loss.detach(), measuring.correct(counts.detach(), labels)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.use_graph:
-            return self._eager(images, labels)
-        if self.graph is None:
-            if self.calls < self.WARMUP:
-                self.calls += 1
-                return self._warm_up(images, labels)
-            self._capture(images, labels)
-        self.images.copy_(images)
-        self.labels.copy_(labels)
+    # -- on a GPU ------------------------------------------------------------------------------------
+
+    def _tried_out(self, way: Callable[..., Taken], *batch: Tensor) -> Taken:
+        """Takes a step in a way that is used for the first time; goes back to plain steps if it is no good."""
+        counters = (self.finite.first, self.finite.steps)
+        saved = Saved([*self.parameters, *self.network.buffers(), *counters], self.optimizers, self.device)
+        plain, fast = (partial(take, *batch) for take in (self._plain, way))
+        taken, flaw = try_out(plain, fast, saved, self.parameters)
+        if flaw is not None:
+            what = "compiled" if self.calls == 1 else "captured"
+            print(f"The {what} step is not used ({flaw}): training as with --no-compile.", flush=True)
+            self.use_graph, self.graph = False, None
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group.update({"fused": False} if group.get("fused") else {})
+        return taken
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On the stream of the capture: the allocator keeps the memory of each stream for that stream alone."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def _plain(self, *batch: Tensor) -> Taken:
+        """A step without anything compiled."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups if group.get("fused")]
+        for group in groups:
+            group["fused"] = False
+        try:
+            with self._aside():
+                return self._eager(*batch)
+        finally:
+            for group in groups:
+                group["fused"] = True
+
+    def _warm_up(self, *batch: Tensor) -> Taken:
+        """An eager step before a capture: builds the kernels and the optimizers' state."""
+        with self._aside(), self.settings.on_device():
+            return self._eager(*batch)
+
+    def _first_replay(self, *batch: Tensor) -> Taken:
+        self._capture(*batch)
+        return self._replay(*batch)
+
+    def _capture(self, *batch: Tensor) -> None:
+        for parameter in self.parameters:  # the graph has memory of its own for the gradients
+            parameter.grad = None
+        self.batch = [tensor.clone() for tensor in batch]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream), self.settings.on_device():
+            self.outputs = self._eager(*self.batch)
+        self.graph = graph
+        self.settings.keep()
+
+    def _replay(self, *batch: Tensor) -> Taken:
+        for place, tensor in zip(self.batch, batch, strict=True):
+            place.copy_(tensor)
         self.graph.replay()
         return self.outputs
-
-    def _warm_up(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """An eager step before a capture, on a side stream: builds the kernels and the optimizers' state."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            outputs = self._eager(images, labels)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return outputs
-
-    def _capture(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images.clone(), labels.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.outputs = self._eager(self.images, self.labels)
-        self.graph = graph

@@ -55,22 +55,28 @@ class TrainingBatches:
         takes = flaw(images, torch.uint8) is None and images.dim() == 4 and images.shape[1] == 1
         return known and as_made and takes and spiking_kernels.unavailable() is None
 
+    def make(self, index: Tensor, transforms: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch of what :meth:`parts` yields: images, float32 [B, C, H, W], and labels, int64 [B]."""
+        return self._inputs(index, transforms), self.split.labels[index]
+
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
-        """The network's input for one batch."""
         if self.fused:
             return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.table)
         return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
 
-    def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields an epoch's (images, labels) from batch ``start``: float32 [B, C, H, W] and int64 [B]."""
+    def parts(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields what each batch of an epoch is made of, from batch ``start``: indices, int64 [B], and transforms."""
         device = self.split.images.device
         self.order = torch.randperm(len(self.split), generator=self.generator, device="cpu")
         order = self.order.to(device)
         transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
-        labels = self.split.labels[order]
         for step in range(start, len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield self._inputs(order[batch], transforms[batch]), labels[batch]
+            yield order[batch], transforms[batch]
+
+    def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields an epoch's (images, labels) from batch ``start``: float32 [B, C, H, W] and int64 [B]."""
+        return (self.make(*parts) for parts in self.parts(start))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch()
