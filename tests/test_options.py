@@ -395,15 +395,6 @@ def test_two_experiments_with_the_same_options_have_folders_of_their_own(tmp_pat
     assert parse(MNIST, ["--seed", "1"]).dump_dir == former
 
 
-def test_gpus(monkeypatch, run_options):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert run_options().device == torch.device("cuda", 0)
-    assert run_options("-gpu", "1").device == run_options("--gpu", "1").device == torch.device("cuda", 1)
-    with pytest.raises(Refusal, match=r"there is no GPU 2 on this machine \(the GPUs are 0 to 1\)"):
-        run_options("-gpu", "2")
-
-
 def test_help_explains_every_option_with_its_default(capsys):
     for recipe in (MNIST, C10):
         with pytest.raises(SystemExit) as stop:

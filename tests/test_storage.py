@@ -292,6 +292,30 @@ def test_the_files_that_a_state_counts_on_are_on_the_disk_before_it(path, tmp_pa
     assert log.log[0][1] == results
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on the second GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+
+
+def test_the_writer_waits_for_the_gpu_that_a_state_is_on(path, monkeypatch):
+    """Copies to pinned memory do not wait; the current device may be another one."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    monkeypatch.setattr(storage, "_copy", lambda value, into: waited.append("copied"))
+    weights = torch.ones(3).as_subclass(OnGpu)
+    for live, expected in (
+        ({"network": {"a": torch.ones(2)}, "optimizers": [{"state": {0: (weights, 1)}}]}, [OnGpu.device]),
+        (state(1), []),
+    ):
+        writer = storage.Writer(path)
+        writer.submit(live)
+        writer.wait()
+        assert waited == ["copied", *expected]
+        waited.clear()
+
+
 @pytest.mark.gpu
 def test_the_writer_copies_from_a_gpu(path):
     live = {"weights": torch.arange(1000.0, device="cuda")}

@@ -1,7 +1,9 @@
 """The device and how to use it: precision, deterministic algorithms, fused kernels."""
 
 import os
+import re
 from argparse import Namespace
+from collections.abc import Sequence
 
 import torch
 
@@ -21,12 +23,15 @@ def choose(options: Namespace) -> None:
     default = "tf32" if options.device.type == "cuda" else "fp32"
     if options.precision == "tf32" and options.device.type != "cuda":
         raise Refusal("argument --precision: tf32 needs a GPU; the CPU takes fp32 or bf16")
-    options.precision_used = options.precision or default
+    options.precision_used = _possible(options.precision or default, options.device)
     if options.precision == default:
         options.precision = None
     if options.deterministic:
         _be_deterministic()
-    options.compile = options.compile and _can_compile(options.device)
+    if options.device.type == "cuda":  # without --compile, the neurons need Triton as well
+        options.compile = _has_triton(options.device) and options.compile
+    else:
+        options.compile = options.compile and _has_kernels()
 
 
 def name(device: torch.device) -> str:
@@ -45,7 +50,61 @@ def _device(gpu: int | None) -> torch.device:
     if count == 0:
         print("No GPU found: running on the CPU.", flush=True)
         return torch.device("cpu")
-    return torch.device("cuda", gpu or 0)
+    device = torch.device("cuda", gpu or 0)
+    _use(device)
+    return device
+
+
+def _use(device: torch.device) -> None:
+    """Makes a GPU the current device: that is where streams and captured graphs begin.
+
+    Raises:
+        Refusal: this torch cannot use it.
+    """
+    capability, made_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not runs_on(capability, made_for):
+        raise Refusal(
+            f"argument -gpu/--gpu: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and this PyTorch {torch.__version__} is made for {' '.join(made_for)}: "
+            "install one that is made for it (https://pytorch.org/get-started/previous-versions), choose another GPU, "
+            "or hide it with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    try:
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # the first call that needs it
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Refusal(f"argument -gpu/--gpu: {device} cannot be used ({_first_line(error)})") from None
+
+
+def runs_on(capability: tuple[int, int], made_for: Sequence[str]) -> bool:
+    """Whether a GPU of a compute capability runs code for one of some architectures, as torch names them.
+
+    Code for a GPU (sm_80) runs on those of the same major version that are not older; that of sm_90a on no other one.
+    Intermediate code (compute_80) is translated for every GPU that is not older.
+    """
+    targets = re.findall(r"(sm|compute)_(\d+)(\d)([a-z]?)", " ".join(made_for))
+    for kind, major, minor, feature in targets:
+        target = (int(major), int(minor))
+        if feature == "a":
+            fits = capability == target
+        elif feature or kind == "sm":  # f: a family
+            fits = capability[0] == target[0] and capability >= target
+        else:
+            fits = capability >= target
+        if fits:
+            return True
+    return not targets  # names of another kind
+
+
+def _possible(precision: str, device: torch.device) -> str:
+    """The precision that is used; fp32 where a GPU has no other."""
+    if device.type != "cuda" or precision == "fp32" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return precision
+    if precision == "bf16":
+        print(f"No bf16, as {name(device)} has a compute capability below 8.0: running in fp32.", flush=True)
+    return "fp32"
 
 
 def _be_deterministic() -> None:
@@ -55,8 +114,31 @@ def _be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _can_compile(device: torch.device) -> bool:
-    missing = spiking_kernels.unavailable() if device.type == "cpu" else None
+def _has_kernels() -> bool:
+    missing = spiking_kernels.unavailable()
     if missing:
         print(f"No fused kernels, {missing}: running the plain layers.", flush=True)
     return not missing
+
+
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton can build and start a kernel; if not, SpikingJelly's neurons run without it as well."""
+    try:
+        from training import triton_kernel
+
+        triton_kernel.run(device)
+    except Exception as error:  # of many kinds: it calls a C compiler, and loads what that made
+        reason = "it is not installed" if isinstance(error, ImportError) else _first_line(error)
+        print(
+            f"No Triton kernels ({reason}): running the plain layers, as with --no-compile. "
+            "They need triton, a C compiler and Python's headers (python3-dev).",
+            flush=True,
+        )
+        os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = "torch"  # read when the first neuron runs
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__

@@ -173,6 +173,17 @@ def _copy(value: Any, into: Any) -> Any:
     return value
 
 
+def _gpus(value: Any) -> set[torch.device]:
+    """The GPUs that the tensors of nested containers are on."""
+    if isinstance(value, Tensor):
+        return {value.device} if value.is_cuda else set()
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return set()
+    return set().union(*map(_gpus, value))
+
+
 class Writer:
     """Stores states in the background, one at a time: the caller waits only while a state is copied.
 
@@ -193,8 +204,8 @@ class Writer:
         """
         self.wait()
         self._copied = _copy(state, self._copied)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to pinned memory do not wait
+        for device in _gpus(state):
+            torch.cuda.synchronize(device)  # copies to pinned memory do not wait
         # a daemon: a process that has to stop at once does not wait for it
         self._thread = threading.Thread(
             target=self._write, args=(self._copied, list(logs)), name="checkpoint writer", daemon=True
