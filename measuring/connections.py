@@ -66,7 +66,12 @@ class Connections:
 
 def count(masks: dict[str, Tensor]) -> dict[str, Connections]:
     """Counts the connections of each layer from its mask of connected weights."""
-    return {name: Connections(int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+    return {name: Connections(_number(mask), mask.numel()) for name, mask in masks.items()}
+
+
+def _number(mask: Tensor) -> int:
+    """The number of True; in parts, because a sum takes 8 bytes of a GPU's memory for each bool."""
+    return int(sum(part.sum() for part in mask.flatten().split(2**22)))
 
 
 def total(layers: dict[str, Connections], others: int = 0) -> Connections:
@@ -79,9 +84,7 @@ def total(layers: dict[str, Connections], others: int = 0) -> Connections:
 
 def rewired(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Counts, for each layer, the connections that were pruned and regrown between two sets of masks."""
-    return {
-        name: (int((before[name] & ~mask).sum()), int((~before[name] & mask).sum())) for name, mask in after.items()
-    }
+    return {name: (_number(before[name] & ~mask), _number(~before[name] & mask)) for name, mask in after.items()}
 
 
 def record_connections(record: Callable[..., None], layers: dict[str, Connections], others: int | None = None) -> None:
