@@ -9,7 +9,7 @@ DEMO = $(BIN)/python mnist/mnist.py --dataset digits --recipe fast -b 32 -lr 3e-
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-all test-numeric kill-test fuzz sanitize docs lint bench clean
+.PHONY: help demo test test-all test-numeric kill-test fuzz sanitize docs lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -52,6 +52,10 @@ lint: .venv/ready ## check the code with ruff
 # some parts alone, on real images: make bench BENCH="--only mnist --dataset-dir data --json results.json"
 bench: .venv/ready ## measure speed and memory
 	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks.bench $(BENCH)
+
+# make gpu GPU="--dataset-dir data --out gpu-report"
+gpu: .venv/ready ## tell in ten minutes what all of this does on a GPU: tests, equality, speed, memory, training
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 clean: ## remove .venv
 	rm -rf .venv

@@ -7,7 +7,9 @@ time of an epoch is computed from them; the tables say from how many.
 
 import statistics
 import sys
+from collections.abc import Iterator
 from itertools import chain, islice, repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,29 +20,36 @@ import measuring
 import spiking_kernels
 from analysis.experiments import EXPERIMENTS
 from benchmarks.optimizers import bench_optimizers
-from benchmarks.tables import Tables, in_turns, mnist_images, noise, parser, run, table
+from benchmarks.tables import Row, Tables, in_turns, mnist_images, noise, parser, run, table
 from training import data
 from training.command_line import command
+from training.data.dataset import one_line
 from training.methods import METHODS
 from training.options import read
 from training.step import TrainingStep, autocast, set_precision
 
 MNIST, C10 = EXPERIMENTS["mnist"], EXPERIMENTS["c10"]
 PARTS = ("mnist", "scaling", "optimizers", "equality", "c10")
+WARMUP = 10  # steps before time is taken: kernels are built, and the graph is captured
+FLOP = {"mnist": 2 * 2 * 784 * 800, "c10": 81.4e9}  # of an image in training, at the published sizes; see README.md
 
 
 class Execution:
-    """An experiment's network, trained with Grad R in one way, a number of steps at a time.
+    """An experiment's network, trained in one way, a number of steps at a time.
 
-    ``line`` is the rest of the experiment's command line; the precision is fp32 unless it says otherwise.
+    ``mode`` and ``line`` are the experiment's command line; the precision is fp32 unless it says otherwise. Without
+    ``graph``, what is compiled is not captured.
     """
 
-    def __init__(self, experiment, dataset, device, line="", step_mode="m", loader=None):
-        options = read(experiment, ["-m", "grad", "-s", "0.95", *line.split()])
+    def __init__(
+        self, experiment, dataset, device, line="", step_mode="m", loader=None, mode="-m grad -s 0.95", graph=True
+    ):
+        options = read(experiment, [*mode.split(), *line.split()])
         options.device = self.device = device
+        self.published = (options.width, options.T) == (experiment.width, 8)  # sizes
         self.precision = options.precision or "fp32"
         torch.manual_seed(options.seed)
-        self.network = experiment.network(options.T, step_mode).to(device)
+        self.network = experiment.network(options.T, step_mode, options.width).to(device)
         self.network.fused = options.compile
         source = experiment.datasets[0]
         normalisation = source.normalisation(device)
@@ -50,8 +59,8 @@ class Execution:
         )
         self.endless = chain.from_iterable(repeat(self.batches))
         self.test_set = data.TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
-        optimizers = METHODS["grad"].build(self.network, options)
-        self.step = TrainingStep(self.network, optimizers, self.precision, device, graph=options.compile)
+        optimizers = METHODS[options.mode].build(self.network, options)
+        self.step = TrainingStep(self.network, optimizers, self.precision, device, graph=graph and options.compile)
 
     def train(self, steps: int) -> None:
         set_precision(self.precision, self.device)
@@ -108,7 +117,7 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> Tab
     alone = "its two products with the 784x800 matrix alone"
     seconds = in_turns({**functions, alone: lambda: products(steps)}, rounds, device)
     epoch = {name: value * steps / share.get(name, steps) for name, value in seconds.items()}
-    flop = steps * 2 * 2 * batch * 784 * 800
+    flop = steps * batch * FLOP["mnist"]
     rows = []
     for name, value in epoch.items():
         ratios = (f"{value / epoch[alone]:.2f}", f"{epoch[plain] / value:.1f}", f"{flop / value / 1e9:.0f}")
@@ -148,31 +157,58 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> Tables:
     yield table("MNIST, loss over identical steps", ("step", *losses), rows)
 
 
+STEP_HEAD = (
+    *("ms/step", "s/epoch", "speed-up", "TFLOP/s", "GiB allocated", "GiB reserved", "s/test set", "steps timed"),
+)
+
+
+def step_rows(
+    experiment, dataset, device, executions: dict[str, dict[str, Any]], rounds: int, steps: int
+) -> Iterator[Row]:
+    """Measures training steps in some executions, one after the other, each given by the arguments that it needs.
+
+    Yields:
+        For each its name and the cells of STEP_HEAD; the reason if it fails. The speed-up is over the first one.
+        Epochs and test sets are as large as the published ones, whatever the size of the data.
+    """
+    images = {"mnist": 60_000, "c10": 50_000}[experiment.name]
+    on_gpu, base = device.type == "cuda", None
+    for name, settings in executions.items():
+        try:
+            if on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            execution = Execution(experiment, dataset, device, **settings)
+            execution.train(WARMUP if on_gpu else 0)
+            value = in_turns({"": lambda e=execution: e.train(steps)}, rounds, device, warmup=0)[""] / steps
+            base, batch, more = base or value, execution.batches.batch_size, ("-",) * 2
+            if on_gpu:
+                most = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+                more = tuple(f"{memory / 2**30:.1f}" for memory in most)
+            test = in_turns({"": execution.test}, 1, device, int(on_gpu))[""] / len(dataset.test) * 10_000
+            speed = (f"{value * 1e3:.1f}", f"{value * images / batch:,.1f}", f"{base / value:.1f}")
+            flop = f"{FLOP[experiment.name] * batch / value / 1e12:.2f}" if execution.published else "-"
+            yield name, *speed, flop, *more, f"{test:.2f}", f"{rounds} x {steps}"
+        except Exception as error:  # of one execution, such as too little memory; the others go on
+            yield name, one_line(error)[:200], *("-",) * (len(STEP_HEAD) - 1)
+        finally:
+            execution = None  # frees its memory
+
+
 def bench_cifar10(device: torch.device, rounds: int, batch: int) -> Tables:
     """Training steps on noise; an epoch is 3125 steps of 16."""
     n = max(64, 4 * batch)
-    dataset = data.Dataset(noise(n, 3, 32, 32), noise(n, 3, 32, 32))
-    on_gpu = device.type == "cuda"
-    kinds = {"step by step, eager, fp32": ("--no-compile", "s"), "layer by layer, eager, fp32": ("--no-compile", "m")}
+    on_gpu, eager = device.type == "cuda", f"-b {batch} --no-compile"
+    dataset = data.Dataset(noise(n, 3, 32, 32), noise(n if on_gpu else batch, 3, 32, 32))
+    executions = {
+        "step by step, eager, fp32": dict(line=eager, step_mode="s"),
+        "layer by layer, eager, fp32": dict(line=eager),
+    }
     if on_gpu:
-        kinds |= {f"layer by layer, CUDA graph, {p}": (f"--precision {p}", "m") for p in ("fp32", "tf32", "bf16")}
-    rows, base, steps = [], None, 100 if on_gpu else 1
-    for name, (line, step_mode) in kinds.items():
-        execution = Execution(C10, dataset, device, f"-b {batch} {line}", step_mode)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            execution.train(10)
-        value = in_turns({"": lambda e=execution: e.train(steps)}, rounds, device, int(on_gpu))[""] / steps
-        base = base or value
-        more = ("-", "-")
-        if on_gpu:
-            test = in_turns({"": execution.test}, 1, device)[""]
-            more = (f"{torch.cuda.max_memory_allocated() / 2**30:.1f}", f"{test / n * 10_000:.2f}")
-        speed = (f"{value * 1e3:.1f}", f"{value * 50_000 / batch:,.1f}", f"{base / value:.1f}")
-        rows.append((name, *speed, f"{81.4e9 * batch / value / 1e12:.2f}", *more))
-        del execution
-    head = (f"CIFAR-10, Grad R, batch {batch}, T 8", "ms/step", "s/epoch", "speed-up", "TFLOP/s", "GiB", "s/test set")
-    yield table(f"CIFAR-10 training ({rounds} rounds of {steps} steps, medians)", head, rows)
+        for p in ("fp32", "tf32", "bf16"):
+            executions[f"layer by layer, CUDA graph, {p}"] = dict(line=f"-b {batch} --precision {p}")
+    rows = list(step_rows(C10, dataset, device, executions, rounds, 100 if on_gpu else 1))
+    yield table("CIFAR-10 training (medians)", (f"CIFAR-10, Grad R, batch {batch}, T 8", *STEP_HEAD), rows)
 
 
 def ceiling(device: torch.device) -> Tables:

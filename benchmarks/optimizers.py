@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
-from benchmarks.tables import in_turns, table
+from benchmarks.tables import Tables, in_turns, table
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 
@@ -44,10 +44,9 @@ def made(kind, dormant: float, settings: dict, shapes: list[tuple[int, ...]], de
     return optimizer
 
 
-def bench_optimizers(device: torch.device, rounds: int) -> list[dict]:
-    tables = []
-    for what, (shapes, repeats) in SHAPES.items():
-        optimizers = {name: made(*chosen, shapes, device) for name, chosen in OPTIMIZERS.items()}
+def bench_optimizers(device: torch.device, rounds: int, sizes=SHAPES, names=frozenset(OPTIMIZERS)) -> Tables:
+    for what, (shapes, repeats) in sizes.items():
+        optimizers = {name: made(*chosen, shapes, device) for name, chosen in OPTIMIZERS.items() if name in names}
 
         def steps(optimizer, repeats=repeats):
             for _ in range(repeats):
@@ -65,5 +64,4 @@ def bench_optimizers(device: torch.device, rounds: int) -> list[dict]:
             rows.append((name, f"{seconds[name] / repeats * 1e3:.3f}", f"{relative:.2f}", f"{state:.0f}"))
         head = (what, "ms", "x fused Adam", "bytes of state per weight")
         title = f"One optimizer step ({rounds * 6} rounds of the fused ones, {rounds} of the others, medians)"
-        tables.append(table(title, head, rows))
-    return tables
+        yield table(title, head, rows)

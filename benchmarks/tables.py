@@ -39,9 +39,16 @@ def in_turns(
 
 def table(title: str, head: Row, rows: list[Row]) -> dict:
     """Prints a Markdown table; returns it for the machine-readable copy."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    print(f"\n### {title}\n", *lines, sep="\n", flush=True)
-    return {"title": title, "head": head, "rows": rows}
+    made = {"title": title, "head": head, "rows": rows}
+    print(markdown(made), flush=True)
+    return made
+
+
+def markdown(table: dict) -> str:
+    """A table under its title."""
+    rows = (table["head"], ["---"] * len(table["head"]), *table["rows"])
+    lines = [f"| {' | '.join(cell.replace('|', '¦') for cell in cells)} |" for cells in rows]
+    return "\n".join((f"\n### {table['title']}\n", *lines))
 
 
 def noise(n: int, *shape: int) -> data.Split:
@@ -67,14 +74,17 @@ def parser(description: str, rounds: int) -> Parser:
     return made
 
 
+def versions(packages: Row) -> str:
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+
+
 def run(options: argparse.Namespace, device: torch.device, packages: Row, measure: Callable[[], Tables]) -> int:
     """Prints where and with what versions it measures, measures, and writes the machine-readable copy."""
     if options.json:
         check_output("--json", options.json, parents=True)  # before the minutes that it takes
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else processor()
-    versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
     hardware += f", {torch.get_num_threads()} CPU threads"
-    head = {"date": str(date.today()), "hardware": hardware, "versions": ", ".join(versions)}
+    head = {"date": str(date.today()), "hardware": hardware, "versions": versions(packages)}
     print(", ".join(head.values()))
     tables = list(measure())
     if options.json:

@@ -65,9 +65,8 @@ def test_the_report_is_written_beside_what_made_it(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{written['date']}, {written['hardware']}, {written['versions']}\n")
 
 
-def test_every_optimizer_of_the_table_steps_and_is_compared_with_adam(monkeypatch):
-    monkeypatch.setattr(optimizers, "SHAPES", {"few weights": ([(8, 4)], 1)})
-    (made,) = optimizers.bench_optimizers(CPU, 1)
+def test_every_optimizer_of_the_table_steps_and_is_compared_with_adam():
+    (made,) = optimizers.bench_optimizers(CPU, 1, {"few weights": ([(8, 4)], 1)})
     assert [row[0] for row in made["rows"]] == list(optimizers.OPTIMIZERS)
     assert made["rows"][0][2:] == ("1.00", "8")
     pruned = optimizers.made(*optimizers.OPTIMIZERS["Deep R, 90 % dormant, fused"], [(100, 100)], CPU)

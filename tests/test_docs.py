@@ -15,6 +15,7 @@ from export_helpers import mnist, write_run
 
 import analysis.export
 import analysis.report
+import benchmarks.gpu
 import reproduce.__main__
 from analysis.experiments import EXPERIMENTS
 from reproduce import grid
@@ -129,7 +130,7 @@ def check(line, tmp_path):
     elif words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert [word for word in words[1:] if "=" not in word and word not in targets] == []
-    elif words[:2] == ["pip", "install"]:
+    elif words[:2] in (["pip", "install"], ["pip", "download"]):
         for word in words[2:]:
             if word.endswith(".txt"):
                 assert (ROOT / word).is_file()
@@ -148,6 +149,8 @@ def check(line, tmp_path):
             reproduce.__main__._options(argv)
         elif name in ("analysis.report", "analysis.export"):
             {"analysis.report": analysis.report.parse, "analysis.export": analysis.export._options}[name](argv)
+        elif name == "benchmarks.gpu":
+            benchmarks.gpu.parse(argv)
         else:
             assert name in ("benchmarks.sparse", "benchmarks.bench"), line
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analysis import export, report
-from benchmarks import bench, sparse
+from benchmarks import bench, gpu, sparse
 from c10 import c10
 from mnist import mnist
 from reproduce import __main__ as reproduce
@@ -104,6 +104,7 @@ COMMAND_LINES = {
     reproduce.main: ("--shards", "--shard"),
     bench.main: ("-rounds", "--rounds"),
     sparse.main: ("-rounds", "--rounds"),
+    gpu.main: ("--minuts", "--minutes"),
 }
 
 

@@ -31,7 +31,7 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
         "compute_capability": _compute_capability(options.device),
         "precision": options.precision_used,
         "cpu": processor(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "parameters": {
             "prunable": prunable_weights,
             "others": sum(parameter.numel() for parameter in network.parameters()) - prunable_weights,
@@ -63,7 +63,7 @@ def processor() -> str:
         return platform.processor()
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The repository's commit, followed by "+" if files were changed; None if unknown."""
     command = ["git", "-C", REPOSITORY, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
