@@ -1,7 +1,9 @@
 """Ten minutes on a GPU: the parts on tiny sizes, and what holds them together."""
 
+import contextlib
 import json
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ from benchmarks import gpu, gpu_parts
 from benchmarks.gpu_report import Report
 from benchmarks.tables import table
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TITLES = [gpu.TESTS, *(part.title for part in gpu_parts.PARTS.values()), gpu.TRAINING]
 
@@ -270,3 +273,29 @@ def test_all_of_it_on_a_pretended_gpu(tmp_path, cifar_folder):
     run = pretended_runs.run(["-m", "benchmarks.gpu", *argv], tmp_path / "run", images=640, seconds=3600)
     assert run.status == 0, run.err
     whole(read(tmp_path / "out"), may_fail="Profile")  # there are no kernels to find
+
+
+def of_part(folder):
+    """The command lines of the processes that measure a part into a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            found.append(path.read_bytes())
+    return [line for line in found if str(folder).encode() in line and b"benchmarks.gpu_parts" in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_sigterm_leaves_no_process_behind(tmp_path):
+    argv = ["--device", "cpu", "--small", "--out", str(tmp_path), "--only", "mnist"]
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu", *argv], cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        while not of_part(tmp_path):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        process.terminate()
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert of_part(tmp_path) == []
