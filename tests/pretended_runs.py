@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -187,11 +188,10 @@ def start(argv: list[str], folder: Path, gpus: int, gigabytes: float, images: in
         "OMP_NUM_THREADS": "1",
         "PRETENDED_IMAGES": str(images),
         "PRETENDED_LOGS": str(logs),
-        "PYTHON": str(REPOSITORY / ".venv/bin/python"),
+        "PYTHON": sys.executable,
         "PYTHONPATH": str(PATCHES),
         **more,
     }
-    environment["PYTHON"] = os.environ.get("PYTHON", environment["PYTHON"])
     program = [str(Path(os.environ["SPIKING_PRETENDED_GPU"]) / "run"), "-n", str(gpus), "-m", str(gigabytes), "--"]
     with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
         return subprocess.Popen([*program, *argv], cwd=REPOSITORY, env=environment, stdout=out, stderr=err)

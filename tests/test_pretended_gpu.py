@@ -12,7 +12,10 @@ import pytest
 GRAD, DEEP = ("-m", "grad", "-s", "0.95"), ("-m", "deep", "-s", "0.5", "-temperature", "1e-3")
 SOFT = ("-m", "deep", "-soft", "-s", "0.95", "-temperature", "1e-3")
 MODES = {"grad": GRAD, "deep": DEEP, "soft": SOFT, "no_prune": ("-m", "no_prune")}
+FAST = ("-m", "grad", "--recipe", "fast", "--connectivity", "0.05")
 NARROW = ("--width", "16")
+SMALL_CARD = 5.4  # of the 6 GB of a card, what its driver and its screen leave
+STEADY = slice(4, 9)  # of the ten steps of an epoch: after the first recording and the capture, before the epoch's end
 
 
 def slow(*values):
@@ -85,6 +88,133 @@ def test_a_test_alone(train):
     tested = train("mnist", *GRAD, "-N", 1, "-test")
     assert "test accuracy" in tested.out
     assert tested.only.steps == []
+
+
+# -- what it costs -----------------------------------------------------------------------------------
+
+
+def check_steady(steps):
+    """The host starts a graph and little beside it, and waits for nothing."""
+    assert {sum(step.replays.values()) for step in steps} == {1}
+    assert max(step.launches for step in steps) <= 8
+    assert {step.synchronisations for step in steps} == {0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_is_a_graph_and_little_beside_it(train, mode):
+    check_steady(train("mnist", *MODES[mode], "-N", 1).only.steps[STEADY])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "gigabytes"), [("tf32", 4), ("bf16", 3)])
+def test_the_published_settings_need_little_memory(train, precision, gigabytes):
+    process = train("c10", *GRAD, "--precision", precision, "-N", 2).only
+    assert process.reserved() <= gigabytes
+    assert len(process.captures) == 1
+    check_steady(process.steps[STEADY])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["grad", "soft"])
+def test_the_published_settings_run_on_a_small_card(train, mode):
+    run = train("c10", *MODES[mode], "-N", 2, gigabytes=SMALL_CARD)
+    assert run.only.memory[0]["failures"] == 0
+    assert len(run.only.captures) == 1
+
+
+@pytest.mark.slow
+def test_the_fast_recipe_needs_one_graph_for_all_segments(train):
+    """Here a segment is a step, and each has a learning rate and, from the second on, a penalty of its own."""
+    process = train("c10", *FAST, "-N", 2, images=1280).only
+    assert process.reserved() <= 24
+    assert len(process.captures) == 1
+    assert process.compiled <= 2  # with and without prior
+    assert {sum(step.replays.values()) for step in process.steps[3:]} == {1}
+
+
+def test_between_the_starts_of_segments_the_fast_recipe_costs_nothing_more(train):
+    """An epoch of 800 steps, in segments of four."""
+    process = train("mnist", *FAST, "-b", 64, "-N", 1, images=64 * 800).only
+    assert len(process.captures) == 1
+    assert process.compiled <= 2
+    check_steady([step for number, step in enumerate(process.steps[:-1]) if number > 4 and (number + 1) % 4])
+    starts = [step for number, step in enumerate(process.steps[:-1]) if number > 40 and (number + 1) % 4 == 0]
+    assert max(step.synchronisations for step in starts[::8]) > 0  # a search for the k-th smallest theta
+
+
+# -- several GPUs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--no-compile",)])
+def test_the_second_gpu_works_alone(train, how):
+    second = dict(gpus=2, devices=(1,))
+    argv = ("c10", *GRAD, *NARROW, *how, "-gpu", 1)
+    process = train(*argv, "-N", 1, **second).only
+    assert [capture[:2] for capture in process.captures] == ([] if how else [[1, 1]])
+    assert "Resuming after epoch 1" in train(*argv, "-N", 2, **second).out
+    assert "test accuracy" in train(*argv, "-N", 2, "-test", **second).out
+
+
+@pytest.mark.slow
+def test_rows_of_a_grid_take_the_gpus_in_turn(gpu, tmp_path):
+    (tmp_path / "mnist.toml").write_text(
+        'epochs = 1\nseeds = [1, 2]\n[[group]]\ntitle = "Grad R"\nvariants = ["-m grad -s 0.95"]\n'
+    )
+    grid = dict(PRETENDED_GRID=str(tmp_path), gpus=2, images=1280)
+    run = gpu("-m", "reproduce", "mnist", "--jobs", 2, "--dump-dir", tmp_path / "grid", **grid)
+    run.check(devices=(0, 1))
+    rows = [process.devices() for process in run.processes if process.argv[0].endswith("mnist.py")]
+    assert len(rows) == 4  # each trains, then tests
+    assert {min(devices) for devices in rows} == {0, 1}
+    assert all(len(devices) == 1 for devices in rows)
+
+
+# -- what a machine lacks ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_smaller_batch_needs_less_memory(train):
+    """As the line says that a run without enough memory ends with."""
+    refused = train("c10", *GRAD, "-N", 1, gigabytes=2, status=1)
+    assert refused.err.splitlines()[-1].startswith("c10.py: error: out of memory")
+    assert refused.err.endswith("a smaller -b or -T needs less\n")
+    train("c10", *GRAD, "-b", 4, "-N", 1, images=40, gigabytes=2)
+
+
+@pytest.mark.slow
+def test_a_test_takes_as_many_images_as_memory_holds(train):
+    argv = ("c10", *MODES["no_prune"], "--width", 64, "-b", 50, "-N", 1)
+    train(*argv, images=50)
+    tested = train(*argv, "-test", images=50, gigabytes=0.4)
+    assert "No memory for 50 test images at a time: testing 25 at a time." in tested.out
+    assert len(tested.only.of("evaluation")) >= 2
+    assert "test accuracy" in tested.out
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [
+        ("triton", "it is not installed"),
+        slow("a C compiler", "C compiler"),
+        slow("a C compiler that works", "/bin/gcc'"),
+    ],
+)
+def test_without_triton_the_plain_layers_train(train, tmp_path, lacks, reason):
+    """Triton is Python, and a C compiler builds what starts its kernels."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("bash", "dirname", "env", "mkdir"):
+        (commands / name).symlink_to(shutil.which(name))
+    without = dict(PRETENDED_WITHOUT="triton") if lacks == "triton" else dict(PATH=str(commands))
+    if lacks == "a C compiler that works":
+        (commands / "gcc").symlink_to(shutil.which("false"))
+    nothing_built = dict(TRITON_CACHE_DIR=str(tmp_path / "triton"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    run = train("mnist", *GRAD, "-N", 1, **without, **nothing_built)
+    (line,) = [line for line in run.out.splitlines() if line.startswith("No Triton kernels")]
+    assert reason in line
+    assert "plain layers" in line
+    assert run.only.captures == []
 
 
 # -- other commands ----------------------------------------------------------------------------------
