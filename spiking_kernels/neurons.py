@@ -21,7 +21,7 @@ def _padded(outputs: int) -> int:
 # -- the same in torch's operations: for gradients of gradients, and for gradients that are no plain tensors -----
 
 
-def _lif(inputs: Tensor) -> Tensor:
+def lif_steps(inputs: Tensor) -> Tensor:
     """Inputs to spikes, both [T, N, neurons]."""
     from spikingjelly.activation_based import neuron, surrogate  # here, because the updates do not need it
 
@@ -34,8 +34,8 @@ def _rounded(x: Tensor, rounding: torch.dtype | None) -> Tensor:
 
 def _lif_linear_lif(current: Tensor, weight: Tensor, T: int, rounding: torch.dtype | None) -> Tensor:
     """:func:`lif_linear_lif` as layers compute it."""
-    spikes = _lif(current.expand(T, *current.shape))
-    return _lif(_rounded(nn.functional.linear(spikes, _rounded(weight, rounding)), rounding)).sum(0)
+    spikes = lif_steps(current.expand(T, *current.shape))
+    return lif_steps(_rounded(nn.functional.linear(spikes, _rounded(weight, rounding)), rounding)).sum(0)
 
 
 # -- the kernels --------------------------------------------------------------------------------------

@@ -1,0 +1,350 @@
+/* A block of a spiking convolutional network behind its convolution: BatchNorm per time step, LIF neurons, and the
+ * maximum of 2 x 2 spikes if there is one.
+ *
+ * All images are channels-last: y [T][N][H][W][C], float32 or bfloat16 as the flag says; the arithmetic is in float32,
+ * sums over images in double. The neuron and its surrogate derivative are those of neurons.c.
+ *
+ * Nothing but y, the spikes and sums per time step and channel is read from or written to memory: the potentials of a
+ * tile, some pixels of one image in some channels, stay in the cache through all time steps, and the backward passes
+ * compute them anew. The results do not depend on the number of threads.
+ */
+
+#include "common.h"
+
+#define TILE 1024    /* neurons at a time; their potentials at all time steps are on the stack */
+#define CHANNELS 256 /* at most, of these neurons */
+
+typedef struct {
+    int T, N, H, W, C;
+    int pool;     /* the output is the maximum of 2 x 2 spikes */
+    int constant; /* y has one time step, which is the input of all */
+    int half;     /* y, spikes and gradients are bfloat16 */
+} Shape;
+
+/* Some neurons of image n: rows x pixels x channels, from row, pixel and channel on. */
+typedef struct {
+    int n, row, rows, pixel, pixels, channel, channels;
+} Tile;
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+/* -- float32 and bfloat16 in memory -------------------------------------------------------------- */
+
+static inline float widened(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof(y));
+    return y;
+}
+
+/* to the nearest bfloat16, ties to even */
+static inline uint16_t narrowed(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+static inline void load(float *restrict to, const void *from, size_t at, int n, int half) {
+    if (half) {
+        const uint16_t *x = (const uint16_t *)from + at;
+        SIMD
+        for (int i = 0; i < n; i++) to[i] = widened(x[i]);
+    } else {
+        memcpy(to, (const float *)from + at, sizeof(float) * n);
+    }
+}
+
+static inline void store(void *to, size_t at, const float *restrict from, int n, int half) {
+    if (half) {
+        uint16_t *x = (uint16_t *)to + at;
+        SIMD
+        for (int i = 0; i < n; i++) x[i] = narrowed(from[i]);
+    } else {
+        memcpy((float *)to + at, from, sizeof(float) * n);
+    }
+}
+
+/* Where the channels of a tile's pixel stand in images of H x W, at time step t. */
+static inline size_t place(const Shape *s, int t, int n, int row, int pixel, int channel, int H, int W) {
+    return ((((size_t)t * s->N + n) * H + row) * W + pixel) * s->C + channel;
+}
+
+static inline size_t in_y(const Shape *s, const Tile *at, int t, int r, int p) {
+    return place(s, t, at->n, at->row + r, at->pixel + p, at->channel, s->H, s->W);
+}
+
+static inline size_t in_output(const Shape *s, const Tile *at, int t, int r, int p) {
+    return s->pool ? place(s, t, at->n, at->row / 2 + r, at->pixel / 2 + p, at->channel, s->H / 2, s->W / 2)
+                   : in_y(s, at, t, r, p);
+}
+
+/* -- statistics ---------------------------------------------------------------------------------- */
+
+/* Adds y [pixels][C] and its squares to sums [2][C]. */
+static void add_moments(const void *y, size_t at, double *sums, int pixels, int C, int half) {
+    float x[4][CHANNELS];
+    for (int first = 0; first < C; first += CHANNELS) {
+        int m = smaller(CHANNELS, C - first);
+        double *sum = sums + first, *squares = sums + C + first;
+        int p = 0;
+        for (; p + 4 <= pixels; p += 4) {
+            for (int i = 0; i < 4; i++) load(x[i], y, at + (size_t)(p + i) * C + first, m, half);
+            SIMD
+            for (int c = 0; c < m; c++) {
+                double a = x[0][c], b = x[1][c], d = x[2][c], e = x[3][c];
+                sum[c] += (a + b) + (d + e);
+                squares[c] += (a * a + b * b) + (d * d + e * e);
+            }
+        }
+        for (; p < pixels; p++) {
+            load(x[0], y, at + (size_t)p * C + first, m, half);
+            for (int c = 0; c < m; c++) {
+                double a = x[0][c];
+                sum[c] += a;
+                squares[c] += a * a;
+            }
+        }
+    }
+}
+
+/* Mean and biased variance [T][C] of y [T][N][S][C]; sums [T * N][2][C] is scratch. */
+void block_statistics(const void *y, double *sums, float *mean, float *variance, int T, int N, int S, int C, int half) {
+    THREADED
+    for (int i = 0; i < T * N; i++) {
+        memset(sums + (size_t)i * 2 * C, 0, sizeof(double) * 2 * C);
+        add_moments(y, (size_t)i * S * C, sums + (size_t)i * 2 * C, S, C, half);
+    }
+    THREADED
+    for (int t = 0; t < T; t++) {
+        double *total = sums + (size_t)t * N * 2 * C, many = (double)N * S;
+        for (int n = 1; n < N; n++)
+            for (int c = 0; c < 2 * C; c++) total[c] += total[(size_t)n * 2 * C + c];
+        for (int c = 0; c < C; c++) {
+            double m = total[c] / many, v = total[C + c] / many - m * m;
+            mean[(size_t)t * C + c] = (float)m;
+            variance[(size_t)t * C + c] = (float)(v < 0 ? 0 : v);
+        }
+    }
+}
+
+/* -- neurons ------------------------------------------------------------------------------------- */
+
+/* The input of a tile at time step t, x [rows][pixels][channels]: scale * y + shift, both [T][C] or null. */
+static inline void inputs(const Shape *s, const Tile *at, const void *y, const float *scale, const float *shift, int t,
+                          float *x) {
+    const int m = at->channels, step = s->constant ? 0 : t;
+    for (int r = 0; r < at->rows; r++)
+        for (int p = 0; p < at->pixels; p++, x += m) {
+            load(x, y, in_y(s, at, step, r, p), m, s->half);
+            if (scale) {
+                const float *a = scale + (size_t)t * s->C + at->channel, *b = shift + (size_t)t * s->C + at->channel;
+                SIMD
+                for (int c = 0; c < m; c++) x[c] = x[c] * a[c] + b[c];
+            }
+        }
+}
+
+/* A time step of n neurons: from potentials v and inputs x to the next potentials; h are those before the reset. */
+static inline void advance(float *restrict v, const float *restrict x, float *restrict h, int n) {
+    SIMD
+    for (int i = 0; i < n; i++) {
+        float now = v[i] + (x[i] - v[i]) * 0.5f;
+        h[i] = now;
+        v[i] = now >= 1.0f ? now - now : now; /* 0, or NaN after infinity, as (1 - spike) * h is */
+    }
+}
+
+static inline float spike(float h) { return h >= 1.0f ? 1.0f : 0.0f; }
+
+static void write_spikes(const Shape *s, const Tile *at, int t, const float *h, void *spikes) {
+    const int m = at->channels;
+    float out[CHANNELS];
+    if (!s->pool) {
+        for (int r = 0; r < at->rows; r++)
+            for (int p = 0; p < at->pixels; p++, h += m) {
+                SIMD
+                for (int c = 0; c < m; c++) out[c] = spike(h[c]);
+                store(spikes, in_output(s, at, t, r, p), out, m, s->half);
+            }
+        return;
+    }
+    for (int p = 0; at->rows == 2 && p + 2 <= at->pixels; p += 2) {
+        const float *upper = h + (size_t)p * m, *lower = upper + (size_t)at->pixels * m;
+        SIMD
+        for (int c = 0; c < m; c++)
+            out[c] = upper[c] >= 1.0f || upper[m + c] >= 1.0f || lower[c] >= 1.0f || lower[m + c] >= 1.0f ? 1.0f : 0.0f;
+        store(spikes, in_output(s, at, t, 0, p / 2), out, m, s->half);
+    }
+}
+
+static void count_spikes(const Shape *s, const Tile *at, const float *h, int64_t *counts) {
+    for (int r = 0; r < at->rows; r++)
+        for (int p = 0; p < at->pixels; p++, h += at->channels) {
+            int64_t *to = counts + ((size_t)(at->row + r) * s->W + at->pixel + p) * s->C + at->channel;
+            for (int c = 0; c < at->channels; c++) to[c] += h[c] >= 1.0f;
+        }
+}
+
+/* How many pixels of a row a tile has. */
+static inline int tile_pixels(const Shape *s) {
+    int rows = s->pool ? 2 : 1, pixels = TILE / (rows * smaller(CHANNELS, s->C));
+    return smaller(s->pool ? pixels & ~1 : pixels, s->W);
+}
+
+#define FOR_TILES(s, image, first)                                                                        \
+    for (int channel = 0; channel < (s)->C; channel += CHANNELS)                                          \
+        for (int pixel = 0, most = tile_pixels(s); pixel < (s)->W; pixel += most)                         \
+            for (Tile at = {image, first, smaller((s)->pool ? 2 : 1, (s)->H - (first)),                   \
+                            pixel, smaller(most, (s)->W - pixel), channel, smaller(CHANNELS, (s)->C - channel)}, \
+                      *once = &at; once; once = 0)
+
+static void forward_rows(const Shape *s, int n, int row, const void *y, const float *scale, const float *shift,
+                         void *spikes, int64_t *counts) {
+    float v[TILE], x[TILE], h[TILE];
+    FOR_TILES(s, n, row) {
+        const int many = at.rows * at.pixels * at.channels;
+        memset(v, 0, sizeof(float) * many);
+        for (int t = 0; t < s->T; t++) {
+            if (t == 0 || !s->constant) inputs(s, &at, y, scale, shift, t, x);
+            advance(v, x, h, many);
+            write_spikes(s, &at, t, h, spikes);
+            if (counts) count_spikes(s, &at, h, counts);
+        }
+    }
+}
+
+/* Spikes [T][N][H][W][C], with pool [T][N][H / 2][W / 2][C], of neurons whose input is scale * y + shift.
+ * counts [H][W][C], unless null, is increased by each neuron's spikes. */
+void block_forward(const void *y, const float *scale, const float *shift, void *spikes, int64_t *counts, int T, int N,
+                   int H, int W, int C, int pool, int constant, int half) {
+    const Shape s = {T, N, H, W, C, pool, constant, half};
+    const int rows = pool ? 2 : 1, groups = (H + rows - 1) / rows;
+    if (counts) { /* a row's counts belong to one thread */
+        THREADED
+        for (int group = 0; group < groups; group++)
+            for (int n = 0; n < N; n++) forward_rows(&s, n, group * rows, y, scale, shift, spikes, counts);
+    } else {
+        THREADED
+        for (int i = 0; i < N * groups; i++)
+            forward_rows(&s, i / groups, i % groups * rows, y, scale, shift, spikes, counts);
+    }
+}
+
+/* -- gradients ----------------------------------------------------------------------------------- */
+
+/* The gradients of a tile's spikes at time step t, with pool those of each window's first maximum. */
+static void spike_gradients(const Shape *s, const Tile *at, int t, const void *grad, const float *h, float *g) {
+    const int m = at->channels;
+    if (!s->pool) {
+        for (int r = 0; r < at->rows; r++)
+            for (int p = 0; p < at->pixels; p++, g += m) load(g, grad, in_output(s, at, t, r, p), m, s->half);
+        return;
+    }
+    float from[CHANNELS];
+    memset(g, 0, sizeof(float) * at->rows * at->pixels * m);
+    for (int p = 0; at->rows == 2 && p + 2 <= at->pixels; p += 2) {
+        const size_t up = (size_t)p * m, low = up + (size_t)at->pixels * m;
+        load(from, grad, in_output(s, at, t, 0, p / 2), m, s->half);
+        SIMD
+        for (int c = 0; c < m; c++) {
+            int a = h[up + c] >= 1.0f, b = h[up + m + c] >= 1.0f, d = h[low + c] >= 1.0f, e = h[low + m + c] >= 1.0f;
+            float x = from[c];
+            g[up + m + c] = (!a & b) ? x : 0.0f;
+            g[low + c] = (!a & !b & d) ? x : 0.0f;
+            g[low + m + c] = (!a & !b & !d & e) ? x : 0.0f;
+            g[up + c] = (a | !(b | d | e)) ? x : 0.0f;
+        }
+    }
+}
+
+/* A time step of n neurons backward: g, the gradients of the spikes, become those of the inputs, which carry on to the
+ * potentials before. */
+static inline void retreat(float *restrict g, const float *restrict h, float *restrict carried, int n) {
+    const float pi = 3.14159265358979f;
+    SIMD
+    for (int i = 0; i < n; i++) {
+        float u = pi * (h[i] - 1.0f);
+        float of_h = g[i] / (1.0f + u * u) + (h[i] >= 1.0f ? 0.0f : carried[i]);
+        g[i] = carried[i] = 0.5f * of_h;
+    }
+}
+
+/* What the gradients of rows of an image give: where sums is not null, it is increased by those of g and of
+ * g * (y - mean) [2][T][C]; else dy = factor * (g - mean_g - (y - mean) * slope) is written, all of them [T][C];
+ * without mean, dy = g. */
+static void backward_rows(const Shape *s, int n, int row, const void *y, const float *scale, const float *shift,
+                          const void *grad, const float *mean, const float *factor, const float *mean_g,
+                          const float *slope, double *sums, void *dy) {
+    float h[(size_t)s->T * TILE], v[TILE], x[TILE], g[TILE], total[TILE];
+    FOR_TILES(s, n, row) {
+        const int m = at.channels, many = at.rows * at.pixels * m;
+        memset(v, 0, sizeof(float) * many);
+        for (int t = 0; t < s->T; t++) {
+            if (t == 0 || !s->constant) inputs(s, &at, y, scale, shift, t, x);
+            advance(v, x, h + (size_t)t * TILE, many);
+        }
+        memset(v, 0, sizeof(float) * many);
+        memset(total, 0, sizeof(float) * many);
+        for (int t = s->T - 1; t >= 0; t--) {
+            const float *now = h + (size_t)t * TILE;
+            const size_t to = (size_t)t * s->C + at.channel;
+            spike_gradients(s, &at, t, grad, now, g);
+            retreat(g, now, v, many);
+            if (s->constant) {
+                SIMD
+                for (int i = 0; i < many; i++) total[i] += g[i];
+                if (t) continue;
+                memcpy(g, total, sizeof(float) * many);
+            }
+            float first[CHANNELS] = {0}, second[CHANNELS] = {0};
+            for (int i = 0; i < at.rows * at.pixels; i++) {
+                const size_t from = in_y(s, &at, t, i / at.pixels, i % at.pixels);
+                float *own = g + (size_t)i * m;
+                if (mean) load(x, y, from, m, s->half);
+                if (sums) {
+                    const float *middle = mean + to;
+                    SIMD
+                    for (int c = 0; c < m; c++) first[c] += own[c], second[c] += own[c] * (x[c] - middle[c]);
+                    continue;
+                }
+                if (mean) {
+                    const float *middle = mean + to, *f = factor + to, *mg = mean_g + to, *k = slope + to;
+                    SIMD
+                    for (int c = 0; c < m; c++) own[c] = f[c] * (own[c] - mg[c] - (x[c] - middle[c]) * k[c]);
+                }
+                store(dy, from, own, m, s->half);
+            }
+            if (sums)
+                for (int c = 0; c < m; c++) sums[to + c] += first[c], sums[(size_t)s->T * s->C + to + c] += second[c];
+        }
+    }
+}
+
+/* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], g being the gradients of the
+ * inputs; partial [N][2][T][C] is scratch. */
+void block_backward_sums(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
+                         double *partial, double *total, int T, int N, int H, int W, int C, int pool, int half) {
+    const Shape s = {T, N, H, W, C, pool, 0, half};
+    const size_t size = (size_t)2 * T * C;
+    THREADED
+    for (int n = 0; n < N; n++) {
+        memset(partial + n * size, 0, sizeof(double) * size);
+        for (int row = 0; row < H; row += pool ? 2 : 1)
+            backward_rows(&s, n, row, y, scale, shift, grad, mean, 0, 0, 0, partial + n * size, 0);
+    }
+    memcpy(total, partial, sizeof(double) * size);
+    for (int n = 1; n < N; n++)
+        for (size_t i = 0; i < size; i++) total[i] += partial[n * size + i];
+}
+
+/* The gradient dy of y; see backward_rows. */
+void block_backward(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
+                    const float *factor, const float *mean_g, const float *slope, void *dy, int T, int N, int H, int W,
+                    int C, int pool, int constant, int half) {
+    const Shape s = {T, N, H, W, C, pool, constant, half};
+    const int rows = pool ? 2 : 1, groups = (H + rows - 1) / rows;
+    THREADED
+    for (int i = 0; i < N * groups; i++)
+        backward_rows(&s, i / groups, i % groups * rows, y, scale, shift, grad, mean, factor, mean_g, slope, 0, dy);
+}

@@ -1,0 +1,125 @@
+"""A block of a spiking convolutional network behind its convolution: BatchNorm per time step, LIF neurons, 2 x 2 maximum.
+
+The neurons are those of :mod:`spiking_kernels.neurons`. Images are channels-last in memory, float32 or bfloat16;
+the arithmetic in between is float32. Only the convolution's output and the spikes are kept for the backward pass. The
+kernels are in C on the CPU (``blocks_c``, ``blocks.c``) and in Triton on CUDA (``blocks_triton``).
+"""
+
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from spiking_kernels import blocks_c
+from spiking_kernels.neurons import lif_steps
+from spiking_kernels.shapes import Shape, Statistics
+from spiking_kernels.tensors import LARGEST, Unfit, check, flaw, whole
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _plain(y: Tensor, weight: Tensor | None, bias: Tensor | None, found: Statistics | None, shape: Shape) -> Tensor:
+    """What :class:`_Block` computes, in torch's operations: for gradients of gradients."""
+    x = y.float()
+    x = x.expand(shape.T, *x.shape) if shape.constant else x.unflatten(0, (shape.T, -1))
+    if found is not None:
+        mean, variance = found.mean, found.variance
+        if found.own:
+            mean, variance = x.mean((1, 3, 4)), x.var((1, 3, 4), correction=0)
+        scale = weight * (variance + found.eps).rsqrt()
+        x = x * _per_channel(scale) + _per_channel(bias - mean * scale)
+    spikes = lif_steps(x).flatten(0, 1)
+    return (nn.functional.max_pool2d(spikes, 2) if shape.pool else spikes).to(y.dtype)
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    return x[:, None, :, None, None]  # [T, 1, C, 1, 1]
+
+
+def _flaw(images: object) -> str | None:
+    """Why the kernels cannot work on images, in words that can follow their name; None if they can."""
+    dtype = getattr(images, "dtype", None)
+    if reason := flaw(images, dtype if dtype in DTYPES else torch.float32, contiguous=False):
+        return reason
+    return None if images.dim() == 4 else f"has the shape {list(images.shape)}, not four axes"
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    return images.resolve_neg().contiguous(memory_format=torch.channels_last)
+
+
+def _kernels(y: Tensor) -> ModuleType:
+    if y.is_cpu:
+        return blocks_c
+    from spiking_kernels import blocks_triton
+
+    return blocks_triton
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, weight, bias, found: Statistics | None, shape: Shape, counts) -> Tensor:
+        ctx.found, ctx.shape = found, shape
+        ctx.save_for_backward(y, weight, bias)
+        return _kernels(y).forward(y, found, shape, counts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found, shape, (y, weight, bias) = ctx.found, ctx.shape, ctx.saved_tensors
+        # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
+        if torch.is_grad_enabled() or _flaw(grad) or _flaw(y) or grad.dtype is not y.dtype:
+            with torch.enable_grad():
+                spikes = _plain(y, weight, bias, found, shape)
+            inputs = [x for x, need in zip((y, weight, bias), ctx.needs_input_grad, strict=False) if need]
+            gradients = iter(torch.autograd.grad(spikes, inputs, grad, create_graph=torch.is_grad_enabled()))
+            return tuple(next(gradients) if need else None for need in ctx.needs_input_grad)
+        return *_kernels(y).backward(_laid_out(y), _laid_out(grad), found, shape), None, None, None
+
+
+def check_tensors(current: object, parameters: Iterable[object], T: int, autocast: torch.dtype | None) -> None:
+    """Raises Unfit unless the blocks of a network take its first neurons' current [N, C, H, W] and its parameters."""
+    whole("T", T, 1, blocks_c.MAX_T)
+    if reason := _flaw(current):
+        raise Unfit(f"the current {reason}")
+    if autocast not in (None, torch.bfloat16):
+        raise Unfit(f"products are rounded to {autocast}")
+    for parameter in parameters:
+        check("a parameter", parameter, torch.float32, contiguous=False)
+
+
+def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, counts: Tensor | None = None) -> Tensor:
+    """Spikes of LIF neurons at rest, behind a BatchNorm for each time step if there is one.
+
+    Args:
+        y: their input, or that of the BatchNorm: float32 or bfloat16 [T N, C, H, W]; [N, C, H, W] where constant.
+        norm: in training mode it takes batch statistics and updates its running statistics T times.
+        counts: int64 [H, W, C], increased by each neuron's spikes.
+
+    Returns:
+        Spikes of y's dtype, channels-last [T N, C, H, W], or [T N, C, H / 2, W / 2] after the maximum.
+
+    Raises:
+        Unfit: a tensor or T is not accepted; a ValueError, whose text names it.
+    """
+    whole("T", shape.T, 1, blocks_c.MAX_T)
+    if reason := _flaw(y):
+        raise Unfit(f"y {reason}")
+    y = _laid_out(y)
+    for name, size in zip("NCHW", y.shape, strict=True):
+        whole(name, size, 1, LARGEST)
+    if not shape.constant and len(y) % shape.T:
+        raise Unfit(f"y has {len(y)} images, not a multiple of T={shape.T}")
+    if counts is not None:
+        check("counts", counts, torch.int64, (*y.shape[2:], y.shape[1]))
+    if norm is None:
+        return _Block.apply(y, None, None, None, shape, counts)
+    with torch.no_grad():
+        found = _kernels(y).statistics(y, norm, shape.T) if norm.training else _running_statistics(norm, shape.T)
+    return _Block.apply(y, norm.weight, norm.bias, found, shape, counts)
+
+
+def _running_statistics(norm: nn.BatchNorm2d, T: int) -> Statistics:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    rows = (norm.running_mean, norm.running_var, scale, norm.bias - norm.running_mean * scale)
+    return Statistics(*(row.expand(T, -1).contiguous() for row in rows), norm.eps, own=False)

@@ -1,0 +1,63 @@
+"""The kernels of :mod:`spiking_kernels.blocks` for the CPU, in C. Images are channels-last in memory."""
+
+import torch
+from torch import Tensor, nn
+
+from spiking_kernels import build
+from spiking_kernels.shapes import Shape, Statistics, images
+from spiking_kernels.tensors import empty, pointer
+
+MAX_T = 64  # the potentials of a tile at all time steps are on the stack
+
+
+def _is_half(y: Tensor) -> bool:
+    return y.dtype is torch.bfloat16
+
+
+def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int) -> Statistics:
+    """Of each time step of images y [T N, C, H, W] by itself; updates the running statistics T times, in order."""
+    many, c, h, w = y.shape
+    mean, variance, sums = empty(T, c), empty(T, c), empty(many, 2, c, dtype=torch.float64)
+    pointers = map(pointer, (y, sums, mean, variance))
+    build.library().block_statistics(*pointers, T, many // T, h * w, c, _is_half(y))
+    values = many // T * h * w
+    for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
+        norm.running_mean.mul_(1 - norm.momentum).add_(m, alpha=norm.momentum)
+        norm.running_var.mul_(1 - norm.momentum).add_(v, alpha=norm.momentum)
+    norm.num_batches_tracked += T
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return Statistics(mean, variance, scale, norm.bias - mean * scale, norm.eps, own=True)
+
+
+def forward(y: Tensor, found: Statistics | None, shape: Shape, counts: Tensor | None) -> Tensor:
+    """The spikes of neurons at rest whose input is y, normalised where statistics are given.
+
+    ``counts``, int64 [H, W, C], is increased by each neuron's spikes.
+    """
+    spikes = images(*shape.output(y), like=y)
+    scale, shift = (None, None) if found is None else (found.scale, found.shift)
+    pointers = map(pointer, (y, scale, shift, spikes, counts))
+    build.library().block_forward(*pointers, *shape.sizes(y), shape.pool, shape.constant, _is_half(y))
+    return spikes
+
+
+def backward(
+    y: Tensor, grad: Tensor, found: Statistics | None, shape: Shape
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of y, and of the normalisation's weight and bias, from that of the spikes."""
+    library, (T, n, h, w, c) = build.library(), shape.sizes(y)
+    scale = shift = grad_weight = grad_bias = None
+    factors = [None] * 4
+    if found is not None:
+        partial, total = (empty(k, 2, T, c, dtype=torch.float64) for k in (n, 1))
+        scale, shift = found.scale, found.shift
+        pointers = map(pointer, (y, scale, shift, grad, found.mean, partial, total))
+        library.block_backward_sums(*pointers, *shape.sizes(y), shape.pool, _is_half(y))
+        inverse, (sum_g, sum_gy) = (found.variance.double() + found.eps).rsqrt(), total[0]
+        grad_weight, grad_bias = (sum_gy * inverse).sum(0).float(), sum_g.sum(0).float()
+        through = found.own / (n * h * w)  # without it, no gradient flows through the statistics
+        factors = [found.mean, scale, (sum_g * through).float(), (sum_gy * through * inverse.square()).float()]
+    grad_y = images(*y.shape, like=y)
+    pointers = map(pointer, (y, scale, shift, grad, *factors, grad_y))
+    library.block_backward(*pointers, *shape.sizes(y), shape.pool, shape.constant, _is_half(y))
+    return grad_y, grad_weight, grad_bias

@@ -1,0 +1,45 @@
+"""What the kernels of a block share, in C and in Triton: its shape, its statistics, its images in memory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a block computes: T time steps; 2 x 2 maximum or not; ``constant`` if one image is the input of all steps."""
+
+    T: int
+    pool: bool = False
+    constant: bool = False
+
+    def output(self, y: Tensor) -> tuple[int, ...]:
+        """The shape of the spikes of an input [T N, C, H, W], or [N, C, H, W] where it is constant."""
+        n, c, h, w = y.shape
+        return (n * self.T if self.constant else n, c, h // 2 if self.pool else h, w // 2 if self.pool else w)
+
+    def sizes(self, y: Tensor) -> tuple[int, ...]:
+        """T, N, H, W and C."""
+        n, c, h, w = y.shape
+        return self.T, n if self.constant else n // self.T, h, w, c
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a normalisation, all float32 [T, C]: neurons get scale * y + shift.
+
+    ``own`` says that mean and variance (biased) are those of y, so that its gradient flows through them, too.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+    own: bool
+
+
+def images(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
+    """Memory for channels-last images [N, C, H, W], of a tensor's dtype on its device."""
+    return torch.empty((n, h, w, c), dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)
