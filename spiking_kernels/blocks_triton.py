@@ -25,7 +25,6 @@ NEURONS = 1024  # of a tile at one time step
 PARTS = 128  # of the sums for the gradients
 
 
-
 # -- statistics --------------------------------------------------------------------------------------
 
 

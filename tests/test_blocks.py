@@ -1,0 +1,400 @@
+"""The kernels for blocks of the CIFAR-10 network: in C against the layers, in Triton against those in C."""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional
+from torch import nn
+
+import measuring
+import spiking_kernels
+from c10.model import Cifar10Net
+from spiking import StepwiseBatchNorm2d, lif
+from spiking_kernels import blocks, blocks_c
+from spiking_kernels.shapes import Shape
+
+needs_kernels = pytest.mark.skipif(
+    spiking_kernels.unavailable() is not None, reason=f"no fused kernels: {spiking_kernels.unavailable()}"
+)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+EPS = torch.finfo(torch.float32).eps
+
+# T, N, C, H, W, maximum, constant input, BatchNorm: sizes that no tile divides, one value per axis, many channels
+SHAPES = [
+    (1, 1, 8, 4, 4, False, False, True),
+    (2, 3, 16, 8, 8, True, False, True),
+    (8, 2, 256, 8, 8, True, False, True),
+    (9, 2, 40, 5, 7, True, False, True),
+    (8, 3, 300, 6, 5, False, False, True),
+    (3, 1, 1, 1, 5, False, False, True),
+    (8, 2, 64, 9, 9, False, True, False),
+    (8, 4, 100, 1, 1, False, False, False),
+    (64, 1, 17, 3, 2, True, False, True),
+]
+
+
+def norms(C, train=True):
+    """Two BatchNorms alike, with weights and running statistics of every size."""
+    generator = torch.Generator().manual_seed(1)
+    norm = StepwiseBatchNorm2d(C, "m").train(train)
+    with torch.no_grad():
+        for tensor, low, high in (
+            (norm.weight, -0.5, 2.0),
+            (norm.bias, -0.5, 1.0),
+            (norm.running_mean, -1.0, 1.0),
+            (norm.running_var, 0.5, 2.0),
+        ):
+            tensor.uniform_(low, high, generator=generator)
+    return norm, copy.deepcopy(norm)
+
+
+def images(T, N, C, H, W, constant, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N if constant else T * N, C, H, W, generator=generator) * 2 + 0.7
+
+
+def by_layers(y, T, norm, pool, constant):
+    """What a block computes, by the layers, and the potentials before the reset."""
+    x = y.expand(T, *y.shape) if constant else y.unflatten(0, (T, -1))
+    x = x if norm is None else norm(x)
+    neurons = lif()
+    functional.set_step_mode(neurons, "m")
+    spikes = neurons(x).flatten(0, 1)
+    with torch.no_grad():
+        v, potentials = torch.zeros_like(x[0]), []
+        for x_t in x:
+            potentials.append(v + (x_t - v) / 2)
+            v = torch.where(potentials[-1] >= 1, 0, potentials[-1])
+    return nn.functional.max_pool2d(spikes, 2) if pool else spikes, torch.stack(potentials)
+
+
+def scale(*tensors):
+    return max(float(x.detach().abs().max()) for x in tensors)
+
+
+def assert_near(ours, theirs, units, of=None):
+    """Equal within some units of rounding of the largest value."""
+    bound = units * EPS * max(scale(theirs if of is None else of), 1e-30)
+    assert float((ours - theirs).detach().abs().max()) <= bound
+
+
+@needs_kernels
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("T", "N", "C", "H", "W", "pool", "constant", "norm"), SHAPES)
+def test_a_block_is_its_layers(T, N, C, H, W, pool, constant, norm, train):
+    y = images(T, N, C, H, W, constant)
+    our_norm, their_norm = norms(C, train) if norm else (None, None)
+    ours, theirs = (y.clone().requires_grad_() for _ in range(2))
+    counts = torch.full((H, W, C), 5)  # is added to
+    spikes = blocks.lif_block(ours, Shape(T, pool, constant), our_norm, counts)
+    expected, potentials = by_layers(theirs, T, their_norm, pool, constant)
+    # a potential at the threshold, within rounding, may spike or not: such neurons are left out
+    near = ((potentials - 1).abs() < 32 * EPS * scale(potentials)).any(0)
+    assert near.float().mean() < 0.05
+    fired, left_out = (potentials >= 1).sum((0, 1)).permute(1, 2, 0), near.any(0).permute(1, 2, 0)
+    assert torch.equal(counts[~left_out], fired[~left_out] + 5)
+    windows = nn.functional.max_pool2d(near.float(), 2) if pool else near.float()
+    sure = (windows == 0).repeat(T, 1, 1, 1)
+    assert torch.equal(spikes[sure], expected[sure])
+    assert spikes.numel() < 9 or 0 < spikes.mean() < 1
+    gradient = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(2)) * sure
+    spikes.backward(gradient)
+    expected.backward(gradient)
+    many = N * H * W
+    assert_near(ours.grad, theirs.grad, 64)
+    if norm:
+        # of sums of T N H W terms, each with a rounding or two
+        terms = 8 * (T * many) ** 0.5
+        assert_near(our_norm.weight.grad, their_norm.weight.grad, 16 + terms)
+        assert_near(our_norm.bias.grad, their_norm.bias.grad, 16 + terms)
+        assert_near(our_norm.running_mean, their_norm.running_mean, 8 * T)
+        assert_near(our_norm.running_var, their_norm.running_var, 8 * T)
+        assert torch.equal(our_norm.num_batches_tracked, their_norm.num_batches_tracked)
+
+
+@needs_kernels
+def test_statistics_are_those_of_each_time_step():
+    """Pooled over time they would be far off, and so would be a variance in float32 from sums of squares."""
+    y = (
+        images(3, 4, 24, 5, 5, False) * 1e-2
+        + torch.tensor([10.0, 1000.0, -300.0]).repeat_interleave(4)[:, None, None, None]
+    )
+    norm, _ = norms(24)
+    found = blocks_c.statistics(y.contiguous(memory_format=torch.channels_last), norm, 3)
+    exact = y.double().unflatten(0, (3, 4))
+    torch.testing.assert_close(found.mean.double(), exact.mean((1, 3, 4)), rtol=EPS, atol=0)
+    torch.testing.assert_close(found.variance.double(), exact.var((1, 3, 4), correction=0), rtol=1e-5, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("pool", [False, True])
+def test_bfloat16_is_rounded_only_where_it_is_written(pool):
+    """Spikes and sums are those of the same numbers in float32; the gradient is its nearest bfloat16."""
+    T, N, C, H, W = 4, 2, 40, 6, 6
+    half = images(T, N, C, H, W, False).bfloat16()
+    halved, full = half.clone().requires_grad_(), half.float().requires_grad_()
+    our_norm, their_norm = norms(C)
+    spikes = blocks.lif_block(halved, Shape(T, pool), our_norm)
+    expected = blocks.lif_block(full, Shape(T, pool), their_norm)
+    assert spikes.dtype is torch.bfloat16
+    assert torch.equal(spikes.float(), expected)
+    gradient = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    spikes.backward(gradient)
+    expected.backward(gradient.float())
+    assert torch.equal(halved.grad, full.grad.bfloat16())
+    assert torch.equal(our_norm.weight.grad, their_norm.weight.grad)
+    assert torch.equal(our_norm.running_var, their_norm.running_var)
+
+
+@needs_kernels
+def test_the_gradient_goes_to_the_first_maximum():
+    y = torch.tensor([[0.0, 3.0], [4.0, 0.0]]).expand(1, 1, 2, 2).clone().requires_grad_()
+    blocks.lif_block(y, Shape(1, pool=True)).sum().backward()
+    assert y.grad[0, 0, 0, 1] > 0
+    assert int((y.grad != 0).sum()) == 1
+    silent = torch.full((1, 1, 2, 2), 0.5, requires_grad=True)  # as in torch: of equal ones, the first
+    blocks.lif_block(silent, Shape(1, pool=True)).sum().backward()
+    assert silent.grad.flatten().nonzero().flatten().tolist() == [0]
+
+
+@needs_kernels
+def test_not_a_number_and_infinity_pass_through():
+    y = torch.tensor([float("nan"), float("inf"), -float("inf"), 3.0]).view(1, 4, 1, 1)
+    spikes = blocks.lif_block(y, Shape(3, constant=True)).view(3, 4)
+    expected, _ = by_layers(y, 3, None, False, True)
+    assert torch.equal(spikes, expected.view(3, 4))
+    half = torch.tensor([float("nan"), 1.0]).bfloat16().view(1, 2, 1, 1).requires_grad_()
+    blocks.lif_block(half, Shape(1, constant=True)).sum().backward()
+    assert half.grad.isnan().flatten().tolist() == [True, False]
+
+
+@needs_kernels
+def test_gradients_of_gradients_are_those_of_the_layers():
+    T, N, C, H, W = 3, 2, 8, 4, 4
+    y = images(T, N, C, H, W, False)
+    found = []
+    for norm, block in zip(norms(C), (True, False), strict=True):
+        x = y.clone().requires_grad_()
+        spikes = blocks.lif_block(x, Shape(T, True), norm) if block else by_layers(x, T, norm, True, False)[0]
+        gradient = torch.randn(spikes.shape, generator=torch.Generator().manual_seed(2))
+        (first,) = torch.autograd.grad(spikes, x, gradient, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), (x, norm.weight)))
+    for ours, theirs in zip(*found, strict=True):
+        assert_near(ours, theirs, 1000)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    T, N, C, H, W = 8, 3, 48, 7, 9
+    y, before, results = images(T, N, C, H, W, False).to(dtype), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            norm, _ = norms(C)
+            x = y.clone().requires_grad_()
+            spikes = blocks.lif_block(x, Shape(T, True), norm)
+            spikes.backward(torch.linspace(-1, 1, spikes.numel()).view_as(spikes).to(dtype))
+            results.append((spikes, x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("y", "shape"),
+    [
+        (torch.zeros(4, 2, 3, 3, dtype=torch.float64), Shape(2)),
+        (torch.zeros(4, 2, 3), Shape(2)),
+        (torch.zeros(3, 2, 3, 3), Shape(2)),
+        (torch.zeros(0, 2, 3, 3), Shape(2)),
+        (torch.zeros(65, 2, 3, 3), Shape(65)),
+        (torch.zeros(4, 2, 3, 3), Shape(0)),
+        (torch.zeros(4, 2, 3, 3, device="meta"), Shape(2)),
+        (torch.zeros(4, 2, 3, 3).to_sparse(), Shape(2)),
+    ],
+)
+def test_what_a_block_cannot_take_is_refused(y, shape):
+    norm, same = norms(2)
+    with pytest.raises(spiking_kernels.Unfit):
+        blocks.lif_block(y, shape, norm)
+    assert torch.equal(norm.running_mean, same.running_mean)
+
+
+# -- the network --------------------------------------------------------------------------------------
+
+
+def networks(T=8, width=8, gain=3.0):
+    """Two networks alike, with weights large enough for spikes in all layers; the first is fused."""
+    torch.manual_seed(0)
+    fused = Cifar10Net(T, width=width)
+    with torch.no_grad():
+        for norm in fused.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.bias.fill_(0.8)  # or the later layers would be silent
+        fused.fc[2].weight.mul_(gain)
+        fused.fc[4].weight.mul_(gain)
+        fused.fc[4].weight.abs_()
+    plain = copy.deepcopy(fused)
+    fused.fused = True
+    return fused, plain
+
+
+def batch(N):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(N, 3, 32, 32, generator=generator), torch.randint(0, 10, (N,), generator=generator)
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("T", "N", "width"), [(1, 2, 8), (2, 1, 24), (8, 3, 8), (9, 2, 16)])
+def test_the_network_is_its_layers(T, N, width):
+    fused, plain = networks(T, width)
+    x, y = batch(N)
+    outputs, losses, rates = [], [], []
+    for network in (fused, plain):
+        torch.manual_seed(4)  # of the dropout
+        with measuring.SpikeCounter(network) as spikes:
+            outputs.append(network(x))
+        losses.append(measuring.loss_function(outputs[-1], y, T))
+        losses[-1].backward()
+        rates.append(spikes.rates())
+    assert rates[0].keys() == rates[1].keys()
+    # rounding may decide about a spike, and others follow
+    alike = all(torch.equal(rates[0][name], rate) for name, rate in rates[1].items())
+    assert T < 8 or min(float(rate.mean()) for rate in rates[1].values()) > 0
+    for name, rate in rates[1].items():
+        assert rates[0][name].shape == rate.shape, name
+        assert float((rates[0][name] - rate).abs().sum()) <= 0.01 * float(rate.sum()), name
+    losses = [float(loss.detach()) for loss in losses]
+    assert abs(losses[0] - losses[1]) <= (0 if alike else 0.01) * losses[1]
+    for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert theirs.grad.abs().max() > 0, name
+        # rounding grows by each layer and each time step that a gradient passes
+        bound = 1000 * EPS if alike else 0.3
+        assert float((ours.grad - theirs.grad).norm()) <= bound * float(theirs.grad.norm()), name
+    for (name, ours), theirs in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        if theirs.dtype is torch.int64:
+            assert torch.equal(ours, theirs), name
+        else:
+            assert float((ours - theirs).abs().max()) <= (50 * T * EPS if alike else 0.01) * scale(theirs), name
+    with torch.no_grad():
+        for network in (fused.eval(), plain.eval()):
+            outputs.append(network(x))
+    assert float((outputs[2] - outputs[3]).abs().sum()) <= (0 if alike else 0.05) * float(outputs[3].sum())
+
+
+@needs_kernels
+def test_a_frozen_norm_keeps_its_statistics_in_a_network_that_trains():
+    fused, plain = networks(4)
+    x, y = batch(2)
+    for network in (fused, plain):
+        network.conv[2].eval()
+        torch.manual_seed(4)
+        measuring.loss_function(network(x), y, 4).backward()
+    assert int(fused.conv[2].num_batches_tracked) == 0
+    assert int(fused.conv[5].num_batches_tracked) == 4
+    for ours, theirs in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert_near(ours.grad, theirs.grad, 1000)
+
+
+def no_bias(network):
+    network.conv[2] = nn.BatchNorm2d(8, affine=False)
+
+
+def own_neuron(network):
+    network.conv[3].v_threshold = 0.9
+
+
+def strided(network):
+    network.conv[4].stride = (2, 2)
+
+
+def momentum(network):
+    network.conv[5].momentum = None
+
+
+def average(network):
+    network.conv[7] = nn.AvgPool2d(2)
+
+
+def hook(network):
+    network.conv[8].register_forward_hook(lambda *args: None)
+
+
+def shared(network):
+    network.conv[6] = network.conv[3]
+
+
+def step_by_step(network):
+    network.step_mode = "s"
+
+
+def double(network):
+    network.conv[4].double()
+
+
+def long(network):
+    network.T = 65
+
+
+def no_statistics(network):
+    network.conv[9].track_running_stats, network.conv[9].running_mean, network.conv[9].running_var = False, None, None
+
+
+def own_forward(network):
+    network.fc[2].forward = lambda x: x
+
+
+CHANGES = [
+    no_bias, own_neuron, strided, momentum, average, hook, shared, step_by_step, long, no_statistics, own_forward
+]  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_network_that_computes_something_else_runs_its_layers(change, monkeypatch):
+    fused, _ = networks(2)
+    change(fused)
+    monkeypatch.setattr(blocks, "lif_block", lambda *args: pytest.fail("a kernel runs"))
+    monkeypatch.setattr(Cifar10Net, "_counts", lambda self, current: torch.zeros(1, 10))
+    with pytest.warns(UserWarning, match="runs its plain layers, not the fused kernel"):
+        fused(batch(1)[0])
+
+
+@needs_kernels
+def test_float16_products_run_the_layers():
+    fused, _ = networks(1)
+    with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"), torch.no_grad():
+        fused(batch(1)[0])
+
+
+# -- Triton -------------------------------------------------------------------------------------------
+
+INTERPRETED = Path(__file__).parent / "triton_blocks.py"
+
+
+@needs_triton
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_triton_kernels_compute_what_those_in_c_do(dtype):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(INTERPRETED), "values", dtype]
+    assert subprocess.run(command, env=environment, timeout=900).returncode == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (75, 80, 86, 100))])
+def test_the_triton_kernels_compile(capability, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(INTERPRETED), "compile", str(capability)]
+    assert subprocess.run(command, env=environment, timeout=900).returncode == 0
