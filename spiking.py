@@ -69,7 +69,7 @@ class SpikingNetwork(nn.Module):
     Both can be changed later; the layers follow the network's step_mode.
 
     Attributes:
-        fused: whether to run fused kernels on the CPU, if they are proven to give the same results within rounding
+        fused: whether to run fused kernels, if they are proven to give the same results within rounding
             (:mod:`spiking_kernels.proof`). If a kernel exists but does not apply, the plain layers run and a warning
             says why, once for each reason. The default is False.
         spike_counts: dictionaries to which fused kernels add numbers of spikes, int64 of the layer's shape, by the
@@ -130,7 +130,7 @@ class SpikingNetwork(nn.Module):
         return self.readout(spikes.sum(0, dtype=torch.promote_types(spikes.dtype, torch.float32)))
 
     def fused_counts(self, current: Tensor) -> Tensor | None:
-        """Computes the result of :meth:`forward` from :meth:`static`'s output by a CPU kernel; None without a kernel.
+        """Computes the result of :meth:`forward` from :meth:`static`'s output by a kernel, if there is one.
 
         Raises:
             Unfit: the kernel would not compute the same, or does not accept this input; nothing has changed.
@@ -153,7 +153,7 @@ class SpikingNetwork(nn.Module):
         """
         functional.reset_net(self)
         current, counts = self.static(images), None
-        if self.fused and isinstance(current, Tensor) and current.is_cpu and not torch.compiler.is_compiling():
+        if self.fused and isinstance(current, Tensor) and not torch.compiler.is_compiling():
             try:
                 counts = self.fused_counts(current)
             except Unfit as error:

@@ -5,7 +5,6 @@ import functools
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
-from torch.nn import functional
 
 import spiking_kernels
 from spiking import SpikingNetwork, StepwiseBatchNorm2d, lif
@@ -66,54 +65,56 @@ class Cifar10Net(SpikingNetwork):
     def readout(self, counts: Tensor) -> Tensor:
         return self.boost(counts.unsqueeze(1)).squeeze(1)  # AvgPool1d needs a channel axis for an empty batch
 
-    def fused_counts(self, current: Tensor) -> Tensor:
+    def fused_counts(self, current: Tensor) -> Tensor | None:
+        if current.device.type not in ("cpu", "cuda"):
+            return None
         self._check_kernels(current)
-        T, counts = self.T, {}
+        T = self.T
 
         def neurons(name: str, y: Tensor, norm: nn.Module | None = None, **how: bool) -> Tensor:
+            counts = None
             if self.spike_counts:
-                counts[name] = torch.zeros(*y.shape[2:], y.shape[1], dtype=torch.int64, device="cpu")
-            return blocks.lif_block(y, Shape(T, **how), norm, counts.get(name))
+                counts = torch.zeros((*y.shape[2:], y.shape[1]), dtype=torch.int64, device=y.device)
+            spikes = blocks.lif_block(y, Shape(T, **how), norm, counts)
+            if counts is not None:
+                counts = counts.permute(2, 0, 1)  # [C, H, W]
+                self.add_spikes({name: counts.flatten() if name.startswith("fc") else counts})
+            return spikes.unflatten(0, (T, -1))
 
-        layers = list(self.conv._modules.items())
-        spikes = neurons(f"conv.{layers[0][0]}", current, constant=True)  # [T N, C, H, W] from here on
+        names, layers = zip(*self.conv.named_children(), strict=True)
+        spikes = neurons(f"conv.{names[0]}", current, constant=True)  # [T, N, C, H, W] from here on
         for place in CONVOLUTIONS:
-            (_, convolution), (_, norm), (name, _), *rest = layers[place : place + 4]
-            pool = bool(rest) and isinstance(rest[0][1], layer.MaxPool2d)
-            weight = convolution.weight.contiguous(memory_format=torch.channels_last)
-            spikes = neurons(f"conv.{name}", functional.conv2d(spikes, weight, padding=1), norm, pool=pool)
-        flatten, dropout, *_ = self.fc
-        (_, hidden), (first, _), (_, output), (last, _) = list(self.fc._modules.items())[2:]
-        x = dropout(flatten(spikes.unflatten(0, (T, -1)))).flatten(0, 1)  # [T N, features]
-        for linear, name in ((hidden, first), (output, last)):
-            y = functional.linear(x, linear.weight)
-            x = neurons(f"fc.{name}", y[:, :, None, None]).flatten(1)
-        if counts:
-            self.add_spikes({name: number.movedim(-1, 0).squeeze() for name, number in counts.items()})
-        return self.readout(x.unflatten(0, (T, -1)).sum(0, dtype=torch.float32))
+            convolution, norm, _, *after = layers[place : place + 4]
+            pool = bool(after) and isinstance(after[0], layer.MaxPool2d)
+            spikes = neurons(f"conv.{names[place + 2]}", convolution(spikes).flatten(0, 1), norm, pool=pool)
+        names, (flatten, dropout, hidden, _, output, _) = zip(*self.fc.named_children(), strict=True)
+        x = dropout(flatten(spikes))  # [T, N, features]
+        for linear, name in ((hidden, names[3]), (output, names[5])):
+            x = neurons(f"fc.{name}", linear(x).flatten(0, 1)[:, :, None, None]).flatten(2)
+        return self.readout(x.sum(0, dtype=torch.float32))
 
     def _check_kernels(self, current: Tensor) -> None:
         """Raises Unfit unless the kernels compute what the layers do, from rest, for this current."""
         proof.check_network(self, Cifar10Net)
         if self.step_mode != "m":
             raise spiking_kernels.Unfit("it runs step by step")
-        for name, like in (("conv", paper_layers().conv), ("fc", paper_layers().fc)):
-            if reason := proof.difference(getattr(self, name), like, name, SIZES, self.counts_for):
+        for name in ("conv", "fc"):
+            if reason := proof.difference(getattr(self, name), getattr(_like(), name), name, SIZES, self.counts_for):
                 raise spiking_kernels.Unfit(reason)
         layers = [*self.conv, *self.fc]
         if len({*map(id, layers)}) < len(layers):
             raise spiking_kernels.Unfit("it has one layer in two places")
-        if reason := spiking_kernels.unavailable():
-            raise spiking_kernels.Unfit(reason)
         parameters = [*self.conv.parameters(), *self.fc.parameters()]
-        blocks.check_tensors(current, parameters, self.T, proof.autocast_dtype())
+        device = current.device.type
+        rounding = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None  # of products
+        blocks.check_tensors(current, parameters, self.T, rounding)
 
 
 CONVOLUTIONS = (1, 4, 8, 11, 14)  # where they stand in conv
 
 
 @functools.cache
-def paper_layers() -> Cifar10Net:
+def _like() -> Cifar10Net:
     """The network's layers, of another size, without memory."""
     with torch.device("meta"):
         return Cifar10Net(width=8)

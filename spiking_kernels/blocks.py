@@ -1,20 +1,22 @@
-"""A block of a spiking convolutional network behind its convolution: BatchNorm per time step, LIF neurons, 2 x 2 maximum.
+"""A block of a spiking convolutional network behind its convolution: BatchNorm per time step, LIF neurons, maximum.
 
-The neurons are those of :mod:`spiking_kernels.neurons`. Images are channels-last in memory, float32 or bfloat16;
-the arithmetic in between is float32. Only the convolution's output and the spikes are kept for the backward pass. The
-kernels are in C on the CPU (``blocks_c``, ``blocks.c``) and in Triton on CUDA (``blocks_triton``).
+The neurons are those of :mod:`spiking_kernels.neurons`; the maximum is over 2 x 2 spikes, if there is one.
+Images are channels-last in memory, float32 or bfloat16; the arithmetic in between is float32. Only the
+convolution's output and the spikes are kept for the backward pass. The kernels are in C on the CPU (``blocks_c``
+and ``blocks.c``) and in Triton on CUDA (``blocks_triton``).
 """
 
+import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from spiking_kernels import blocks_c
+from spiking_kernels import blocks_c, build
 from spiking_kernels.neurons import lif_steps
 from spiking_kernels.shapes import Shape, Statistics
-from spiking_kernels.tensors import LARGEST, Unfit, check, flaw, whole
+from spiking_kernels.tensors import CPU, LARGEST, Unfit, check, flaw, whole
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -39,8 +41,9 @@ def _per_channel(x: Tensor) -> Tensor:
 
 def _flaw(images: object) -> str | None:
     """Why the kernels cannot work on images, in words that can follow their name; None if they can."""
-    dtype = getattr(images, "dtype", None)
-    if reason := flaw(images, dtype if dtype in DTYPES else torch.float32, contiguous=False):
+    dtype, device = getattr(images, "dtype", None), getattr(images, "device", CPU)
+    dtype, device = dtype if dtype in DTYPES else torch.float32, device if device.type == "cuda" else CPU
+    if reason := flaw(images, dtype, contiguous=False, device=device):
         return reason
     return None if images.dim() == 4 else f"has the shape {list(images.shape)}, not four axes"
 
@@ -55,6 +58,13 @@ def _kernels(y: Tensor) -> ModuleType:
     from spiking_kernels import blocks_triton
 
     return blocks_triton
+
+
+def _unavailable(device: torch.device) -> str | None:
+    """Why there are no kernels for a device, in one line; None if there are."""
+    if device.type == "cpu":
+        return build.unavailable()
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 class _Block(torch.autograd.Function):
@@ -77,15 +87,17 @@ class _Block(torch.autograd.Function):
         return *_kernels(y).backward(_laid_out(y), _laid_out(grad), found, shape), None, None, None
 
 
-def check_tensors(current: object, parameters: Iterable[object], T: int, autocast: torch.dtype | None) -> None:
+def check_tensors(current: object, parameters: Iterable[object], T: int, rounding: torch.dtype | None) -> None:
     """Raises Unfit unless the blocks of a network take its first neurons' current [N, C, H, W] and its parameters."""
     whole("T", T, 1, blocks_c.MAX_T)
     if reason := _flaw(current):
         raise Unfit(f"the current {reason}")
-    if autocast not in (None, torch.bfloat16):
-        raise Unfit(f"products are rounded to {autocast}")
+    if rounding not in (None, torch.bfloat16):
+        raise Unfit(f"products are rounded to {rounding}")
+    if reason := _unavailable(current.device):
+        raise Unfit(reason)
     for parameter in parameters:
-        check("a parameter", parameter, torch.float32, contiguous=False)
+        check("a parameter", parameter, torch.float32, contiguous=False, device=current.device)
 
 
 def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, counts: Tensor | None = None) -> Tensor:
@@ -111,7 +123,7 @@ def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, count
     if not shape.constant and len(y) % shape.T:
         raise Unfit(f"y has {len(y)} images, not a multiple of T={shape.T}")
     if counts is not None:
-        check("counts", counts, torch.int64, (*y.shape[2:], y.shape[1]))
+        check("counts", counts, torch.int64, (*y.shape[2:], y.shape[1]), device=y.device)
     if norm is None:
         return _Block.apply(y, None, None, None, shape, counts)
     with torch.no_grad():

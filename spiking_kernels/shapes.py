@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """What a block computes: T time steps; 2 x 2 maximum or not; ``constant`` if one image is the input of all steps."""
+    """What a block computes in T time steps; with ``constant``, one image is the input of all of them."""
 
     T: int
     pool: bool = False

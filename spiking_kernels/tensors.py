@@ -19,11 +19,15 @@ class Unfit(ValueError):
 
 
 def flaw(
-    tensor: object, dtype: torch.dtype, shape: tuple[int, ...] | None = None, contiguous: bool = True
+    tensor: object,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None = None,
+    contiguous: bool = True,
+    device: torch.device = CPU,
 ) -> str | None:
     """Why a kernel cannot work on a tensor's memory, in words that can follow its name; None if it can.
 
-    The memory must hold the elements that the tensor shows, one after the other: a plain tensor on the CPU,
+    The memory must hold the elements that the tensor shows, one after the other: a plain tensor on the device,
     strided and contiguous, of the dtype, and of the shape unless that is None. With ``contiguous`` False it
     need only be so after :func:`laid_out`.
     """
@@ -31,8 +35,9 @@ def flaw(
         return f"is a {type(tensor).__name__}, not a plain tensor"
     if is_functorch_wrapped_tensor(tensor):
         return "belongs to a transform of torch.func, and has no memory of its own"
-    if not tensor.is_cpu or tensor.layout is not torch.strided:
-        return f"is {tensor.layout} on {tensor.device}, not torch.strided on the CPU"
+    if tensor.device != device or tensor.layout is not torch.strided:
+        place = "the CPU" if device == CPU else device
+        return f"is {tensor.layout} on {tensor.device}, not torch.strided on {place}"
     if tensor.dtype is not dtype:
         return f"is {tensor.dtype}, not {dtype}"
     if shape is not None and tensor.shape != shape:
@@ -53,10 +58,15 @@ def flaw(
 
 
 def check(
-    name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...] | None = None, contiguous: bool = True
+    name: str,
+    tensor: object,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None = None,
+    contiguous: bool = True,
+    device: torch.device = CPU,
 ) -> None:
     """Raises Unfit, with the tensor's name, for a :func:`flaw`."""
-    if reason := flaw(tensor, dtype, shape, contiguous):
+    if reason := flaw(tensor, dtype, shape, contiguous, device):
         raise Unfit(f"{name} {reason}")
 
 
