@@ -19,8 +19,8 @@ class NonFinite:
 class FiniteCheck:
     """Checks the loss, all gradients and all parameters at each step, without waiting for the device.
 
-    A tensor counts as finite if its sum is finite: the sum takes only one pass. A sum that overflows counts as not
-    finite.
+    A tensor counts as finite if its sum is finite, on a GPU that of its absolute values: this takes only one pass. A
+    sum that overflows counts as not finite.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
@@ -34,10 +34,12 @@ class FiniteCheck:
     @torch.no_grad()
     def update(self, loss: Tensor) -> None:
         """Checks a step's loss and gradients, and the parameters after it."""
-        gradients = (parameter.grad for parameter in self.parameters)
         zero = torch.zeros_like(loss)
-        sums = [zero if gradient is None else gradient.sum() for gradient in gradients]
-        values = torch.stack([loss.detach(), *sums, *(parameter.sum() for parameter in self.parameters)])
+        tensors = [zero if parameter.grad is None else parameter.grad for parameter in self.parameters]
+        tensors.extend(self.parameters)
+        # on a GPU one kernel sums many tensors; on the CPU that function is slower than a sum of each
+        sums = torch._foreach_norm(tensors, 1) if loss.is_cuda else [tensor.sum() for tensor in tensors]
+        values = torch.stack([loss.detach(), *sums])
         torch.minimum(self.first, torch.where(values.isfinite(), NEVER, self.steps), out=self.first)
         self.steps += 1
 
