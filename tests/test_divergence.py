@@ -48,6 +48,30 @@ def test_the_first_one_is_found_and_stays_found(bad, device):
         assert (found.what, found.step) == (what, 3)
 
 
+@pytest.mark.parametrize("what", ["gradient", "parameter"])
+@pytest.mark.parametrize("bad", ["0.weight", "0.bias", "1.bias", "2.weight", "3.weight"])
+def test_tensors_that_are_summed_together_are_named_one_by_one(bad, what, monkeypatch):
+    """As on a GPU; a gradient that is missing has another shape than those beside it."""
+    monkeypatch.setattr(FiniteCheck, "STACKED", {"cpu": 20})
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 8, bias=False))
+    for parameter in layers.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    layers[1].weight.grad = None
+    check = FiniteCheck(layers, CPU)
+    assert sorted(map(len, check.groups)) == [1, 2, 3]
+    check.update(torch.ones(()))
+    assert check.found() is None
+    parameter = layers.get_parameter(bad)
+    (parameter.grad if what == "gradient" else parameter.data).view(-1)[-1] = float("nan")
+    check.update(torch.ones(()))
+    assert (check.found().what, check.found().step) == (f"the {what} {'of ' if what == 'gradient' else ''}{bad}", 1)
+    for other in layers.parameters():  # of several in one step, the first of the network's order
+        other.data.fill_(float("inf"))
+    again = FiniteCheck(layers, CPU)
+    again.update(torch.ones(()))
+    assert again.found().what == (f"the gradient of {bad}" if what == "gradient" else "the parameter 0.weight")
+
+
 def test_what_has_no_gradient_is_finite():
     layers = network()
     layers[0].weight.grad = None

@@ -1,6 +1,8 @@
 """Divergence: finds, on the device, which loss, gradient or parameter was the first that is not finite."""
 
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,24 @@ class NonFinite:
 class FiniteCheck:
     """Checks the loss, all gradients and all parameters at each step, without waiting for the device.
 
-    A tensor counts as finite if its sum is finite, on a GPU that of its absolute values: this takes only one pass. A
-    sum that overflows counts as not finite.
+    A tensor counts as finite if its sum is finite: the sum takes only one pass. A sum that overflows counts as not
+    finite. On a GPU, where each kernel costs time, tensors of one shape are summed together.
     """
 
+    # elements of a tensor, at most, that is copied to be summed with others, by the type of the device
+    STACKED: ClassVar[dict[str, int]] = {"cuda": 1 << 20}
+
     def __init__(self, network: nn.Module, device: torch.device):
-        names, parameters = zip(*network.named_parameters(), strict=True)
-        self.parameters = parameters
+        named = dict(network.named_parameters())
+        together = defaultdict(list)  # names of parameters that are summed together
+        for name, parameter in named.items():
+            small = parameter.numel() <= self.STACKED.get(device.type, 0)
+            together[parameter.shape if small else name].append(name)
+        self.groups = [[named[name] for name in names] for names in together.values()]
+        in_order = ["the loss", *(f"the gradient of {n}" for n in named), *(f"the parameter {n}" for n in named)]
+        names = [name for names in together.values() for name in names]
         self.names = ["the loss", *(f"the gradient of {n}" for n in names), *(f"the parameter {n}" for n in names)]
+        self.rank = [in_order.index(name) for name in self.names]
         # the first step at which each was not finite
         self.first = torch.full((len(self.names),), NEVER, dtype=torch.int64, device=device)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
@@ -35,16 +47,19 @@ class FiniteCheck:
     def update(self, loss: Tensor) -> None:
         """Checks a step's loss and gradients, and the parameters after it."""
         zero = torch.zeros_like(loss)
-        tensors = [zero if parameter.grad is None else parameter.grad for parameter in self.parameters]
-        tensors.extend(self.parameters)
-        # on a GPU one kernel sums many tensors; on the CPU that function is slower than a sum of each
-        sums = torch._foreach_norm(tensors, 1) if loss.is_cuda else [tensor.sum() for tensor in tensors]
-        values = torch.stack([loss.detach(), *sums])
+        gradients = [[zero if p.grad is None else p.grad for p in group] for group in self.groups]
+        values = torch.cat([loss.detach()[None], *map(_sums, gradients), *map(_sums, self.groups)])
         torch.minimum(self.first, torch.where(values.isfinite(), NEVER, self.steps), out=self.first)
         self.steps += 1
 
     def found(self) -> NonFinite | None:
         """What was first not finite, if anything; waits for the device."""
-        first = self.first.tolist()
-        step = min(first)
-        return None if step == NEVER else NonFinite(self.names[first.index(step)], step)
+        step, _, name = min(zip(self.first.tolist(), self.rank, self.names, strict=True))
+        return None if step == NEVER else NonFinite(name, step)
+
+
+def _sums(tensors: list[Tensor]) -> Tensor:
+    """The sum of each of some tensors, in one tensor."""
+    if len(tensors) > 1 and len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(tensors).flatten(1).sum(1)
+    return torch.stack([tensor.sum() for tensor in tensors])
