@@ -11,6 +11,11 @@
 
 #include "common.h"
 
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512") /* gcc prefers 256 bits */
+#endif
+
+#define INLINE inline __attribute__((always_inline)) /* with constant flags, branches on them go */
 #define TILE 1024    /* neurons at a time; their potentials at all time steps are on the stack */
 #define CHANNELS 256 /* at most, of these neurons */
 
@@ -43,6 +48,17 @@ static inline uint16_t narrowed(float x) {
     memcpy(&bits, &x, sizeof(bits));
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+static INLINE float number(const void *x, size_t i, int half) {
+    return half ? widened(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+static INLINE void put(void *x, size_t i, float value, int half) {
+    if (half)
+        ((uint16_t *)x)[i] = narrowed(value);
+    else
+        ((float *)x)[i] = value;
 }
 
 static inline void load(float *restrict to, const void *from, size_t at, int n, int half) {
@@ -130,29 +146,33 @@ void block_statistics(const void *y, double *sums, float *mean, float *variance,
 
 /* -- neurons ------------------------------------------------------------------------------------- */
 
-/* The input of a tile at time step t, x [rows][pixels][channels]: scale * y + shift, both [T][C] or null. */
-static inline void inputs(const Shape *s, const Tile *at, const void *y, const float *scale, const float *shift, int t,
-                          float *x) {
-    const int m = at->channels, step = s->constant ? 0 : t;
-    for (int r = 0; r < at->rows; r++)
-        for (int p = 0; p < at->pixels; p++, x += m) {
-            load(x, y, in_y(s, at, step, r, p), m, s->half);
-            if (scale) {
-                const float *a = scale + (size_t)t * s->C + at->channel, *b = shift + (size_t)t * s->C + at->channel;
-                SIMD
-                for (int c = 0; c < m; c++) x[c] = x[c] * a[c] + b[c];
-            }
+/* A time step of a tile: from potentials v, [rows][pixels][channels], to the next ones; h are those before the reset.
+ * The input is y, normalised as scale * y + shift, both [T][C], with norm. */
+static INLINE void advance(const Shape *s, const Tile *at, const void *y, const float *scale, const float *shift, int t,
+                           float *restrict v, float *restrict h, int norm, int half) {
+    const int m = at->channels;
+    const float *a = norm ? scale + (size_t)t * s->C + at->channel : 0;
+    const float *b = norm ? shift + (size_t)t * s->C + at->channel : 0;
+    for (int i = 0; i < at->rows * at->pixels; i++, v += m, h += m) {
+        const size_t from = in_y(s, at, s->constant ? 0 : t, i / at->pixels, i % at->pixels);
+        SIMD
+        for (int c = 0; c < m; c++) {
+            float x = number(y, from + c, half);
+            if (norm) x = x * a[c] + b[c];
+            float now = v[c] + (x - v[c]) * 0.5f;
+            h[c] = now;
+            v[c] = now >= 1.0f ? now - now : now; /* 0, or NaN after infinity, as (1 - spike) * h is */
         }
+    }
 }
 
-/* A time step of n neurons: from potentials v and inputs x to the next potentials; h are those before the reset. */
-static inline void advance(float *restrict v, const float *restrict x, float *restrict h, int n) {
-    SIMD
-    for (int i = 0; i < n; i++) {
-        float now = v[i] + (x[i] - v[i]) * 0.5f;
-        h[i] = now;
-        v[i] = now >= 1.0f ? now - now : now; /* 0, or NaN after infinity, as (1 - spike) * h is */
-    }
+static void advance_tile(const Shape *s, const Tile *at, const void *y, const float *scale, const float *shift, int t,
+                         float *v, float *h) {
+    if (scale)
+        s->half ? advance(s, at, y, scale, shift, s->constant ? 0 : t, v, h, 1, 1)
+                : advance(s, at, y, scale, shift, s->constant ? 0 : t, v, h, 1, 0);
+    else
+        s->half ? advance(s, at, y, 0, 0, t, v, h, 0, 1) : advance(s, at, y, 0, 0, t, v, h, 0, 0);
 }
 
 static inline float spike(float h) { return h >= 1.0f ? 1.0f : 0.0f; }
@@ -201,13 +221,11 @@ static inline int tile_pixels(const Shape *s) {
 
 static void forward_rows(const Shape *s, int n, int row, const void *y, const float *scale, const float *shift,
                          void *spikes, int64_t *counts) {
-    float v[TILE], x[TILE], h[TILE];
+    float v[TILE], h[TILE];
     FOR_TILES(s, n, row) {
-        const int many = at.rows * at.pixels * at.channels;
-        memset(v, 0, sizeof(float) * many);
+        memset(v, 0, sizeof(v));
         for (int t = 0; t < s->T; t++) {
-            if (t == 0 || !s->constant) inputs(s, &at, y, scale, shift, t, x);
-            advance(v, x, h, many);
+            advance_tile(s, &at, y, scale, shift, t, v, h);
             write_spikes(s, &at, t, h, spikes);
             if (counts) count_spikes(s, &at, h, counts);
         }
@@ -233,16 +251,11 @@ void block_forward(const void *y, const float *scale, const float *shift, void *
 
 /* -- gradients ----------------------------------------------------------------------------------- */
 
-/* The gradients of a tile's spikes at time step t, with pool those of each window's first maximum. */
-static void spike_gradients(const Shape *s, const Tile *at, int t, const void *grad, const float *h, float *g) {
+/* The gradients of a tile's spikes at time step t, where those of each window go to its first maximum. */
+static void first_maxima(const Shape *s, const Tile *at, int t, const void *grad, const float *h, float *g) {
     const int m = at->channels;
-    if (!s->pool) {
-        for (int r = 0; r < at->rows; r++)
-            for (int p = 0; p < at->pixels; p++, g += m) load(g, grad, in_output(s, at, t, r, p), m, s->half);
-        return;
-    }
     float from[CHANNELS];
-    memset(g, 0, sizeof(float) * at->rows * at->pixels * m);
+    memset(g, 0, sizeof(float) * TILE);
     for (int p = 0; at->rows == 2 && p + 2 <= at->pixels; p += 2) {
         const size_t up = (size_t)p * m, low = up + (size_t)at->pixels * m;
         load(from, grad, in_output(s, at, t, 0, p / 2), m, s->half);
@@ -250,101 +263,149 @@ static void spike_gradients(const Shape *s, const Tile *at, int t, const void *g
         for (int c = 0; c < m; c++) {
             int a = h[up + c] >= 1.0f, b = h[up + m + c] >= 1.0f, d = h[low + c] >= 1.0f, e = h[low + m + c] >= 1.0f;
             float x = from[c];
-            g[up + m + c] = (!a & b) ? x : 0.0f;
-            g[low + c] = (!a & !b & d) ? x : 0.0f;
-            g[low + m + c] = (!a & !b & !d & e) ? x : 0.0f;
+            g[up + m + c] = (b & !a) ? x : 0.0f;
+            g[low + c] = (d & !(a | b)) ? x : 0.0f;
+            g[low + m + c] = (e & !(a | b | d)) ? x : 0.0f;
             g[up + c] = (a | !(b | d | e)) ? x : 0.0f;
         }
     }
 }
 
-/* A time step of n neurons backward: g, the gradients of the spikes, become those of the inputs, which carry on to the
- * potentials before. */
-static inline void retreat(float *restrict g, const float *restrict h, float *restrict carried, int n) {
+enum { SUMS, GRADIENT, PLAIN_GRADIENT, TOTAL }; /* what a backward pass makes of the gradients of the inputs, g */
+
+typedef struct {
+    const float *mean;                    /* [T][C], and all that follow */
+    const float *factor, *mean_g, *slope; /* GRADIENT: dy = factor * (g - mean_g - (y - mean) * slope) */
+    double *sums;                         /* SUMS: increased by g and g * (y - mean), [2][T][C] */
+    void *dy;                             /* GRADIENT, PLAIN_GRADIENT: the gradient of y */
+} Use;
+
+/* A time step of a tile backward, from the gradients of its spikes. carried are those of the potentials, g of the
+ * inputs; total is increased by g with TOTAL. With pool, the gradients of the spikes are in spread. */
+static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const void *grad, int t, const float *restrict h,
+                           float *restrict carried, float *restrict total, const float *restrict spread, const Use *use,
+                           float *restrict first, float *restrict second, int what, int pool, int half) {
     const float pi = 3.14159265358979f;
-    SIMD
-    for (int i = 0; i < n; i++) {
-        float u = pi * (h[i] - 1.0f);
-        float of_h = g[i] / (1.0f + u * u) + (h[i] >= 1.0f ? 0.0f : carried[i]);
-        g[i] = carried[i] = 0.5f * of_h;
+    const int m = at->channels;
+    const size_t to = (size_t)t * s->C + at->channel;
+    const int off = what == SUMS || what == GRADIENT;
+    const float *mean = off ? use->mean + to : 0, *factor = what == GRADIENT ? use->factor + to : 0;
+    const float *mean_g = what == GRADIENT ? use->mean_g + to : 0, *slope = what == GRADIENT ? use->slope + to : 0;
+    for (int i = 0; i < at->rows * at->pixels; i++, h += m, carried += m, total += m, spread += m) {
+        const size_t from = in_y(s, at, t, i / at->pixels, i % at->pixels);
+        __asm__ volatile("" ::: "memory"); /* or gcc swaps the loops to add up one channel at a time */
+        SIMD
+        for (int c = 0; c < m; c++) {
+            float now = h[c], u = pi * (now - 1.0f), later = carried[c];
+            float of_spike = pool ? spread[c] : number(grad, from + c, half);
+            float g = 0.5f * (of_spike / (1.0f + u * u) + (now >= 1.0f ? 0.0f : later));
+            carried[c] = g;
+            float x = off ? number(y, from + c, half) - mean[c] : 0.0f;
+            if (what == SUMS) {
+                first[c] += g;
+                second[c] += g * x;
+            }
+            if (what == TOTAL) total[c] += g;
+            if (what == GRADIENT) put(use->dy, from + c, factor[c] * (g - mean_g[c] - x * slope[c]), half);
+            if (what == PLAIN_GRADIENT) put(use->dy, from + c, g, half);
+        }
     }
 }
 
-/* What the gradients of rows of an image give: where sums is not null, it is increased by those of g and of
- * g * (y - mean) [2][T][C]; else dy = factor * (g - mean_g - (y - mean) * slope) is written, all of them [T][C];
- * without mean, dy = g. */
-static void backward_rows(const Shape *s, int n, int row, const void *y, const float *scale, const float *shift,
-                          const void *grad, const float *mean, const float *factor, const float *mean_g,
-                          const float *slope, double *sums, void *dy) {
-    float h[(size_t)s->T * TILE], v[TILE], x[TILE], g[TILE], total[TILE];
-    FOR_TILES(s, n, row) {
-        const int m = at.channels, many = at.rows * at.pixels * m;
-        memset(v, 0, sizeof(float) * many);
-        for (int t = 0; t < s->T; t++) {
-            if (t == 0 || !s->constant) inputs(s, &at, y, scale, shift, t, x);
-            advance(v, x, h + (size_t)t * TILE, many);
+#define RETREAT(what)                                                                                                \
+    (s->pool ? s->half ? retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 1, 1)                       \
+                       : retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 1, 0)                       \
+     : s->half ? retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 0, 1)                               \
+               : retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 0, 0))
+
+static void retreat_tile(const Shape *s, const Tile *at, const void *y, const void *grad, int t, const float *h,
+                         float *carried, float *total, const float *spread, const Use *use, float *first, float *second,
+                         int what) {
+    switch (what) {
+        case SUMS: RETREAT(SUMS); break;
+        case GRADIENT: RETREAT(GRADIENT); break;
+        case PLAIN_GRADIENT: RETREAT(PLAIN_GRADIENT); break;
+        default: RETREAT(TOTAL);
+    }
+}
+
+/* The same for an input that is constant over time, from the sums of g over time. */
+static void use_total(const Shape *s, const Tile *at, const void *y, const float *total, const Use *use, float *first,
+                      float *second, int what) {
+    const int m = at->channels, c0 = at->channel;
+    float x[CHANNELS];
+    for (int i = 0; i < at->rows * at->pixels; i++, total += m) {
+        const size_t from = in_y(s, at, 0, i / at->pixels, i % at->pixels);
+        load(x, y, from, m, s->half);
+        for (int c = 0; c < m; c++) {
+            float g = total[c], off = use->mean ? x[c] - use->mean[c0 + c] : 0.0f;
+            if (what == SUMS) {
+                first[c] += g, second[c] += g * off;
+                continue;
+            }
+            if (what == GRADIENT) g = use->factor[c0 + c] * (g - use->mean_g[c0 + c] - off * use->slope[c0 + c]);
+            put(use->dy, from + c, g, s->half);
         }
-        memset(v, 0, sizeof(float) * many);
-        memset(total, 0, sizeof(float) * many);
+    }
+}
+
+static void add_sums(double *to, size_t apart, const float *first, const float *second, int n) {
+    for (int c = 0; c < n; c++) to[c] += first[c], to[apart + c] += second[c];
+}
+
+/* Makes what is asked for of rows of an image. */
+static void backward_rows(const Shape *s, int n, int row, const void *y, const float *scale, const float *shift,
+                          const void *grad, const Use *use) {
+    float h[(size_t)s->T * TILE], v[TILE], spread[TILE], total[TILE];
+    float sums[(size_t)2 * s->T * CHANNELS]; /* [T][2][CHANNELS], of the rows' tiles in some channels */
+    const int what = use->sums ? SUMS : use->mean ? GRADIENT : PLAIN_GRADIENT;
+    FOR_TILES(s, n, row) {
+        if (at.pixel == 0) memset(sums, 0, sizeof(sums));
+        memset(v, 0, sizeof(v));
+        for (int t = 0; t < s->T; t++) advance_tile(s, &at, y, scale, shift, t, v, h + (size_t)t * TILE);
+        memset(v, 0, sizeof(v));
+        memset(total, 0, sizeof(total));
         for (int t = s->T - 1; t >= 0; t--) {
             const float *now = h + (size_t)t * TILE;
-            const size_t to = (size_t)t * s->C + at.channel;
-            spike_gradients(s, &at, t, grad, now, g);
-            retreat(g, now, v, many);
-            if (s->constant) {
-                SIMD
-                for (int i = 0; i < many; i++) total[i] += g[i];
-                if (t) continue;
-                memcpy(g, total, sizeof(float) * many);
-            }
-            float first[CHANNELS] = {0}, second[CHANNELS] = {0};
-            for (int i = 0; i < at.rows * at.pixels; i++) {
-                const size_t from = in_y(s, &at, t, i / at.pixels, i % at.pixels);
-                float *own = g + (size_t)i * m;
-                if (mean) load(x, y, from, m, s->half);
-                if (sums) {
-                    const float *middle = mean + to;
-                    SIMD
-                    for (int c = 0; c < m; c++) first[c] += own[c], second[c] += own[c] * (x[c] - middle[c]);
-                    continue;
-                }
-                if (mean) {
-                    const float *middle = mean + to, *f = factor + to, *mg = mean_g + to, *k = slope + to;
-                    SIMD
-                    for (int c = 0; c < m; c++) own[c] = f[c] * (own[c] - mg[c] - (x[c] - middle[c]) * k[c]);
-                }
-                store(dy, from, own, m, s->half);
-            }
-            if (sums)
-                for (int c = 0; c < m; c++) sums[to + c] += first[c], sums[(size_t)s->T * s->C + to + c] += second[c];
+            float *first = sums + (size_t)2 * t * CHANNELS;
+            if (s->pool) first_maxima(s, &at, t, grad, now, spread);
+            retreat_tile(s, &at, y, grad, t, now, v, total, spread, use, first, first + CHANNELS,
+                         s->constant ? TOTAL : what);
         }
+        if (s->constant)
+            use_total(s, &at, y, total, use, sums, sums + CHANNELS, what);
+        if (use->sums && at.pixel + at.pixels == s->W)
+            for (int t = 0; t < (s->constant ? 1 : s->T); t++)
+                add_sums(use->sums + (size_t)t * s->C + at.channel, (size_t)(s->constant ? 1 : s->T) * s->C, sums + (size_t)2 * t * CHANNELS, sums + (size_t)(2 * t + 1) * CHANNELS, at.channels);
     }
 }
 
-/* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], g being the gradients of the
- * inputs; partial [N][2][T][C] is scratch. */
+/* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], where a constant input has one
+ * time step, g being the gradients of the inputs; partial [N][2][T][C] is scratch. */
 void block_backward_sums(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
-                         double *partial, double *total, int T, int N, int H, int W, int C, int pool, int half) {
-    const Shape s = {T, N, H, W, C, pool, 0, half};
-    const size_t size = (size_t)2 * T * C;
+                         double *partial, double *total, int T, int N, int H, int W, int C, int pool, int constant,
+                         int half) {
+    const Shape s = {T, N, H, W, C, pool, constant, half};
+    const size_t size = (size_t)2 * (constant ? 1 : T) * C;
     THREADED
     for (int n = 0; n < N; n++) {
-        memset(partial + n * size, 0, sizeof(double) * size);
-        for (int row = 0; row < H; row += pool ? 2 : 1)
-            backward_rows(&s, n, row, y, scale, shift, grad, mean, 0, 0, 0, partial + n * size, 0);
+        const Use use = {.mean = mean, .sums = partial + n * size};
+        memset(use.sums, 0, sizeof(double) * size);
+        for (int row = 0; row < H; row += pool ? 2 : 1) backward_rows(&s, n, row, y, scale, shift, grad, &use);
     }
     memcpy(total, partial, sizeof(double) * size);
     for (int n = 1; n < N; n++)
         for (size_t i = 0; i < size; i++) total[i] += partial[n * size + i];
 }
 
-/* The gradient dy of y; see backward_rows. */
+/* The gradient dy of y: factor * (g - mean_g - (y - mean) * slope), all [T][C]; g itself where mean is null. */
 void block_backward(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
                     const float *factor, const float *mean_g, const float *slope, void *dy, int T, int N, int H, int W,
                     int C, int pool, int constant, int half) {
     const Shape s = {T, N, H, W, C, pool, constant, half};
+    const Use use = {.mean = mean, .factor = factor, .mean_g = mean_g, .slope = slope, .dy = dy};
     const int rows = pool ? 2 : 1, groups = (H + rows - 1) / rows;
     THREADED
     for (int i = 0; i < N * groups; i++)
-        backward_rows(&s, i / groups, i % groups * rows, y, scale, shift, grad, mean, factor, mean_g, slope, 0, dy);
+        backward_rows(&s, i / groups, i % groups * rows, y, scale, shift, grad, &use);
 }
