@@ -57,6 +57,8 @@ class Cifar10Net(SpikingNetwork):
         self.step_mode = step_mode
 
     def static(self, images: Tensor) -> Tensor:
+        if self.fused:  # the kernels' layout
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.static_conv(images)  # [N, width, 32, 32]
 
     def spiking(self, current: Tensor) -> Tensor:
