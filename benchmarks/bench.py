@@ -7,12 +7,14 @@ time of an epoch is computed from them; the tables say from how many.
 
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torchvision import transforms
 
@@ -195,20 +197,69 @@ def step_rows(
             execution = None  # frees its memory
 
 
-def bench_cifar10(device: torch.device, rounds: int, batch: int) -> Tables:
-    """Training steps on noise; an epoch is 3125 steps of 16."""
+def cifar10_products(width: int, batch: int, dtype: torch.dtype, device: torch.device, T: int = 8) -> Callable:
+    """The convolutions and products of a training step of Cifar10Net alone, forward and back, channels-last."""
+
+    def made(*shape: int) -> Tensor:
+        x = torch.randn(shape, device=device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def spikes(*shape: int) -> Tensor:
+        return (made(*shape) > 1).to(dtype)
+
+    layers = [(functional.conv2d, made(batch, 3, 32, 32), made(width, 3, 3, 3))]
+    for size in (32, 32, 16, 16, 16):
+        x = spikes(T * batch, width, size, size).requires_grad_()
+        layers.append((functional.conv2d, x, made(width, width, 3, 3)))
+    layers.append((functional.linear, spikes(T * batch, 64 * width).requires_grad_(), made(8 * width, 64 * width)))
+    layers.append((functional.linear, spikes(T * batch, 8 * width).requires_grad_(), made(100, 8 * width)))
+    tasks = []
+    for product, x, weight in layers:
+        product = partial(product, padding=1) if product is functional.conv2d else product
+        with torch.no_grad():
+            shape = product(x, weight).shape
+        tasks.append((product, x, weight.requires_grad_(), made(*shape)))
+
+    def run() -> None:
+        for product, x, weight, gradient in tasks:
+            torch.autograd.grad(product(x, weight), [t for t in (x, weight) if t.requires_grad], gradient)
+
+    return run
+
+
+def bench_cifar10(device: torch.device, rounds: int, batch: int, width: int = 256) -> Tables:
+    """Training steps on noise beside their convolutions and products alone; an epoch has 50 000 images."""
     n = max(64, 4 * batch)
-    on_gpu, eager = device.type == "cuda", f"-b {batch} --no-compile"
-    dataset = data.Dataset(noise(n, 3, 32, 32), noise(n if on_gpu else batch, 3, 32, 32))
-    executions = {
-        "step by step, eager, fp32": dict(line=eager, step_mode="s"),
-        "layer by layer, eager, fp32": dict(line=eager),
-    }
-    if on_gpu:
-        for p in ("fp32", "tf32", "bf16"):
-            executions[f"layer by layer, CUDA graph, {p}"] = dict(line=f"-b {batch} --precision {p}")
-    rows = list(step_rows(C10, dataset, device, executions, rounds, 100 if on_gpu else 1))
-    yield table("CIFAR-10 training (medians)", (f"CIFAR-10, Grad R, batch {batch}, T 8", *STEP_HEAD), rows)
+    dataset = data.Dataset(noise(n, 3, 32, 32), noise(n, 3, 32, 32))
+    on_gpu = device.type == "cuda"
+    eager, steps = "layer by layer, eager, fp32", 100 if on_gpu else 1
+    kinds = {eager: "--no-compile --precision fp32"}
+    kinds |= {f"fused, {p}": f"--precision {p}" for p in (("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"))}
+    rows, base = [], None
+    for name, line in kinds.items():
+        execution = Execution(C10, dataset, device, f"-b {batch} --width {width} {line}")
+        dtype = torch.bfloat16 if "bf16" in line else torch.float32
+        alone = cifar10_products(width, batch, dtype, device)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            execution.train(10)
+        functions = {"step": lambda e=execution: e.train(steps), "alone": lambda f=alone: [f() for _ in range(steps)]}
+        seconds = in_turns(functions, rounds, device)
+        value, products = seconds["step"] / steps, seconds["alone"] / steps
+        base = base or value
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "-"
+        test = in_turns({"": execution.test}, 1, device)[""] / n * 10_000 if on_gpu else None
+        speed = (
+            f"{value * 1e3:.1f}",
+            f"{value * 50_000 / batch:,.1f}",
+            f"{value / products:.2f}",
+            f"{base / value:.2f}",
+        )
+        rows.append((name, *speed, memory, f"{test:.2f}" if test else "-"))
+        del execution, alone, functions
+    head = (f"CIFAR-10, Grad R, width {width}, batch {batch}, T 8", "ms/step", "s/epoch", "x products", "speed-up")
+    title = f"CIFAR-10 training beside its products ({rounds} rounds of {steps} steps in turns, medians)"
+    yield table(title, (*head, "GiB", "s/test set"), rows)
 
 
 def ceiling(device: torch.device) -> Tables:
@@ -242,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
         if "equality" in options.only:
             yield from bench_equality(dataset, device)
         if "c10" in options.only:
-            yield from bench_cifar10(device, rounds if on_gpu else 1, batch=16 if on_gpu else 4)
+            yield from bench_cifar10(device, rounds, batch=16)
+            yield from bench_cifar10(device, rounds, batch=128, width=64)
 
     return run(options, device, ("torch", "torchvision", "spikingjelly"), measure)
 
