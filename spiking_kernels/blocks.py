@@ -6,6 +6,7 @@ convolution's output and the spikes are kept for the backward pass. The kernels 
 and ``blocks.c``) and in Triton on CUDA (``blocks_triton``).
 """
 
+import functools
 import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
@@ -60,13 +61,6 @@ def _kernels(y: Tensor) -> ModuleType:
     return blocks_triton
 
 
-def _unavailable(device: torch.device) -> str | None:
-    """Why there are no kernels for a device, in one line; None if there are."""
-    if device.type == "cpu":
-        return build.unavailable()
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
-
-
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight, bias, found: Statistics | None, shape: Shape, counts) -> Tensor:
@@ -85,6 +79,59 @@ class _Block(torch.autograd.Function):
             gradients = iter(torch.autograd.grad(spikes, inputs, grad, create_graph=torch.is_grad_enabled()))
             return tuple(next(gradients) if need else None for need in ctx.needs_input_grad)
         return *_kernels(y).backward(_laid_out(y), _laid_out(grad), found, shape), None, None, None
+
+
+# -- the proof on a GPU ------------------------------------------------------------------------------
+
+
+def _unavailable(device: torch.device) -> str | None:
+    """Why there are no kernels for a device, in one line; None if there are."""
+    return build.unavailable() if device.type == "cpu" else flaw_on(device)
+
+
+@functools.cache
+def flaw_on(device: torch.device) -> str | None:
+    """Compares the kernels with torch's operations on small blocks; what is wrong, in one line, or None.
+
+    A GPU gets its kernels from a compiler that may fail, and this code may never have run on such a GPU.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    dtypes = DTYPES if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0) else DTYPES[:1]
+    try:
+        for dtype in dtypes:
+            for shape in (Shape(3), Shape(3, pool=True), Shape(3, constant=True)):
+                with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                    if not all(map(_near, *_both_ways(shape, dtype, device))):
+                        return f"on {device} they compute something else than the layers"
+    except Exception as error:
+        return f"on {device} they fail with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def _both_ways(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
+    """Spikes and gradients of a block, by the kernels and by torch's operations. Draws no random numbers."""
+    n, c = 2 if shape.constant else 2 * shape.T, 40
+    wave = torch.arange(n * c * 36, dtype=torch.float64).mul_(0.7).sin_().mul_(3).add_(0.5)
+    y, results = wave.view(n, c, 6, 6).to(device, dtype).contiguous(memory_format=torch.channels_last), []
+    for plain in (False, True):
+        norm = None if shape.constant else nn.BatchNorm2d(c, device=device)
+        x = y.clone().requires_grad_()
+        if plain:
+            found = norm and Statistics(*[y] * 4, norm.eps, own=True)  # of which that computes its own
+            spikes = _plain(x, norm and norm.weight, norm and norm.bias, found, shape)
+        else:
+            spikes = lif_block(x, shape, norm)
+        wave = torch.arange(spikes.numel(), dtype=torch.float64).mul_(1.3).cos_()
+        spikes.backward(wave.view(spikes.shape).to(device, dtype))
+        results.append([spikes.detach(), x.grad, *([norm.weight.grad, norm.bias.grad] if norm else [])])
+    return results
+
+
+def _near(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether all but a few numbers are equal within rounding, which may decide about a spike."""
+    ours, theirs = ours.double(), theirs.double()
+    return bool(((ours - theirs).abs() <= 0.01 * theirs.abs() + 1e-3 * theirs.abs().max()).double().mean() > 0.98)
 
 
 def check_tensors(current: object, parameters: Iterable[object], T: int, rounding: torch.dtype | None) -> None:

@@ -1,6 +1,7 @@
 """The kernels for blocks of the CIFAR-10 network: in C against the layers, in Triton against those in C."""
 
 import copy
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -227,6 +228,36 @@ def test_what_a_block_cannot_take_is_refused(y, shape):
     with pytest.raises(spiking_kernels.Unfit):
         blocks.lif_block(y, shape, norm)
     assert torch.equal(norm.running_mean, same.running_mean)
+
+
+@needs_kernels
+def test_kernels_that_compute_something_else_are_found_on_a_gpu(monkeypatch):
+    """As tried on the CPU: a pass with an error, and one that fails."""
+    flaw_on, cpu = blocks.flaw_on.__wrapped__, torch.device("cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    state = torch.get_rng_state()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert flaw_on(cpu) is None
+    assert torch.equal(torch.get_rng_state(), state)
+    forward, backward, statistics = blocks_c.forward, blocks_c.backward, blocks_c.statistics
+
+    def other_statistics(y, norm, T):
+        found = statistics(y, norm, T)
+        return dataclasses.replace(found, shift=found.shift + 0.2)
+
+    wrong = {
+        "forward": lambda *a: 1 - forward(*a),
+        "backward": lambda *a: (backward(*a)[0] * 1.05, *backward(*a)[1:]),
+        "statistics": other_statistics,
+    }
+    for name, function in wrong.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks_c, name, function)
+            assert flaw_on(cpu) == "on cpu they compute something else than the layers"
+    monkeypatch.setattr(blocks_c, "forward", lambda *a: 1 / 0)
+    assert flaw_on(cpu) == "on cpu they fail with ZeroDivisionError: division by zero"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert flaw_on(cpu) == "Triton is not installed"
 
 
 # -- the network --------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ class TrainingStep:
         if flaw is not None:
             what = "compiled" if self.calls == 1 else "captured"
             print(f"The {what} step is not used ({flaw}): training as with --no-compile.", flush=True)
-            self.use_graph, self.graph = False, None
+            self.use_graph, self.graph, self.network.fused = False, None, False
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group.update({"fused": False} if group.get("fused") else {})
