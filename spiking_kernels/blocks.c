@@ -95,6 +95,12 @@ static inline size_t in_output(const Shape *s, const Tile *at, int t, int r, int
                    : in_y(s, at, t, r, p);
 }
 
+/* For each pixel of a tile, with `from`, where its channels stand in y at time step t. */
+#define FOR_PIXELS(s, at, t, from)                                                                         \
+    for (int row_ = 0; row_ < (at)->rows; row_++)                                                          \
+        for (size_t from = in_y(s, at, t, row_, 0), end_ = from + (size_t)(at)->pixels * (s)->C; from < end_; \
+             from += (s)->C)
+
 /* -- statistics ---------------------------------------------------------------------------------- */
 
 /* Adds y [pixels][C] and its squares to sums [2][C]. */
@@ -153,8 +159,7 @@ static INLINE void advance(const Shape *s, const Tile *at, const void *y, const 
     const int m = at->channels;
     const float *a = norm ? scale + (size_t)t * s->C + at->channel : 0;
     const float *b = norm ? shift + (size_t)t * s->C + at->channel : 0;
-    for (int i = 0; i < at->rows * at->pixels; i++, v += m, h += m) {
-        const size_t from = in_y(s, at, s->constant ? 0 : t, i / at->pixels, i % at->pixels);
+    FOR_PIXELS(s, at, s->constant ? 0 : t, from) {
         SIMD
         for (int c = 0; c < m; c++) {
             float x = number(y, from + c, half);
@@ -163,6 +168,7 @@ static INLINE void advance(const Shape *s, const Tile *at, const void *y, const 
             h[c] = now;
             v[c] = now >= 1.0f ? now - now : now; /* 0, or NaN after infinity, as (1 - spike) * h is */
         }
+        v += m, h += m;
     }
 }
 
@@ -291,8 +297,7 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
     const int off = what == SUMS || what == GRADIENT;
     const float *mean = off ? use->mean + to : 0, *factor = what == GRADIENT ? use->factor + to : 0;
     const float *mean_g = what == GRADIENT ? use->mean_g + to : 0, *slope = what == GRADIENT ? use->slope + to : 0;
-    for (int i = 0; i < at->rows * at->pixels; i++, h += m, carried += m, total += m, spread += m) {
-        const size_t from = in_y(s, at, t, i / at->pixels, i % at->pixels);
+    FOR_PIXELS(s, at, t, from) {
         __asm__ volatile("" ::: "memory"); /* or gcc swaps the loops to add up one channel at a time */
         SIMD
         for (int c = 0; c < m; c++) {
@@ -309,6 +314,7 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
             if (what == GRADIENT) put(use->dy, from + c, factor[c] * (g - mean_g[c] - x * slope[c]), half);
             if (what == PLAIN_GRADIENT) put(use->dy, from + c, g, half);
         }
+        h += m, carried += m, total += m, spread += m;
     }
 }
 
@@ -334,8 +340,7 @@ static void use_total(const Shape *s, const Tile *at, const void *y, const float
                       float *second, int what) {
     const int m = at->channels, c0 = at->channel;
     float x[CHANNELS];
-    for (int i = 0; i < at->rows * at->pixels; i++, total += m) {
-        const size_t from = in_y(s, at, 0, i / at->pixels, i % at->pixels);
+    FOR_PIXELS(s, at, 0, from) {
         load(x, y, from, m, s->half);
         for (int c = 0; c < m; c++) {
             float g = total[c], off = use->mean ? x[c] - use->mean[c0 + c] : 0.0f;
@@ -346,6 +351,7 @@ static void use_total(const Shape *s, const Tile *at, const void *y, const float
             if (what == GRADIENT) g = use->factor[c0 + c] * (g - use->mean_g[c0 + c] - off * use->slope[c0 + c]);
             put(use->dy, from + c, g, s->half);
         }
+        total += m;
     }
 }
 
