@@ -58,7 +58,7 @@ class Cifar10Net(SpikingNetwork):
 
     def static(self, images: Tensor) -> Tensor:
         if self.fused:  # the kernels' layout
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.static_conv(images)  # [N, width, 32, 32]
 
     def spiking(self, current: Tensor) -> Tensor:
@@ -106,10 +106,11 @@ class Cifar10Net(SpikingNetwork):
         layers = [*self.conv, *self.fc]
         if len({*map(id, layers)}) < len(layers):
             raise spiking_kernels.Unfit("it has one layer in two places")
-        parameters = [*self.conv.parameters(), *self.fc.parameters()]
+        own = [*self.conv.parameters(), *self.fc.parameters()]
+        own += [buffer for buffer in self.conv.buffers() if buffer.is_floating_point()]
         device = current.device.type
         rounding = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None  # of products
-        blocks.check_tensors(current, parameters, self.T, rounding)
+        blocks.check_tensors(current, own, self.T, rounding)
 
 
 CONVOLUTIONS = (1, 4, 8, 11, 14)  # where they stand in conv

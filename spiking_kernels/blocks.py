@@ -134,24 +134,28 @@ def _near(ours: Tensor, theirs: Tensor) -> bool:
     return bool(((ours - theirs).abs() <= 0.01 * theirs.abs() + 1e-3 * theirs.abs().max()).double().mean() > 0.98)
 
 
-def check_tensors(current: object, parameters: Iterable[object], T: int, rounding: torch.dtype | None) -> None:
-    """Raises Unfit unless the blocks of a network take its first neurons' current [N, C, H, W] and its parameters."""
-    whole("T", T, 1, blocks_c.MAX_T)
+def check_tensors(current: object, own: Iterable[Tensor], T: int, rounding: torch.dtype | None) -> None:
+    """Raises Unfit unless the blocks of a network take its first neurons' current [N, C, H, W] and its own tensors.
+
+    These are its parameters and the running statistics of its BatchNorms.
+    """
     if reason := _flaw(current):
         raise Unfit(f"the current {reason}")
     if rounding not in (None, torch.bfloat16):
         raise Unfit(f"products are rounded to {rounding}")
     if reason := _unavailable(current.device):
         raise Unfit(reason)
-    for parameter in parameters:
-        check("a parameter", parameter, torch.float32, contiguous=False, device=current.device)
+    whole("T", T, 1, _kernels(current).MAX_T)
+    for tensor in own:  # those of a BatchNorm have one axis
+        check("a parameter or statistic", tensor, torch.float32, contiguous=tensor.dim() == 1, device=current.device)
 
 
 def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, counts: Tensor | None = None) -> Tensor:
     """Spikes of LIF neurons at rest, behind a BatchNorm for each time step if there is one.
 
     Args:
-        y: their input, or that of the BatchNorm: float32 or bfloat16 [T N, C, H, W]; [N, C, H, W] where constant.
+        y: their input, or that of the BatchNorm: float32 or bfloat16 [T N, C, H, W]; [N, C, H, W] where constant,
+            without a BatchNorm.
         norm: in training mode it takes batch statistics and updates its running statistics T times.
         counts: int64 [H, W, C], increased by each neuron's spikes.
 
@@ -161,21 +165,32 @@ def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, count
     Raises:
         Unfit: a tensor or T is not accepted; a ValueError, whose text names it.
     """
-    whole("T", shape.T, 1, blocks_c.MAX_T)
     if reason := _flaw(y):
         raise Unfit(f"y {reason}")
+    whole("T", shape.T, 1, _kernels(y).MAX_T)
     y = _laid_out(y)
     for name, size in zip("NCHW", y.shape, strict=True):
-        whole(name, size, 1, LARGEST)
+        whole(name, size, 2 if shape.pool and name in "HW" else 1, LARGEST)
+    whole("N H W", y.numel() // y.shape[1], 1, LARGEST)
     if not shape.constant and len(y) % shape.T:
         raise Unfit(f"y has {len(y)} images, not a multiple of T={shape.T}")
     if counts is not None:
         check("counts", counts, torch.int64, (*y.shape[2:], y.shape[1]), device=y.device)
     if norm is None:
         return _Block.apply(y, None, None, None, shape, counts)
+    _check_norm(norm, y, shape)
     with torch.no_grad():
         found = _kernels(y).statistics(y, norm, shape.T) if norm.training else _running_statistics(norm, shape.T)
     return _Block.apply(y, norm.weight, norm.bias, found, shape, counts)
+
+
+def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:
+    if shape.constant:
+        raise Unfit("a BatchNorm gets an input of its own at each time step, not a constant one")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        check(f"the BatchNorm's {name}", getattr(norm, name), torch.float32, y.shape[1:2], device=y.device)
+    if norm.training and y.numel() == shape.T * y.shape[1]:
+        raise Unfit("a channel has one value in a time step, and no variance")
 
 
 def _running_statistics(norm: nn.BatchNorm2d, T: int) -> Statistics:

@@ -221,6 +221,9 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
         (torch.zeros(4, 2, 3, 3), Shape(0)),
         (torch.zeros(4, 2, 3, 3, device="meta"), Shape(2)),
         (torch.zeros(4, 2, 3, 3).to_sparse(), Shape(2)),
+        (torch.zeros(4, 2, 1, 4), Shape(2, pool=True)),
+        (torch.zeros(4, 2, 3, 3), Shape(2, constant=True)),
+        (torch.zeros(2, 2, 1, 1), Shape(2)),  # one value has no variance
     ],
 )
 def test_what_a_block_cannot_take_is_refused(y, shape):
@@ -258,6 +261,21 @@ def test_kernels_that_compute_something_else_are_found_on_a_gpu(monkeypatch):
     assert flaw_on(cpu) == "on cpu they fail with ZeroDivisionError: division by zero"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert flaw_on(cpu) == "Triton is not installed"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.double, lambda x: x[:1], lambda x: torch.stack([x, x], 1)[:, 0]],
+    ids=["double", "1", "apart"],
+)
+def test_a_norm_whose_numbers_a_kernel_cannot_read_is_refused(name, change):
+    norm, _ = norms(2, train=False)
+    changed = change(getattr(norm, name).detach())
+    setattr(norm, name, nn.Parameter(changed) if name in ("weight", "bias") else changed)
+    with pytest.raises(spiking_kernels.Unfit, match=f"the BatchNorm's {name}"):
+        blocks.lif_block(torch.zeros(4, 2, 3, 3), Shape(2), norm)
 
 
 # -- the network --------------------------------------------------------------------------------------
@@ -381,12 +399,18 @@ def no_statistics(network):
     network.conv[9].track_running_stats, network.conv[9].running_mean, network.conv[9].running_var = False, None, None
 
 
+def statistics_apart(network):
+    """In memory that the kernels would read as if they stood side by side."""
+    network.conv[12].running_mean = torch.zeros(8, 2)[:, 0]
+
+
 def own_forward(network):
     network.fc[2].forward = lambda x: x
 
 
 CHANGES = [
-    no_bias, own_neuron, strided, momentum, average, hook, shared, step_by_step, long, no_statistics, own_forward
+    no_bias, own_neuron, strided, momentum, average, hook, shared, step_by_step, long, no_statistics,
+    statistics_apart, own_forward,
 ]  # fmt: skip
 
 
@@ -406,6 +430,15 @@ def test_float16_products_run_the_layers():
     fused, _ = networks(1)
     with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="float16"), torch.no_grad():
         fused(batch(1)[0])
+
+
+@needs_kernels
+def test_a_transform_of_functions_gets_the_plain_layers():
+    fused, plain = (network.eval().requires_grad_(False) for network in networks(2))
+    x, _ = batch(2)
+    with pytest.warns(UserWarning, match="a transform of torch.func is active"):
+        found = torch.vmap(fused)(x[:, None])
+    assert torch.equal(found, torch.vmap(plain)(x[:, None]))
 
 
 # -- Triton -------------------------------------------------------------------------------------------
