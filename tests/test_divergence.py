@@ -72,6 +72,18 @@ def test_tensors_that_are_summed_together_are_named_one_by_one(bad, what, monkey
     assert again.found().what == (f"the gradient of {bad}" if what == "gradient" else "the parameter 0.weight")
 
 
+def test_numbers_without_axes_are_summed_together(monkeypatch):
+    """As on a GPU; ParametricLIFNode has such a parameter."""
+    monkeypatch.setattr(FiniteCheck, "STACKED", {"cpu": 20})
+    numbers = nn.ParameterList([torch.ones(()), torch.ones(())])
+    check = FiniteCheck(numbers, CPU)
+    check.update(torch.ones(()))
+    assert check.found() is None
+    numbers[1].data.fill_(float("nan"))
+    check.update(torch.ones(()))
+    assert (check.found().what, check.found().step) == ("the parameter 1", 1)
+
+
 def test_what_has_no_gradient_is_finite():
     layers = network()
     layers[0].weight.grad = None

@@ -61,5 +61,5 @@ class FiniteCheck:
 def _sums(tensors: list[Tensor]) -> Tensor:
     """The sum of each of some tensors, in one tensor."""
     if len(tensors) > 1 and len({tensor.shape for tensor in tensors}) == 1:
-        return torch.stack(tensors).flatten(1).sum(1)
+        return torch.stack(tensors).unsqueeze(1).flatten(1).sum(1)  # of those without axes, too
     return torch.stack([tensor.sum() for tensor in tensors])
