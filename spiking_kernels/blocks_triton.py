@@ -9,6 +9,8 @@ The backward passes need the potentials of all time steps, last first. A program
 axis for time, from which a sum over a mask takes a step: registers have no index.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,7 +22,8 @@ from spiking_kernels.shapes import Shape, Statistics, images
 
 MAX_T = 32  # potentials of a tile in registers
 PI = tl.constexpr(3.14159265358979)
-ROWS, TILES = 64, 4  # pixels at a time, and how often, in a part of the sums for the statistics
+ROWS, TILES = 64, 4  # pixels at a time, and how often at least, in a part of the sums for the statistics
+MOMENTS = 512  # parts of these sums, at most
 NEURONS = 1024  # of a tile at one time step
 PARTS = 128  # of the sums for the gradients
 
@@ -29,13 +32,13 @@ PARTS = 128  # of the sums for the gradients
 
 
 @triton.jit
-def _moments(y, means, squares, P, C, ROWS: tl.constexpr, TILES: tl.constexpr, BC: tl.constexpr):
-    """Mean, and sum of squared differences from it, of TILES x ROWS pixels, for each channel at one time step."""
+def _moments(y, means, squares, P, C, tiles, ROWS: tl.constexpr, BC: tl.constexpr):
+    """Mean, and sum of squared differences from it, of tiles x ROWS pixels, for each channel at one time step."""
     part, parts, t = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     mean, square, many = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32), 0.0
-    for tile in range(TILES):
-        first = (part * TILES + tile) * ROWS
+    for tile in range(tiles):
+        first = (part * tiles + tile) * ROWS
         if first < P:
             rows = first + tl.arange(0, ROWS)
             inside = (rows < P)[:, None] & (c < C)[None, :]
@@ -61,13 +64,13 @@ def _merged(mean, square, many, other_mean, other_square, n):
 @triton.jit
 def _merge(
     means, squares, weight, bias, running_mean, running_var, mean, variance, scale, shift,
-    P, C, T, parts, eps, momentum, SIZE: tl.constexpr, PARTS: tl.constexpr, BC: tl.constexpr,
+    P, C, T, parts, size, eps, momentum, PARTS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Statistics and scale and shift [T, C] from the moments of parts; updates the running statistics in order."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = c < C
     part = tl.arange(0, PARTS)[:, None]
-    n = tl.minimum(tl.maximum(P - part * SIZE, 0), SIZE).to(tl.float32)  # 0 for parts that do not exist
+    n = tl.minimum(tl.maximum(P - part * size, 0), size).to(tl.float32)  # 0 for parts that do not exist
     gamma, beta = tl.load(weight + c, inside, other=0.0), tl.load(bias + c, inside, other=0.0)
     kept_mean, kept_var = tl.load(running_mean + c, inside, other=0.0), tl.load(running_var + c, inside, other=0.0)
     for t in range(T):
@@ -228,16 +231,29 @@ def _channels(C: int) -> int:
     return min(64, triton.next_power_of_2(C))
 
 
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(function)
+    def launched(y: Tensor, *arguments: object) -> object:
+        with torch.cuda.device_of(y):
+            return function(y, *arguments)
+
+    return launched
+
+
+@_on_its_device
 def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int) -> Statistics:
     """See :mod:`spiking_kernels.blocks_c`."""
     many, C, H, W = y.shape
     P, BC = many // T * H * W, _channels(C)
-    parts = triton.cdiv(P, ROWS * TILES)
+    tiles = max(TILES, triton.cdiv(P, ROWS * MOMENTS))
+    parts = triton.cdiv(P, ROWS * tiles)
     means, squares = y.new_empty((2, T, parts, C), dtype=torch.float32)
-    _moments[parts, triton.cdiv(C, BC), T](y, means, squares, P, C, ROWS, TILES, BC)
+    _moments[parts, triton.cdiv(C, BC), T](y, means, squares, P, C, tiles, ROWS, BC)
     made = y.new_empty((4, T, C), dtype=torch.float32)
     tensors = (means, squares, norm.weight, norm.bias, norm.running_mean, norm.running_var, *made)
-    settings = (P, C, T, parts, norm.eps, norm.momentum, ROWS * TILES, triton.next_power_of_2(parts), 16)
+    settings = (P, C, T, parts, ROWS * tiles, norm.eps, norm.momentum, triton.next_power_of_2(parts), 16)
     _merge[triton.cdiv(C, 16),](*tensors, *settings)
     norm.num_batches_tracked += T
     return Statistics(*made, norm.eps, own=True)
@@ -252,6 +268,7 @@ def _tiles(y: Tensor, shape: Shape) -> tuple[int, int, int, int]:
     return triton.cdiv(windows, Q), Q, K, BC
 
 
+@_on_its_device
 def forward(y: Tensor, found: Statistics | None, shape: Shape, counts: Tensor | None) -> Tensor:
     """See :mod:`spiking_kernels.blocks_c`."""
     if counts is not None and shape.pool:  # the spikes before the maximum are not written otherwise
@@ -268,6 +285,7 @@ def forward(y: Tensor, found: Statistics | None, shape: Shape, counts: Tensor | 
     return spikes
 
 
+@_on_its_device
 def backward(
     y: Tensor, grad: Tensor, found: Statistics | None, shape: Shape
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -55,6 +55,33 @@ def test_every_mode_trains_in_one_graph(train, experiment, mode, precision):
     assert process.of("evaluation")
 
 
+LAUNCHES = """
+import torch
+from triton.runtime import JITFunction
+from spiking_kernels.blocks import lif_block
+from spiking_kernels.shapes import Shape
+run = JITFunction.run
+def on(self, *arguments, **settings):
+    print(self.__name__, torch.cuda.current_device())
+    return run(self, *arguments, **settings)
+JITFunction.run = on
+y = torch.zeros(2, 1, 1, 2, device="cuda:1", requires_grad=True)
+lif_block(y, Shape(2), torch.nn.BatchNorm2d(1, device="cuda:1")).sum().backward()
+try:
+    lif_block(torch.zeros(33, 1, 1, 1, device="cuda:1"), Shape(33))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_triton_runs_on_the_device_of_the_images(gpu):
+    """Not on the current one; and its tiles have room for fewer time steps than those in C."""
+    *launches, refused = gpu("-c", LAUNCHES, gpus=2).out.splitlines()
+    kernels = ["_moments", "_merge", "_forward", "_backward", "_factors", "_backward"]
+    assert launches == [f"{kernel} 1" for kernel in kernels]
+    assert refused == "T=33 is not accepted: must be a whole number from 1 to 32"
+
+
 @pytest.mark.parametrize("mode", ["grad", slow("deep")])
 def test_deterministic_algorithms(train, mode):
     assert len(train("mnist", *MODES[mode], "--deterministic", "-N", 1).only.captures) == 1

@@ -28,6 +28,7 @@ SHAPES = [  # T, N, C, H, W, maximum, constant input, BatchNorm
     (8, 1, 64, 5, 5, False, True, False),
     (4, 4, 100, 1, 1, False, False, False),
     (2, 2, 8, 16, 17, False, False, True),  # more pixels than one part of a sum has
+    (1, 1, 1, 363, 364, False, False, True),  # more than the greatest number of parts have at first
 ]
 EPS = torch.finfo(torch.float32).eps
 
@@ -80,7 +81,7 @@ NUMBERS = {"eps", "momentum", "through"}
 
 def compiled(kernel, capability, dtype, **constants):
     """Compiles a kernel for a compute capability, and checks that it adds nothing atomically."""
-    numbers = {"N", "H", "W", "C", "P", "T", "parts", "tiles"}
+    numbers = {"N", "H", "W", "C", "P", "T", "parts", "tiles", "size"}
     signature = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -99,8 +100,8 @@ def compiled(kernel, capability, dtype, **constants):
 def compile_all(capability):
     k = blocks_triton
     for dtype in ("fp32", "bf16") if capability >= 80 else ("fp32",):
-        compiled(k._moments, capability, dtype, ROWS=k.ROWS, TILES=k.TILES, BC=64)
-        compiled(k._merge, capability, dtype, SIZE=k.ROWS * k.TILES, PARTS=64, BC=16)
+        compiled(k._moments, capability, dtype, ROWS=k.ROWS, BC=64)
+        compiled(k._merge, capability, dtype, PARTS=k.MOMENTS, BC=16)
         compiled(k._factors, capability, dtype, PARTS=k.PARTS, BC=16)
         common = dict(NORM=True, CONSTANT=False, BC=64)
         for K in (1, 4):
