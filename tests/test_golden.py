@@ -12,6 +12,7 @@ from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 
 import measuring
+import spiking_kernels
 from c10.model import Cifar10Net
 from mnist.data import MNIST
 from mnist.model import MnistNet
@@ -181,6 +182,29 @@ def test_golden_cifar10(golden, step_mode, change):
             np.testing.assert_allclose(actual, expected, rtol=1e-2, atol=1e-4 * expected[1], err_msg=key)
     with torch.no_grad():
         np.testing.assert_allclose(seen.network.eval()(torch.tensor(facts["x"])), facts["eval_counts"], atol=1e-5)
+
+
+@pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="no fused kernels")
+@pytest.mark.filterwarnings("error")
+def test_golden_cifar10_by_the_kernels(golden):
+    """They tell no spikes of single time steps, so those of all steps together are compared, by the same bounds."""
+    facts = dict(golden("c10_net.npz"))
+    network = copy.deepcopy(published_cifar10()).train()
+    network.fused, network.fc[1] = True, Cifar10Net(width=1).fc[1].eval()  # dropout as published, but off
+    with measuring.SpikeCounter(network) as counter:
+        counts = network(torch.tensor(facts["x"]))
+    loss = measuring.loss_function(counts, torch.tensor(facts["y"]), 8)
+    loss.backward()
+    spikes = {name: [float(rate.sum()) * 8 * len(counts)] for name, rate in counter.rates().items()}
+    facts |= {f"spikes:{name}": facts[f"spikes:{name}"].sum(keepdims=True) for name in SPIKES}
+    seen = SimpleNamespace(network=network, spikes=spikes)
+    for name, drift in (drifts(seen, facts) | gradient_drifts(seen, facts)).items():
+        assert drift <= 1, name
+    assert loss.item() == pytest.approx(float(facts["train_loss"]), rel=0.25)
+    for name in BATCH_NORMS:
+        assert network.get_buffer(f"{name}.num_batches_tracked") == (1 if name.startswith("static") else 8)
+    with torch.no_grad():
+        np.testing.assert_allclose(network.eval()(torch.tensor(facts["x"])), facts["eval_counts"], atol=1e-5)
 
 
 class PooledBatchNorm2d(nn.BatchNorm2d):
