@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import spiking_kernels
-from spiking_kernels import build
+from spiking_kernels import blocks, build
+from spiking_kernels.shapes import Shape
 
 EDGES = (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097)
 F32 = np.finfo(np.float32)
@@ -116,7 +118,29 @@ def deep_rewiring_draws(data):
     spiking_kernels.deep_rewiring_draws(data.draw(sizes(9000)), data.draw(st.integers(0, 2**64 - 1)), probability)
 
 
-CALLS = (lif_linear_lif, affine_lookup, grad_rewiring_step, deep_rewiring_draws, deep_rewiring_step)
+def lif_block(data):
+    T, n, c = data.draw(st.integers(1, 9) | st.integers(1, 64)), data.draw(sizes(3, 1)), data.draw(sizes(600, 1))
+    pool, constant, half = (data.draw(st.booleans()) for _ in range(3))
+    most = max(8, min(130, 200_000 // (T * n * c)))
+    height, width = data.draw(st.permutations([data.draw(st.integers(2, 4)), data.draw(sizes(most, 2))]))
+    dtype = torch.bfloat16 if half else torch.float32
+    y = data.draw(floats(T * n, height, width, c)).to(dtype).permute(0, 3, 1, 2)
+    counts = data.draw(st.none() | integers(np.int64, -5, 5, height, width, c))
+    for norm in (None, nn.BatchNorm2d(c), nn.BatchNorm2d(c).eval()):
+        shape = Shape(T, pool, constant and norm is None)
+        spikes = blocks.lif_block((y[-n:] if shape.constant else y).requires_grad_(), shape, norm, counts)
+        gradient = data.draw(floats(*(spikes.shape[axis] for axis in (0, 2, 3, 1))))
+        spikes.backward(gradient.to(dtype).permute(0, 3, 1, 2))
+
+
+CALLS = (
+    lif_linear_lif,
+    lif_block,
+    affine_lookup,
+    grad_rewiring_step,
+    deep_rewiring_draws,
+    deep_rewiring_step,
+)
 
 
 class Counted:

@@ -34,6 +34,13 @@ def sanitizer(tmp_path_factory):
             "heap-buffer",
         ),
         ("lif_linear_lif", "k[i] = T + 1;", "k[i] = T + 2;", "buffer-overflow"),
+        ("lif_block", "float v[TILE], h[TILE];", "float v[TILE], h[TILE - 1];", "stack-buffer"),
+        (
+            "lif_block",
+            "at->rows == 2 && p + 2 <= at->pixels; p += 2) {\n        const size_t",
+            "p < at->pixels; p += 2) {\n        const size_t",
+            "buffer-overflow",
+        ),
         ("affine_lookup", "index[n] >= D) return", "index[n] > D) return", "heap-buffer|null pointer"),
         ("affine_lookup", "m[0] * (uint32_t)x", "m[0] * x", "signed integer overflow"),
         ("deep_rewiring_draws", "uint16_t places[CHUNK];", "uint16_t places[CHUNK / 2];", "stack-buffer"),
