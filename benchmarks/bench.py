@@ -26,6 +26,7 @@ from benchmarks.tables import Row, Tables, in_turns, mnist_images, noise, parser
 from training import data
 from training.command_line import command
 from training.data.dataset import one_line
+from training.device import keep_freed_memory
 from training.methods import METHODS
 from training.options import read
 from training.step import TrainingStep, autocast, set_precision
@@ -277,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     options = made.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
 
     def measure() -> Tables:
         on_gpu, rounds = device.type == "cuda", options.rounds

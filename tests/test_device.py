@@ -1,6 +1,7 @@
 """The choice of the device: what a machine has, and the best that works with it, or a line that says what it lacks."""
 
 import os
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -185,3 +186,24 @@ assert lif._selection._requested == "torch"
 """
     environment = {key: value for key, value in os.environ.items() if key != "SJ_LIF_CUDA_IMPLEMENTATION"}
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, check=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_run_on_the_cpu_keeps_freed_memory():
+    """A large tensor goes back to the system at once, and the next one takes page faults again; kept, it takes none."""
+    code = """
+import resource, sys, torch
+from training.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(25_000_000)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    faults = [
+        int(subprocess.run([sys.executable, "-c", code, how], cwd=REPOSITORY, capture_output=True, check=True).stdout)
+        for how in ("keep", "return")
+    ]
+    assert faults[0] < faults[1] / 10
