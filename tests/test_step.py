@@ -29,13 +29,13 @@ def batches(n, shape, device="cpu"):
     ]
 
 
-def optimizers_of(network, cls=GradRewiring, **settings):
+def optimizers_of(network, cls=GradRewiring, lr=1e-3, **settings):
     weights = list(measuring.prunable(network).values())
     others = [p for p in network.parameters() if p.dim() == 1]
     defaults = dict(alpha=1e-3, s=0.95) if cls is GradRewiring else dict(l1=1e-3, max_s=0.5, T=0.01, soft=True)
     capturable = settings.get("capturable", False)
-    pruning = cls(weights, lr=1e-3, **{**defaults, **settings})
-    return [pruning, Adam(others, lr=1e-3, capturable=capturable)] if others else [pruning]
+    pruning = cls(weights, lr=lr, **{**defaults, **settings})
+    return [pruning, Adam(others, lr=lr, capturable=capturable)] if others else [pruning]
 
 
 def test_a_step_is_forward_loss_backward_and_optimizers():
