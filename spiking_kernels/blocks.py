@@ -101,7 +101,7 @@ def flaw_on(device: torch.device) -> str | None:
     try:
         for dtype in dtypes:
             for shape in (Shape(3), Shape(3, pool=True), Shape(3, constant=True)):
-                with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                     if not all(map(_near, *_both_ways(shape, dtype, device))):
                         return f"on {device} they compute something else than the layers"
     except Exception as error:
@@ -112,17 +112,17 @@ def flaw_on(device: torch.device) -> str | None:
 def _both_ways(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[list[Tensor]]:
     """Spikes and gradients of a block, by the kernels and by torch's operations. Draws no random numbers."""
     n, c = 2 if shape.constant else 2 * shape.T, 40
-    wave = torch.arange(n * c * 36, dtype=torch.float64).mul_(0.7).sin_().mul_(3).add_(0.5)
+    wave = torch.arange(n * c * 36, dtype=torch.float64, device=CPU).mul_(0.7).sin_().mul_(3).add_(0.5)
     y, results = wave.view(n, c, 6, 6).to(device, dtype).contiguous(memory_format=torch.channels_last), []
     for plain in (False, True):
-        norm = None if shape.constant else nn.BatchNorm2d(c, device=device)
+        norm = None if shape.constant else nn.BatchNorm2d(c, device=device, dtype=torch.float32)
         x = y.clone().requires_grad_()
         if plain:
             found = norm and Statistics(*[y] * 4, norm.eps, own=True)  # of which that computes its own
             spikes = _plain(x, norm and norm.weight, norm and norm.bias, found, shape)
         else:
             spikes = lif_block(x, shape, norm)
-        wave = torch.arange(spikes.numel(), dtype=torch.float64).mul_(1.3).cos_()
+        wave = torch.arange(spikes.numel(), dtype=torch.float64, device=CPU).mul_(1.3).cos_()
         spikes.backward(wave.view(spikes.shape).to(device, dtype))
         results.append([spikes.detach(), x.grad, *([norm.weight.grad, norm.bias.grad] if norm else [])])
     return results

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,21 @@ def test_kernels_that_compute_something_else_are_found_on_a_gpu(monkeypatch):
     assert flaw_on(cpu) == "on cpu they fail with ZeroDivisionError: division by zero"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert flaw_on(cpu) == "Triton is not installed"
+
+
+@needs_kernels
+@pytest.mark.parametrize("mode", ["inference", "dtype", "device"])
+@needs_triton
+def test_the_comparison_on_a_gpu_does_not_depend_on_what_surrounds_it(mode):
+    """What it finds is kept: a network that is first tested would train without kernels."""
+    before = torch.get_default_dtype()
+    surroundings = {"inference": torch.inference_mode(), "device": torch.device("meta")}.get(mode, nullcontext())
+    try:
+        torch.set_default_dtype(torch.float64 if mode == "dtype" else before)
+        with surroundings:
+            assert blocks.flaw_on.__wrapped__(torch.device("cpu")) is None
+    finally:
+        torch.set_default_dtype(before)
 
 
 @needs_kernels
