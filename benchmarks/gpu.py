@@ -55,7 +55,8 @@ def finish(argv: list[str], log: Path, seconds: float) -> str | None:
         process = subprocess.Popen(
             argv,
             cwd=REPOSITORY,
-            env={**os.environ, "COLUMNS": "200"},  # for pytest's reasons
+            # columns for pytest's reasons; unbuffered, as an error would otherwise come before what was printed earlier
+            env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,

@@ -157,7 +157,7 @@ def test_imports_run_one_way():
         "deeprewire.py": {"rewiring", "spiking_kernels"},
         "spiking.py": {"spiking_kernels"},
         "mnist/model.py": {"spiking", "spiking_kernels"},
-        "c10/model.py": {"spiking"},
+        "c10/model.py": {"spiking", "spiking_kernels"},
         "mnist/mnist.py": {"mnist", "training"},
         "c10/c10.py": {"c10", "training"},
     }
