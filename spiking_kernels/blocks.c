@@ -15,14 +15,13 @@
 #pragma GCC target("prefer-vector-width=512") /* gcc prefers 256 bits */
 #endif
 
-#define INLINE inline __attribute__((always_inline)) /* with constant flags, branches on them go */
 #define TILE 1024    /* neurons at a time; their potentials at all time steps are on the stack */
 #define CHANNELS 256 /* at most, of these neurons */
 
 typedef struct {
     int T, N, H, W, C;
     int pool;     /* the output is the maximum of 2 x 2 spikes */
-    int constant; /* y has one time step, which is the input of all */
+    int constant; /* y has one time step, which is the input of all; then it is not normalised */
     int half;     /* y, spikes and gradients are bfloat16 */
 } Shape;
 
@@ -31,22 +30,13 @@ typedef struct {
     int n, row, rows, pixel, pixels, channel, channels;
 } Tile;
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
-
 /* -- float32 and bfloat16 in memory -------------------------------------------------------------- */
 
-static inline float widened(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, sizeof(y));
-    return y;
-}
+static inline float widened(uint16_t x) { return as_float((uint32_t)x << 16); }
 
 /* to the nearest bfloat16, ties to even */
 static inline uint16_t narrowed(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t bits = as_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
@@ -96,10 +86,10 @@ static inline size_t in_output(const Shape *s, const Tile *at, int t, int r, int
 }
 
 /* For each pixel of a tile, with `from`, where its channels stand in y at time step t. */
-#define FOR_PIXELS(s, at, t, from)                                                                         \
-    for (int row_ = 0; row_ < (at)->rows; row_++)                                                          \
-        for (size_t from = in_y(s, at, t, row_, 0), end_ = from + (size_t)(at)->pixels * (s)->C; from < end_; \
-             from += (s)->C)
+#define FOR_PIXELS(s, at, t, from)                                                             \
+    for (int row_ = 0; row_ < (at)->rows; row_++)                                              \
+        for (size_t from = in_y(s, at, t, row_, 0), end_ = from + (size_t)(at)->pixels * (s)->C; \
+             from < end_; from += (s)->C)
 
 /* -- statistics ---------------------------------------------------------------------------------- */
 
@@ -175,8 +165,7 @@ static INLINE void advance(const Shape *s, const Tile *at, const void *y, const 
 static void advance_tile(const Shape *s, const Tile *at, const void *y, const float *scale, const float *shift, int t,
                          float *v, float *h) {
     if (scale)
-        s->half ? advance(s, at, y, scale, shift, s->constant ? 0 : t, v, h, 1, 1)
-                : advance(s, at, y, scale, shift, s->constant ? 0 : t, v, h, 1, 0);
+        s->half ? advance(s, at, y, scale, shift, t, v, h, 1, 1) : advance(s, at, y, scale, shift, t, v, h, 1, 0);
     else
         s->half ? advance(s, at, y, 0, 0, t, v, h, 0, 1) : advance(s, at, y, 0, 0, t, v, h, 0, 0);
 }
@@ -277,20 +266,22 @@ static void first_maxima(const Shape *s, const Tile *at, int t, const void *grad
     }
 }
 
-enum { SUMS, GRADIENT, PLAIN_GRADIENT, TOTAL }; /* what a backward pass makes of the gradients of the inputs, g */
+/* What a backward pass makes of the gradients of the inputs, g; TOTAL: their sum over time, for a constant input. */
+enum { SUMS, GRADIENT, PLAIN_GRADIENT, TOTAL };
 
 typedef struct {
     const float *mean;                    /* [T][C], and all that follow */
     const float *factor, *mean_g, *slope; /* GRADIENT: dy = factor * (g - mean_g - (y - mean) * slope) */
     double *sums;                         /* SUMS: increased by g and g * (y - mean), [2][T][C] */
-    void *dy;                             /* GRADIENT, PLAIN_GRADIENT: the gradient of y */
+    void *dy;                             /* but for SUMS, the gradient of y */
 } Use;
 
 /* A time step of a tile backward, from the gradients of its spikes. carried are those of the potentials, g of the
  * inputs; total is increased by g with TOTAL. With pool, the gradients of the spikes are in spread. */
-static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const void *grad, int t, const float *restrict h,
-                           float *restrict carried, float *restrict total, const float *restrict spread, const Use *use,
-                           float *restrict first, float *restrict second, int what, int pool, int half) {
+static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const void *grad, int t,
+                           const float *restrict h, float *restrict carried, float *restrict total,
+                           const float *restrict spread, const Use *use, float *restrict first, float *restrict second,
+                           int what, int pool, int half) {
     const float pi = 3.14159265358979f;
     const int m = at->channels;
     const size_t to = (size_t)t * s->C + at->channel;
@@ -318,11 +309,11 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
     }
 }
 
-#define RETREAT(what)                                                                                                \
-    (s->pool ? s->half ? retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 1, 1)                       \
-                       : retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 1, 0)                       \
-     : s->half ? retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 0, 1)                               \
-               : retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, 0, 0))
+#define RETREAT_AS(what, pool, half) \
+    retreat(s, at, y, grad, t, h, carried, total, spread, use, first, second, what, pool, half)
+#define RETREAT(what)                                                           \
+    (s->pool ? (s->half ? RETREAT_AS(what, 1, 1) : RETREAT_AS(what, 1, 0))      \
+             : (s->half ? RETREAT_AS(what, 0, 1) : RETREAT_AS(what, 0, 0)))
 
 static void retreat_tile(const Shape *s, const Tile *at, const void *y, const void *grad, int t, const float *h,
                          float *carried, float *total, const float *spread, const Use *use, float *first, float *second,
@@ -335,28 +326,22 @@ static void retreat_tile(const Shape *s, const Tile *at, const void *y, const vo
     }
 }
 
-/* The same for an input that is constant over time, from the sums of g over time. */
-static void use_total(const Shape *s, const Tile *at, const void *y, const float *total, const Use *use, float *first,
-                      float *second, int what) {
-    const int m = at->channels, c0 = at->channel;
-    float x[CHANNELS];
+/* The gradient of an input that is constant over time. */
+static void write_total(const Shape *s, const Tile *at, const float *total, void *dy) {
     FOR_PIXELS(s, at, 0, from) {
-        load(x, y, from, m, s->half);
-        for (int c = 0; c < m; c++) {
-            float g = total[c], off = use->mean ? x[c] - use->mean[c0 + c] : 0.0f;
-            if (what == SUMS) {
-                first[c] += g, second[c] += g * off;
-                continue;
-            }
-            if (what == GRADIENT) g = use->factor[c0 + c] * (g - use->mean_g[c0 + c] - off * use->slope[c0 + c]);
-            put(use->dy, from + c, g, s->half);
-        }
-        total += m;
+        store(dy, from, total, at->channels, s->half);
+        total += at->channels;
     }
 }
 
-static void add_sums(double *to, size_t apart, const float *first, const float *second, int n) {
-    for (int c = 0; c < n; c++) to[c] += first[c], to[apart + c] += second[c];
+/* Adds sums [T][2][CHANNELS] of a tile's channels to those of all, [2][T][C]. */
+static void add_sums(const Shape *s, const Tile *at, const float *sums, double *to) {
+    for (int i = 0; i < 2; i++)
+        for (int t = 0; t < s->T; t++) {
+            const float *from = sums + (size_t)(2 * t + i) * CHANNELS;
+            double *row = to + ((size_t)i * s->T + t) * s->C + at->channel;
+            for (int c = 0; c < at->channels; c++) row[c] += from[c];
+        }
 }
 
 /* Makes what is asked for of rows of an image. */
@@ -364,7 +349,7 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
                           const void *grad, const Use *use) {
     float h[(size_t)s->T * TILE], v[TILE], spread[TILE], total[TILE];
     float sums[(size_t)2 * s->T * CHANNELS]; /* [T][2][CHANNELS], of the rows' tiles in some channels */
-    const int what = use->sums ? SUMS : use->mean ? GRADIENT : PLAIN_GRADIENT;
+    const int what = s->constant ? TOTAL : use->sums ? SUMS : use->mean ? GRADIENT : PLAIN_GRADIENT;
     FOR_TILES(s, n, row) {
         if (at.pixel == 0) memset(sums, 0, sizeof(sums));
         memset(v, 0, sizeof(v));
@@ -375,24 +360,19 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
             const float *now = h + (size_t)t * TILE;
             float *first = sums + (size_t)2 * t * CHANNELS;
             if (s->pool) first_maxima(s, &at, t, grad, now, spread);
-            retreat_tile(s, &at, y, grad, t, now, v, total, spread, use, first, first + CHANNELS,
-                         s->constant ? TOTAL : what);
+            retreat_tile(s, &at, y, grad, t, now, v, total, spread, use, first, first + CHANNELS, what);
         }
-        if (s->constant)
-            use_total(s, &at, y, total, use, sums, sums + CHANNELS, what);
-        if (use->sums && at.pixel + at.pixels == s->W)
-            for (int t = 0; t < (s->constant ? 1 : s->T); t++)
-                add_sums(use->sums + (size_t)t * s->C + at.channel, (size_t)(s->constant ? 1 : s->T) * s->C, sums + (size_t)2 * t * CHANNELS, sums + (size_t)(2 * t + 1) * CHANNELS, at.channels);
+        if (what == TOTAL) write_total(s, &at, total, use->dy);
+        if (what == SUMS && at.pixel + at.pixels == s->W) add_sums(s, &at, sums, use->sums);
     }
 }
 
-/* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], where a constant input has one
- * time step, g being the gradients of the inputs; partial [N][2][T][C] is scratch. */
+/* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], g being the gradients of
+ * the inputs; partial [N][2][T][C] is scratch. */
 void block_backward_sums(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
-                         double *partial, double *total, int T, int N, int H, int W, int C, int pool, int constant,
-                         int half) {
-    const Shape s = {T, N, H, W, C, pool, constant, half};
-    const size_t size = (size_t)2 * (constant ? 1 : T) * C;
+                         double *partial, double *total, int T, int N, int H, int W, int C, int pool, int half) {
+    const Shape s = {T, N, H, W, C, pool, 0, half};
+    const size_t size = (size_t)2 * T * C;
     THREADED
     for (int n = 0; n < N; n++) {
         const Use use = {.mean = mean, .sums = partial + n * size};

@@ -52,7 +52,7 @@ def backward(
         partial, total = (empty(k, 2, T, c, dtype=torch.float64) for k in (n, 1))
         scale, shift = found.scale, found.shift
         pointers = map(pointer, (y, scale, shift, grad, found.mean, partial, total))
-        library.block_backward_sums(*pointers, *shape.sizes(y), shape.pool, shape.constant, _is_half(y))
+        library.block_backward_sums(*pointers, *shape.sizes(y), shape.pool, _is_half(y))
         inverse, (sum_g, sum_gy) = (found.variance.double() + found.eps).rsqrt(), total[0]
         grad_weight, grad_bias = (sum_gy * inverse).sum(0).float(), sum_g.sum(0).float()
         through = found.own / (n * h * w)  # without it, no gradient flows through the statistics

@@ -19,8 +19,6 @@
 #define SHORT 30  /* up to so many steps, the sums by period of so many samples fit the cache */
 #define LONG 254  /* and those of one */
 
-static inline int smaller(int a, int b) { return a < b ? a : b; }
-
 static int all_finite(const float *x, size_t n) {
     int others = 0;
     _Pragma("omp simd reduction(+ : others)")
@@ -58,8 +56,7 @@ static void find_periods(const float *current, uint16_t *period, size_t H, int T
 
 /* Sums by period: sums [samples][T + 2][LANES] of the weights wt [H][LANES] from the neurons with each period, of some
  * samples whose neurons have the periods k [samples][H]. Row T + 1, for neurons that do not spike, is left out. */
-static inline __attribute__((always_inline)) void sum_by_period(const uint16_t *k, const float *wt, float *sums,
-                                                                int samples, int H, int T) {
+static INLINE void sum_by_period(const uint16_t *k, const float *wt, float *sums, int samples, int H, int T) {
     float lanes[samples][4][T + 2][LANES];
     memset(lanes, 0, sizeof(lanes));
     for (int h = 0; h < H; h++) {
@@ -133,10 +130,8 @@ int constant_lif_linear_forward(const float *current, const float *w, float *wt,
 
 /* Adds to total what some steps contribute to the gradients of m currents x; v and trace, dh/dx, go on with the
  * steps. grad has the outputs' gradients, a row per step. With constant m and steps all of it stays in registers. */
-static inline __attribute__((always_inline)) void constant_lif_gradient(const float *grad, const float *w,
-                                                                        const float *x, float *v, float *trace,
-                                                                        float *total, int m, int steps, size_t row,
-                                                                        int H, int O) {
+static INLINE void constant_lif_gradient(const float *grad, const float *w, const float *x, float *v, float *trace,
+                                         float *total, int m, int steps, size_t row, int H, int O) {
     const float pi = 3.14159265358979f;
     float g[STEPS][LANES] = {{0}}; /* the gradients of the spikes */
     for (int o = 0; o < O; o++) {
@@ -163,8 +158,7 @@ static inline __attribute__((always_inline)) void constant_lif_gradient(const fl
 }
 
 /* Adds to the gradients gwt [m][P] of m neurons' weights what each sample's sums have for the neurons' periods. */
-static inline __attribute__((always_inline)) void add_sums(float *gwt, const float *sums, const uint16_t *k,
-                                                           int samples, int m, int H, int P, int T) {
+static INLINE void add_sums(float *gwt, const float *sums, const uint16_t *k, int samples, int m, int H, int P, int T) {
     for (int i = 0; i < m; i++) {
         SIMD
         for (int o = 0; o < P; o++) {

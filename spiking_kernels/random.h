@@ -20,7 +20,7 @@ enum { NORMAL, UNIFORM };
 #define PHILOX_W1 0xBB67AE85u
 #ifdef __AVX512F__
 /* One round for eight counters, each word in the lower half of 64 bits; the upper halves hold what nobody reads. */
-static inline __attribute__((always_inline)) void philox_round(__m512i c[4], __m512i k0, __m512i k1) {
+static INLINE void philox_round(__m512i c[4], __m512i k0, __m512i k1) {
     const __m512i a = _mm512_mul_epu32(c[0], _mm512_set1_epi64(PHILOX_M0));
     const __m512i b = _mm512_mul_epu32(c[2], _mm512_set1_epi64(PHILOX_M1));
     c[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c[1], k0, 0x96); /* exclusive or of the three */
@@ -29,8 +29,7 @@ static inline __attribute__((always_inline)) void philox_round(__m512i c[4], __m
     c[3] = a;
 }
 
-static inline __attribute__((always_inline)) void philox(uint64_t seed, int64_t first, uint32_t stream,
-                                                         uint32_t x[4][LANES]) {
+static INLINE void philox(uint64_t seed, int64_t first, uint32_t stream, uint32_t x[4][LANES]) {
     __m512i even[4], odd[4];
     even[0] = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
     odd[0] = _mm512_add_epi64(even[0], _mm512_set1_epi64(1));
@@ -49,8 +48,7 @@ static inline __attribute__((always_inline)) void philox(uint64_t seed, int64_t 
         _mm512_storeu_si512(x[word], _mm512_mask_blend_epi32(0xAAAA, even[word], _mm512_slli_epi64(odd[word], 32)));
 }
 #else
-static inline __attribute__((always_inline)) void philox(uint64_t seed, int64_t first, uint32_t stream,
-                                                         uint32_t x[4][LANES]) {
+static INLINE void philox(uint64_t seed, int64_t first, uint32_t stream, uint32_t x[4][LANES]) {
     SIMD
     for (int i = 0; i < LANES; i++) {
         const uint64_t counter = (uint64_t)first + (uint64_t)i;
@@ -68,22 +66,9 @@ static inline __attribute__((always_inline)) void philox(uint64_t seed, int64_t 
 }
 #endif
 
-static inline float as_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-}
-
-static inline uint32_t as_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return bits;
-}
-
 /* Two independent normal numbers, times scale, from two random words (Box and Muller 1958): in float32, up to 6.66
  * standard deviations. The polynomials are minimax fits, with errors below half a unit in the last place of float32. */
-static inline __attribute__((always_inline)) void box_muller(uint32_t x, uint32_t y, float scale, float *first,
-                                                             float *second) {
+static INLINE void box_muller(uint32_t x, uint32_t y, float scale, float *first, float *second) {
     /* ln u of u in (0, 1]: u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1) */
     const float u = fmaf((float)(int32_t)(x >> 1), 0x1p-31f, 0x1p-32f);
     const uint32_t shifted = as_bits(u) + (0x3F800000u - 0x3F3504F3u);

@@ -101,10 +101,8 @@ typedef struct {
 
 #ifdef __AVX512F__
 /* Sixteen weights of Deep R, without weight decay and running maximum; for the rest see deep_rewiring_group. */
-static inline __attribute__((always_inline)) void deep_rewiring_sixteen(float *w, const float *g, float *m, float *v,
-                                                                        const int8_t *sign, float *theta,
-                                                                        const float *noise, DeepStep p,
-                                                                        int32_t counts[2]) {
+static INLINE void deep_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
+                                         const float *noise, DeepStep p, int32_t counts[2]) {
     const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
     const __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
     const __m512 W = _mm512_loadu_ps(w), G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
@@ -141,10 +139,9 @@ static inline __attribute__((always_inline)) void deep_rewiring_sixteen(float *w
 /* Up to GROUP weights of Deep R, soft where theta is not null; each operation rounds as that of
  * deeprewire.DeepRewiring does, whose symbols these are, so that the weights are bitwise the same. max_v is null without
  * amsgrad. Adds to counts the dormant connections and those of them that have a sign. */
-static inline __attribute__((always_inline)) void deep_rewiring_group(float *w, const float *grad, float *m, float *v,
-                                                                      float *max_v, const int8_t *sign, float *theta,
-                                                                      const float *noise, int n, DeepStep p,
-                                                                      int32_t counts[2]) {
+static INLINE void deep_rewiring_group(float *w, const float *grad, float *m, float *v, float *max_v,
+                                       const int8_t *sign, float *theta, const float *noise, int n, DeepStep p,
+                                       int32_t counts[2]) {
     int done = 0;
 #ifdef __AVX512F__
     if (!max_v && p.weight_decay == 0.0f)
