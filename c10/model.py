@@ -11,7 +11,7 @@ from spiking import SpikingNetwork, StepwiseBatchNorm2d, lif
 from spiking_kernels import blocks, proof
 from spiking_kernels.shapes import Shape
 
-SIZES = frozenset({"in_channels", "out_channels", "num_features", "in_features", "out_features"})
+CONVOLUTIONS = (1, 4, 8, 11, 14)  # where they stand in Cifar10Net.conv
 
 
 def block(width: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -86,8 +86,8 @@ class Cifar10Net(SpikingNetwork):
         names, layers = zip(*self.conv.named_children(), strict=True)
         spikes = neurons(f"conv.{names[0]}", current, constant=True)  # [T, N, C, H, W] from here on
         for place in CONVOLUTIONS:
-            convolution, norm, _, *after = layers[place : place + 4]
-            pool = bool(after) and isinstance(after[0], layer.MaxPool2d)
+            convolution, norm, _, after = layers[place : place + 4]
+            pool = isinstance(after, layer.MaxPool2d)
             spikes = neurons(f"conv.{names[place + 2]}", convolution(spikes).flatten(0, 1), norm, pool=pool)
         names, (flatten, dropout, hidden, _, output, _) = zip(*self.fc.named_children(), strict=True)
         x = dropout(flatten(spikes))  # [T, N, features]
@@ -98,22 +98,16 @@ class Cifar10Net(SpikingNetwork):
     def _check_kernels(self, current: Tensor) -> None:
         """Raises Unfit unless the kernels compute what the layers do, from rest, for this current."""
         proof.check_network(self, Cifar10Net)
-        if self.step_mode != "m":
-            raise spiking_kernels.Unfit("it runs step by step")
         for name in ("conv", "fc"):
-            if reason := proof.difference(getattr(self, name), getattr(_like(), name), name, SIZES, self.counts_for):
+            own, like = getattr(self, name), getattr(_like(), name)
+            if reason := proof.difference(own, like, name, proof.SIZES, self.counts_for):
                 raise spiking_kernels.Unfit(reason)
         layers = [*self.conv, *self.fc]
         if len({*map(id, layers)}) < len(layers):
             raise spiking_kernels.Unfit("it has one layer in two places")
-        own = [*self.conv.parameters(), *self.fc.parameters()]
-        own += [buffer for buffer in self.conv.buffers() if buffer.is_floating_point()]
-        device = current.device.type
-        rounding = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None  # of products
-        blocks.check_tensors(current, own, self.T, rounding)
-
-
-CONVOLUTIONS = (1, 4, 8, 11, 14)  # where they stand in conv
+        tensors = [*self.conv.parameters(), *self.fc.parameters()]
+        tensors += [buffer for buffer in self.conv.buffers() if buffer.is_floating_point()]
+        blocks.check_tensors(current, tensors, self.T, proof.autocast_dtype(current.device.type))
 
 
 @functools.cache

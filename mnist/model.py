@@ -33,11 +33,8 @@ class MnistNet(SpikingNetwork):
         if not current.is_cpu:
             return None
         proof.check_network(self, MnistNet)
-        if self.step_mode != "m":
-            raise spiking_kernels.Unfit("it runs step by step")
         weight = proof.check_layers(self.fc, "fc", LIFNode, harmless=self.counts_for).weight
-        rounding = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None  # of products
-        hidden = None
+        rounding, hidden = proof.autocast_dtype("cpu"), None
         if current.dtype is rounding:
             current = current.float()
         if self.spike_counts:

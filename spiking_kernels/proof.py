@@ -21,7 +21,8 @@ from spiking_kernels.tensors import Unfit
 STATE = frozenset({"_memories", "_memories_rv"})  # of a neuron, and where it starts; may hold tensors
 # Tensors and layers are compared as such; the rest changes nothing that is computed.
 APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook", "v_seq"})
-SIZES = frozenset({"in_features", "out_features"})  # a linear layer goes by its weight
+# layers go by their weights
+SIZES = frozenset({"in_features", "out_features", "in_channels", "out_channels", "num_features"})
 
 
 def difference(
@@ -196,7 +197,7 @@ def check_layers(
 
 
 def check_network(network: nn.Module, kind: type[nn.Module]) -> None:
-    """Proves that a network computes what its class does, and that nothing watches or changes its operations.
+    """Proves that a network computes what its class does, layer by layer, and that nothing else sees its operations.
 
     Raises:
         Unfit: it may compute something else, or a kernel would hide operations from what watches them.
@@ -212,6 +213,12 @@ def check_network(network: nn.Module, kind: type[nn.Module]) -> None:
         ("a transform of torch.func is active", torch._C._are_functorch_transforms_active()),
         ("a mode of torch's dispatcher is active", torch._C._len_torch_dispatch_stack()),
         ("a mode of torch's functions is active", function_modes),
+        ("it runs step by step", network.step_mode != "m"),
     ):
         if found:
             raise Unfit(obstacle)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype to which torch.autocast rounds products on a type of device now, or None."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
