@@ -47,7 +47,7 @@ class Execution:
     def __init__(
         self, experiment, dataset, device, line="", step_mode="m", loader=None, mode="-m grad -s 0.95", graph=True
     ):
-        options = read(experiment, [*mode.split(), *line.split()])
+        self.options = options = read(experiment, [*mode.split(), *line.split()])
         options.device = self.device = device
         self.published = (options.width, options.T) == (experiment.width, 8)  # sizes
         self.precision = options.precision or "fp32"
@@ -161,7 +161,8 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> Tables:
 
 
 STEP_HEAD = (
-    *("ms/step", "s/epoch", "speed-up", "TFLOP/s", "GiB allocated", "GiB reserved", "s/test set", "steps timed"),
+    *("ms/step", "s/epoch", "speed-up", "x products", "TFLOP/s"),
+    *("GiB allocated", "GiB reserved", "s/test set", "steps timed"),
 )
 
 
@@ -169,6 +170,8 @@ def step_rows(
     experiment, dataset, device, executions: dict[str, dict[str, Any]], rounds: int, steps: int
 ) -> Iterator[Row]:
     """Measures training steps in some executions, one after the other, each given by the arguments that it needs.
+
+    CIFAR-10 steps take turns with their convolutions and products alone.
 
     Yields:
         For each its name and the cells of STEP_HEAD; the reason if it fails. The speed-up is over the first one.
@@ -182,85 +185,72 @@ def step_rows(
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             execution = Execution(experiment, dataset, device, **settings)
-            execution.train(WARMUP if on_gpu else 0)
-            value = in_turns({"": lambda e=execution: e.train(steps)}, rounds, device, warmup=0)[""] / steps
-            base, batch, more = base or value, execution.batches.batch_size, ("-",) * 2
+            execution.train(WARMUP if on_gpu else 1)
+            memory, products = ("-",) * 2, "-"
             if on_gpu:
                 most = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-                more = tuple(f"{memory / 2**30:.1f}" for memory in most)
+                memory = tuple(f"{size / 2**30:.1f}" for size in most)
+            functions = {"": lambda e=execution: e.train(steps)}
+            if experiment is C10:
+                alone = cifar10_products(execution)
+                functions["alone"] = lambda f=alone: [f() for _ in range(steps)]
+            seconds = in_turns(functions, rounds, device)
+            value, batch = seconds[""] / steps, execution.batches.batch_size
+            base = base or value
+            if experiment is C10:
+                products = f"{seconds[''] / seconds['alone']:.2f}"
             test = in_turns({"": execution.test}, 1, device, int(on_gpu))[""] / len(dataset.test) * 10_000
-            speed = (f"{value * 1e3:.1f}", f"{value * images / batch:,.1f}", f"{base / value:.1f}")
+            speed = (f"{value * 1e3:.1f}", f"{value * images / batch:,.1f}", f"{base / value:.1f}", products)
             flop = f"{FLOP[experiment.name] * batch / value / 1e12:.2f}" if execution.published else "-"
-            yield name, *speed, flop, *more, f"{test:.2f}", f"{rounds} x {steps}"
+            yield name, *speed, flop, *memory, f"{test:.2f}", f"{rounds} x {steps}"
         except Exception as error:  # of one execution, such as too little memory; the others go on
             yield name, one_line(error)[:200], *("-",) * (len(STEP_HEAD) - 1)
         finally:
-            execution = None  # frees its memory
+            execution = functions = alone = None  # frees their memory
 
 
-def cifar10_products(width: int, batch: int, dtype: torch.dtype, device: torch.device, T: int = 8) -> Callable:
+def cifar10_products(execution: Execution) -> Callable[[], None]:
     """The convolutions and products of a training step of Cifar10Net alone, forward and back, channels-last."""
+    options, device = execution.options, execution.device
+    dtype = torch.bfloat16 if execution.precision == "bf16" else torch.float32
+    width, batch = options.width, options.batch_size
+    rows = options.T * batch
 
     def made(*shape: int) -> Tensor:
         x = torch.randn(shape, device=device).to(dtype)
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     def spikes(*shape: int) -> Tensor:
-        return (made(*shape) > 1).to(dtype)
+        return (made(*shape) > 1).to(dtype).requires_grad_()
 
-    layers = [(functional.conv2d, made(batch, 3, 32, 32), made(width, 3, 3, 3))]
-    for size in (32, 32, 16, 16, 16):
-        x = spikes(T * batch, width, size, size).requires_grad_()
-        layers.append((functional.conv2d, x, made(width, width, 3, 3)))
-    layers.append((functional.linear, spikes(T * batch, 64 * width).requires_grad_(), made(8 * width, 64 * width)))
-    layers.append((functional.linear, spikes(T * batch, 8 * width).requires_grad_(), made(100, 8 * width)))
-    tasks = []
-    for product, x, weight in layers:
-        product = partial(product, padding=1) if product is functional.conv2d else product
-        with torch.no_grad():
-            shape = product(x, weight).shape
-        tasks.append((product, x, weight.requires_grad_(), made(*shape)))
+    convolution = partial(functional.conv2d, padding=1)
+    layers = [(convolution, made(batch, 3, 32, 32), made(width, 3, 3, 3))]
+    layers += [(convolution, spikes(rows, width, n, n), made(width, width, 3, 3)) for n in (32, 32, 16, 16, 16)]
+    layers.append((functional.linear, spikes(rows, 64 * width), made(8 * width, 64 * width)))
+    layers.append((functional.linear, spikes(rows, 8 * width), made(100, 8 * width)))
+    with torch.no_grad():
+        tasks = [(product, x, w.requires_grad_(), made(*product(x, w).shape)) for product, x, w in layers]
 
     def run() -> None:
+        set_precision(execution.precision, device)
         for product, x, weight, gradient in tasks:
             torch.autograd.grad(product(x, weight), [t for t in (x, weight) if t.requires_grad], gradient)
 
     return run
 
 
-def bench_cifar10(device: torch.device, rounds: int, batch: int, width: int = 256) -> Tables:
-    """Training steps on noise beside their convolutions and products alone; an epoch has 50 000 images."""
-    n = max(64, 4 * batch)
-    dataset = data.Dataset(noise(n, 3, 32, 32), noise(n, 3, 32, 32))
-    on_gpu = device.type == "cuda"
-    eager, steps = "layer by layer, eager, fp32", 100 if on_gpu else 1
-    kinds = {eager: "--no-compile --precision fp32"}
-    kinds |= {f"fused, {p}": f"--precision {p}" for p in (("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"))}
-    rows, base = [], None
-    for name, line in kinds.items():
-        execution = Execution(C10, dataset, device, f"-b {batch} --width {width} {line}")
-        dtype = torch.bfloat16 if "bf16" in line else torch.float32
-        alone = cifar10_products(width, batch, dtype, device)
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            execution.train(10)
-        functions = {"step": lambda e=execution: e.train(steps), "alone": lambda f=alone: [f() for _ in range(steps)]}
-        seconds = in_turns(functions, rounds, device)
-        value, products = seconds["step"] / steps, seconds["alone"] / steps
-        base = base or value
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "-"
-        test = in_turns({"": execution.test}, 1, device)[""] / n * 10_000 if on_gpu else None
-        speed = (
-            f"{value * 1e3:.1f}",
-            f"{value * 50_000 / batch:,.1f}",
-            f"{value / products:.2f}",
-            f"{base / value:.2f}",
-        )
-        rows.append((name, *speed, memory, f"{test:.2f}" if test else "-"))
-        del execution, alone, functions
-    head = (f"CIFAR-10, Grad R, width {width}, batch {batch}, T 8", "ms/step", "s/epoch", "x products", "speed-up")
-    title = f"CIFAR-10 training beside its products ({rounds} rounds of {steps} steps in turns, medians)"
-    yield table(title, (*head, "GiB", "s/test set"), rows)
+def bench_cifar10(device: torch.device, rounds: int, batch: int, width: int) -> Tables:
+    """Training steps on noise, beside their convolutions and products alone."""
+    on_gpu, sizes = device.type == "cuda", f"-b {batch} --width {width}"
+    dataset = data.Dataset(noise(4 * batch, 3, 32, 32), noise(4 * batch if on_gpu else batch, 3, 32, 32))
+    executions = {
+        "step by step, eager, fp32": dict(line=f"{sizes} --no-compile", step_mode="s"),
+        "layer by layer, eager, fp32": dict(line=f"{sizes} --no-compile"),
+    }
+    for precision in ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"):
+        executions[f"layer by layer, fused, {precision}"] = dict(line=f"{sizes} --precision {precision}")
+    rows = list(step_rows(C10, dataset, device, executions, rounds, 100 if on_gpu else 1))
+    yield table("CIFAR-10 training (medians)", (f"Grad R, width {width}, batch {batch}, T 8", *STEP_HEAD), rows)
 
 
 def ceiling(device: torch.device) -> Tables:
@@ -296,8 +286,8 @@ def main(argv: list[str] | None = None) -> int:
         if "equality" in options.only:
             yield from bench_equality(dataset, device)
         if "c10" in options.only:
-            yield from bench_cifar10(device, rounds, batch=16)
-            yield from bench_cifar10(device, rounds, batch=128, width=64)
+            for width, batch in ((256, 16), (64, 128)):
+                yield from bench_cifar10(device, rounds if on_gpu else min(rounds, 3), batch, width)
 
     return run(options, device, ("torch", "torchvision", "spikingjelly"), measure)
 
