@@ -1,11 +1,13 @@
-"""Fused CPU kernels for the MNIST network and the rewiring optimizers: compiled at first use, called through ctypes.
+"""Fused kernels for the networks and the rewiring optimizers: in C, compiled at first use, called through ctypes.
+
+For the blocks of the CIFAR-10 network there are kernels in Triton as well, for GPUs (docs/kernels.md).
 
 They compute what the modules of SpikingJelly and torch compute, within rounding, in a fraction of the time
 (benchmarks/RESULTS.md). Where there is no C compiler, :func:`unavailable` says so and the modules run. They work on
 bare memory: they refuse what they cannot take with :class:`Unfit`, a ValueError, before anything is changed.
 
-A file for each thing computed holds its interface, and beside it lies its C code: ``neurons``, ``images``, ``updates``.
-To add a kernel, add such a pair; :data:`build.ARGUMENTS` names the C functions.
+A file for each thing computed holds its interface, and beside it lies its C code: ``neurons``, ``images``, ``updates``,
+``blocks``. To add a kernel, add such a pair; :data:`build.ARGUMENTS` names the C functions.
 """
 
 from spiking_kernels.build import Unavailable, unavailable

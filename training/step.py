@@ -200,7 +200,7 @@ class TrainingStep:
         current.wait_stream(self.stream)
 
     def _plain(self, *batch: Tensor) -> Taken:
-        """A step without anything compiled."""
+        """A step whose optimizers are not compiled. (A network compares its kernels with its layers itself.)"""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups if group.get("fused")]
         for group in groups:
             group["fused"] = False
