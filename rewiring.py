@@ -567,7 +567,7 @@ def _looks(tensors: list[Any]) -> list[Any] | None:
         # one list for each: faster than all of a tensor after the other
         shape = [x.shape for x in tensors], [*map(Tensor.stride, tensors)]
         return [[*map(id, tensors)], [*map(Tensor.data_ptr, tensors)], storage, *kind, *shape]
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, RuntimeError):
         return None
 
 
