@@ -1,7 +1,7 @@
 """The fuzzer, in short (make fuzz is the long form), and that it notices what it is there for."""
 
 import copy
-import time
+import os
 from pathlib import Path
 
 import fuzz
@@ -83,8 +83,8 @@ class Loads:
         raise Unreadable("a file is damaged")
 
     def is_slow(self, path):
-        start = time.process_time()
-        while time.process_time() - start < 0.1:
+        start = sum(os.times()[:4])  # the fuzzer's clock: another one may tick more finely
+        while sum(os.times()[:4]) - start < 0.1:
             pass
         raise Unreadable(f"{path} is damaged")
 
