@@ -1,13 +1,12 @@
-"""The grid of an experiment, with one command. See --help."""
+"""A grid, with one command. See --help."""
 
 import argparse
 import re
 import sys
 from collections.abc import Sequence
 
-from analysis.experiments import EXPERIMENTS
 from reproduce import entries, grid, outcome, records, runner, slurm
-from training.command_line import Parser, check_writable, command, file_path, folder_path, whole_number
+from training.command_line import Parser, check_writable, command, either, file_path, folder_path, whole_number
 from training.errors import Refusal
 from training.options import REPOSITORY
 
@@ -17,10 +16,10 @@ WHOLE = (1, 1)  # the shard that is all of the grid
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m reproduce",
-        description="Runs the grid of an experiment. Each row is a command line, which is printed.",
+        description="Runs a grid. Each row is a command line of an experiment, which is printed.",
         epilog="The same command skips finished rows and continues interrupted ones.",
     )
-    parser.add_argument("experiment", choices=sorted(EXPERIMENTS), help="its grid is reproduce/<experiment>.toml")
+    parser.add_argument("grid", choices=grid.names(), help="it is reproduce/<grid>.toml")
     add, folder = parser.add_argument, {"type": folder_path, "metavar": "DIR"}
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--list", action="store_true", help="print the rows and the time that is left (default: run the rows)")
@@ -30,18 +29,22 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     instead("--slurm", type=file_path, metavar="FILE", help=text)
     add("--jobs", type=whole_number(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
     add("--shard", type=_shard, default=WHOLE, metavar="I/N", help="part I of N of the rows (default: 1/1, all)")
+    text = "run only the rows of the groups with this title; may be repeated (default: run all)"
+    add("--title", action="append", metavar="TITLE", help=text)
+    text = "run only the first K rows (default: run all)"
+    add("--first", type=whole_number(1), metavar="K", help=text)
     add("--without", **folder, help="leave out the rows that the outcome in DIR has (default: take all)")
     text = "folder that holds the data set (default: data, in the repository)"
     add("--dataset-dir", **folder, default=REPOSITORY / "data", help=text)
-    text = "folder for logs and models (default: runs/<experiment>-grid, in the repository)"
+    text = "folder for logs and models (default: runs/<grid>-grid, in the repository)"
     add("--dump-dir", **folder, help=text)
     options = parser.parse_args(argv)
     if options.slurm and options.shard != WHOLE:
         raise Refusal("argument --shard: not allowed with --slurm, which divides all rows among the tasks of its array")
-    for name in ("shard", "without"):
+    for name in ("shard", "title", "first", "without"):
         if options.outcome and getattr(options, name) not in (WHOLE, None):
             raise Refusal(f"argument --{name}: not allowed with --outcome, which covers all rows")
-    options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.experiment}-grid"
+    options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.grid}-grid"
     return options
 
 
@@ -55,13 +58,18 @@ def _shard(text: str) -> tuple[int, int]:
 @command
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    rows = grid.load(options.experiment)
+    rows = grid.load(options.grid)
     if options.without:
         known = {line["command"] for line in entries.recorded(options.without)}
         if not known:
             raise Refusal(f"argument --without: no outcome of finished rows in {options.without}")
         rows = [row for row in rows if row.command not in known]
-    rows = grid.shard(rows, *options.shard)
+    if options.title:
+        if unknown := set(options.title) - {row.title for row in rows}:
+            titles = either(dict.fromkeys(repr(row.title) for row in rows)) if rows else "none is left"
+            raise Refusal(f"argument --title: {min(unknown)!r} is no title of the rows: {titles}")
+        rows = [row for row in rows if row.title in options.title]
+    rows = grid.shard(rows[: options.first], *options.shard)
     if options.slurm:
         tasks = slurm.write(options, rows)
         print(f"{options.slurm}: {tasks} tasks; submit it with: sbatch {options.slurm}")

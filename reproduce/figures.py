@@ -78,7 +78,9 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
         label = "{}, {} epochs".format(*line)
         axes.errorbar(x, y, y_error, x_error, label=label, linewidth=1, capsize=2, **look)
     row = summaries[0].row
-    for published in PUBLISHED.get((row.experiment, row.options.dataset), ()):
+    options = row.options
+    as_published = (options.width, options.T) == (options.defaults["width"], options.defaults["T"])
+    for published in PUBLISHED.get((row.experiment, options.dataset), ()) if as_published else ():
         x, y = 100 * np.array(published.points).T
         look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
         axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)

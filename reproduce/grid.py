@@ -1,4 +1,4 @@
-"""An experiment's grid: a TOML table of rows. Each row is a command line of the experiment's script."""
+"""A grid: a TOML table of rows. Each row is a command line of an experiment's script."""
 
 import shlex
 import tomllib
@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from analysis.experiments import EXPERIMENTS
-from training.command_line import format_number
+from training.command_line import either, format_number
 from training.errors import Refusal
 from training.methods import METHODS, Method
 from training.methods.method import PENALTY
@@ -25,6 +25,7 @@ class Row:
     """One run of the grid, up to a number of epochs."""
 
     experiment: str  # the name of the one whose script runs it
+    heading: str  # of the grid's figures
     title: str  # of its group
     ablation: bool  # whether the group is one, not a method to compare
     argv: tuple[str, ...]  # what the script is given, but for the places (--dataset-dir, --dump-dir, -gpu)
@@ -67,20 +68,31 @@ class Row:
         return shlex.join(["python", f"{self.experiment}/{self.experiment}.py", *self.argv])
 
 
-def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
-    """Reads ``<experiment>.toml``: the rows, the first seed first, methods before ablations, in the table's order.
+def names(folder: Path = FOLDER) -> list[str]:
+    """The names of the grids in a folder."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
 
-    ``options``, ``epochs`` and ``seeds`` of the table hold for all groups but those that have their own. A group has a
-    ``title``, what its rows share in ``method``, and its ``variants``; ``ablation = true`` keeps it out of comparisons.
+
+def load(name: str, folder: Path = FOLDER) -> list[Row]:
+    """Reads ``<name>.toml``: the rows, the first seed first, methods before ablations, in the table's order.
+
+    The head of the table may name the ``experiment``, which else is the grid's name, and a ``title`` for the figures,
+    in which ``{T}``, say, is the first row's option. With ``ablations_last = false`` ablations keep their place.
+    ``options``, ``epochs`` and ``seeds`` hold for all groups but those that have their own. A group has a ``title``,
+    what its rows share in ``method``, and its ``variants``; ``ablation = true`` keeps it out of comparisons.
 
     Raises:
         Refusal: the table, or a command line that it gives, is not accepted; the message names it.
     """
-    path = folder / f"{experiment}.toml"
+    path = folder / f"{name}.toml"
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path}: {error}") from None
+    experiment, heading = table.pop("experiment", name), table.pop("title", name)
+    in_place = not table.pop("ablations_last", True)
+    if experiment not in EXPERIMENTS:
+        raise Refusal(f"{path}: experiment must be {either(EXPERIMENTS)}, not {experiment!r}")
     rows: list[tuple[tuple[int, bool], Row]] = []
     for group in table.get("group", []):
         settings = {**table, **group}
@@ -93,9 +105,12 @@ def load(experiment: str, folder: Path = FOLDER) -> list[Row]:
             argv = [*shlex.split(" ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
             try:
                 options = read(EXPERIMENTS[experiment], argv)
+                row = Row(experiment, heading.format_map(vars(options)), title, ablation, tuple(argv), options)
             except Refusal as refusal:
                 raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
-            rows.append(((place, ablation), Row(experiment, title, ablation, tuple(argv), options)))
+            except (LookupError, ValueError, AttributeError):
+                raise Refusal(f"{path}: title: names in braces must be those of options: {heading!r}") from None
+            rows.append(((place, ablation and not in_place), row))
     found: dict[str, Row] = {}
     longest: dict[str, int] = {}
     for _, row in sorted(rows, key=lambda row: row[0]):

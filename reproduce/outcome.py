@@ -37,7 +37,7 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
         "equal_connectivity.md": equal_connectivity(summaries),
         "commands.md": _commands(entries, [row for row in rows if row not in done]),
     }
-    name = rows[0].experiment
+    name = rows[0].heading
     main, ablations = ([summary for summary in summaries if summary.row.ablation == which] for which in (False, True))
     if main:
         files["plane.png"] = figures.plane(main, f"{name}: accuracy against connectivity")

@@ -13,9 +13,9 @@ from training.options import REPOSITORY
 
 SCRIPT = """\
 #!/bin/bash
-# Made by: python -m reproduce {experiment} --slurm {file}
+# Made by: python -m reproduce {grid} --slurm {file}
 # Submit with: sbatch {file}    (options of sbatch before the file replace those below: --partition=gpu --time=8:00:00)
-#SBATCH --job-name=reproduce-{experiment}
+#SBATCH --job-name=reproduce-{grid}
 #SBATCH --array=1-{tasks}
 #SBATCH --gpus=1
 #SBATCH --cpus-per-task=4
@@ -36,7 +36,7 @@ trap again USR1
 trap 'kill -TERM "$runner"; wait "$runner"; exit' TERM  # preempted, to be queued again by --requeue, or cancelled
 
 cd {repository} || exit
-{python} -m reproduce {experiment} --shard "$SLURM_ARRAY_TASK_ID/{tasks}" --jobs {jobs} \\
+{python} -m reproduce {grid} --shard "$SLURM_ARRAY_TASK_ID/{tasks}" --jobs {jobs} \\
     --dataset-dir {dataset_dir} --dump-dir {dump_dir} {more}&
 runner=$!
 wait "$runner"
@@ -50,8 +50,11 @@ def write(options: Namespace, rows: Sequence[Row]) -> int:
     paths = {"file": options.slurm, "repository": REPOSITORY, "python": sys.executable}
     paths |= {"dataset_dir": data, "dump_dir": dump, "log": dump / "rows" / "slurm-%a.log"}
     quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
-    more = f"--without {shlex.quote(str(options.without.absolute()))} " if options.without else ""
-    text = SCRIPT.format(**quoted, experiment=options.experiment, tasks=tasks, jobs=options.jobs, more=more)
+    words = [word for title in options.title or [] for word in ("--title", title)]
+    words += ["--first", str(options.first)] if options.first else []
+    words += ["--without", str(options.without.absolute())] if options.without else []
+    more = f"{shlex.join(words)} " if words else ""
+    text = SCRIPT.format(**quoted, grid=options.grid, tasks=tasks, jobs=options.jobs, more=more)
     check_writable("--dump-dir", dump / "rows")  # Slurm does not make the folder of its logs
     with output_file("--slurm", options.slurm, parents=True) as temporary, files.naming(options.slurm):
         temporary.write_text(text, encoding="utf-8")

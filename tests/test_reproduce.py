@@ -163,6 +163,13 @@ def test_rows_are_commands_the_first_seed_first_methods_before_ablations(rows):
         ("epochs = 1\n", "", r"a group has no epochs"),
         ("seeds = [2020, 1]\n", "", r"a group has no seeds"),
         ("[[group]]", "[[group", r"mnist\.toml: "),
+        (
+            "epochs = 1\n",
+            'epochs = 1\nexperiment = "mnits"\n',
+            r"mnist\.toml: experiment must be mnist or c10, not 'mnits'",
+        ),
+        ("epochs = 1\n", 'epochs = 1\ntitle = "{no_such}"\n', r"mnist\.toml: title: .*'\{no_such\}'"),
+        ("epochs = 1\n", 'epochs = 1\ntitle = "{"\n', r"mnist\.toml: title: .*'\{'"),
         ("epochs = 1\n", "epochs = 3\n", r"-N 2 --seed 2020 has to come before that of 3 epochs"),
     ],
 )
@@ -170,6 +177,55 @@ def test_a_faulty_table_is_refused(tmp_path, old, new, message):
     (tmp_path / "mnist.toml").write_text(TABLE.replace(old, new, 1))
     with pytest.raises(Refusal, match=message):
         grid.load("mnist", tmp_path)
+
+
+def test_the_head_of_a_table_names_its_experiment_its_figures_and_the_place_of_its_ablations(tmp_path):
+    head = 'experiment = "mnist"\ntitle = "width {width}, {epoch} epochs"\nablations_last = false\n'
+    first = '[[group]]\ntitle = "early"\nablation = true\nseeds = [2020]\nvariants = ["-m no_prune -T 2"]\n'
+    (tmp_path / "small.toml").write_text(head + TABLE.replace("[[group]]", f"{first}\n[[group]]", 1))
+    (tmp_path / "mnist.toml").write_text(TABLE.replace("[[group]]", f"{first}\n[[group]]", 1))
+    assert grid.names(tmp_path) == ["mnist", "small"]
+    small, plain = grid.load("small", tmp_path), grid.load("mnist", tmp_path)
+    titles = ["early", "dense", "Grad R", "Grad R", "long", "high rate", "dense", "Grad R", "Grad R"]
+    assert [row.title for row in small] == titles
+    assert [row.title for row in plain] == [*titles[1:5], "early", *titles[5:]]
+    assert {row.command for row in small} == {row.command for row in plain}
+    assert [row.heading for row in small[3:5]] == ["width 800, 1 epochs", "width 800, 2 epochs"]
+    assert {row.heading for row in plain} == {"mnist"}
+
+
+def test_the_narrow_grid_has_its_most_telling_rows_first():
+    rows = grid.load("c10-narrow")
+    assert {row.experiment for row in rows} == {"c10"}
+    first = [row for row in rows if row.seed == 2020]
+    assert rows[: len(first)] == first
+    assert [row.title for row in first] == [
+        *[
+            "dense",
+            *["Grad R"] * 3,
+            *["Deep R"] * 3,
+            *["Grad R, constant penalty"] * 3,
+            *["Grad R, plain gradient"] * 3,
+        ],
+        *["Grad R"] * 2,
+        *["soft Deep R"] * 2,
+        *("Grad R, no prior", "Deep R with noise"),
+    ]
+    assert [row.options.connectivity for row in first if row.title == "Grad R"] == [0.1, 0.05, 0.02, 0.3, 0.01]
+    assert [row.options.sparsity for row in first if row.title == "Deep R"] == [0.9, 0.95, 0.98]
+    constant, plain = (
+        [row.options.penalty for row in first if row.title == f"Grad R, {kind}"]
+        for kind in ("constant penalty", "plain gradient")
+    )
+    assert constant == plain
+    for seed in (1, 2):
+        again = [row.command.replace(f"--seed {seed}", "--seed 2020") for row in rows if row.seed == seed]
+        assert again == [row.command for row in [*first[:7], *first[10:13]]]
+    shared = ("recipe", "epoch", "batch_size", "learning_rate", "T", "width", "precision")
+    assert len({tuple(getattr(row.options, name) for name in shared) for row in rows}) == 1
+    options = rows[0].options
+    (heading,) = {row.heading for row in rows}
+    assert all(text in heading for text in (f"width {options.width}", f"T {options.T}", f"{options.epoch} epochs"))
 
 
 @pytest.mark.parametrize("experiment", ["mnist", "c10"])
@@ -499,6 +555,49 @@ def test_the_list_says_what_is_done_and_what_is_left(tmp_path, monkeypatch, caps
     assert "3 rows failed:" in capsys.readouterr().out
 
 
+def test_some_titles_or_the_first_rows_are_run_alone(tmp_path, monkeypatch, capsys, rows, stub):
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+
+    def listed(*argv):
+        assert reproduce.main(["mnist", "--list", "--dump-dir", str(stub), *argv]) == 0
+        return [line.removeprefix("to do  ") for line in capsys.readouterr().out.splitlines()[:-1]]
+
+    def of(*some):
+        return [row.command for row in some]
+
+    grad, high = [row for row in rows if row.title == "Grad R"], rows[4]
+    assert listed("--title", "Grad R") == of(*grad)
+    assert listed("--title", "high rate", "--title", "Grad R") == of(*grad[:2], high, *grad[2:])
+    assert listed("--first", "2") == of(*rows[:2])
+    assert listed("--first", "99") == of(*rows)
+    assert listed("--first", "3", "--title", "Grad R") == of(*grad[:3])
+    assert listed("--first", "3", "--shard", "2/2") == of(rows[1])
+    assert reproduce.main(["mnist", "--dump-dir", str(stub), "--first", "1", "--title", "Grad R"]) == 0
+    assert [row for row in rows if records.finished(stub, row)] == grad[:1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--title", "Deep"],
+            r"argument --title: 'Deep' is no title of the rows: 'dense', 'Grad R', 'long' or 'high rate'",
+        ),
+        (["--first", "0"], r"argument --first: must be "),
+        (["--first", "2", "--outcome", "results"], r"argument --first: not allowed with --outcome"),
+        (["--title", "Grad R", "--outcome", "results"], r"argument --title: not allowed with --outcome"),
+    ],
+)
+def test_a_choice_of_rows_that_is_none_is_refused(argv, message, tmp_path, monkeypatch, capsys, rows):
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["mnist", "--dump-dir", str(tmp_path), *argv]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err)
+    assert err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_list_whose_reader_ends_is_no_error(tmp_path):
     """As of ``| head``, here before the first line."""
     reader, writer = os.pipe()
@@ -579,6 +678,17 @@ def test_a_warned_task_stops_its_rows_and_queues_again(task, number, requeued):
     assert (place / "stopped").read_text() == str(int(signal.SIGTERM))
     assert ((place / "scontrol").read_text() if requeued else None) == requeued
     assert (place / "scontrol").exists() == bool(requeued)
+
+
+def test_a_task_of_an_array_takes_the_chosen_rows_only(tmp_path):
+    array = tmp_path / "array.sh"
+    argv = ["--slurm", str(array), "--dump-dir", str(tmp_path), "--title", "Grad R", "--first", "3"]
+    assert reproduce.main(["c10-narrow", *argv, "--title", "Deep R"]) == 0
+    text = array.read_text()
+    assert "\n#SBATCH --array=1-3\n" in text
+    words = shlex.split(re.search(r"-m (reproduce .*?)&", text, re.DOTALL)[1].replace("\\\n", " "))
+    assert words[:2] == ["reproduce", "c10-narrow"]
+    assert words[-6:] == ["--title", "Grad R", "--title", "Deep R", "--first", "3"]
 
 
 def test_an_array_is_of_all_rows(tmp_path, capsys):
@@ -725,6 +835,36 @@ def test_the_texts_of_the_kept_results_are_written_again_as_they_are(tmp_path, m
         assert name.endswith(".png") or before[name] == after[name], name
 
 
+def test_a_grid_that_is_not_finished_has_an_outcome_the_same_every_time(tmp_path, monkeypatch, stub):
+    table = 'experiment = "mnist"\ntitle = "width {width}, T {T}, {epoch} epochs"\n' + TABLE
+    (tmp_path / "small.toml").write_text(table)
+    rows = grid.load("small", tmp_path)
+    monkeypatch.setattr(reproduce.grid, "load", lambda name: rows)
+    headings = []
+    original = figures._png
+    monkeypatch.setattr(figures, "_png", lambda figure, text: headings.append(text) or original(figure, text))
+    runner.Runner(stub, [], 1).run([rows[0], rows[2]])
+    contents = []
+    for _ in range(2):
+        assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(tmp_path / "out")]) == 0
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+    assert contents[0] == contents[1]
+    assert contents[0]["table.md"].startswith(b"2 of 8 rows")
+    assert all(text.startswith("width 800, T 8, 1 epochs: ") for text in headings)
+    assert len(headings) == 6  # plane, epochs and rewiring, twice
+
+
+@pytest.mark.parametrize(("options", "shown"), [("", True), ("-T 4", False), ("--width 32", False)])
+def test_published_results_are_shown_beside_those_of_the_published_network(options, shown, monkeypatch):
+    labels = []
+    monkeypatch.setattr(figures, "_png", lambda figure, text: labels.extend(figure.legends[0].get_texts()))
+    argv = shlex.split(f"-m no_prune -N 1 {options}")
+    row = grid.Row("c10", "c10", "dense", False, tuple(argv), read(EXPERIMENTS["c10"], argv))
+    numbers = {"test_accuracy": 0.5, "connectivity": 1.0}
+    figures.plane([tables.Summary((entries.Entry(row, numbers, {}, []),), 0.5)], "")
+    assert any("published" in label.get_text() for label in labels) == shown
+
+
 def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
     before = contents(results)
     assert before["table.md"].startswith(b"7 of 8 rows")
@@ -846,7 +986,7 @@ def test_the_front_has_what_is_most_accurate_with_so_few_connections():
 def test_methods_are_compared_at_equal_connectivity():
     def entry(title, seed, connectivity, accuracy, penalty, epochs=60, ablation=False):
         argv = shlex.split(f"-m grad -s 0.95 -penalty {penalty} -N {epochs} --seed {seed}")
-        row = grid.Row("mnist", title, ablation, tuple(argv), read(EXPERIMENTS["mnist"], argv))
+        row = grid.Row("mnist", "mnist", title, ablation, tuple(argv), read(EXPERIMENTS["mnist"], argv))
         return entries.Entry(row, {"connectivity": connectivity, "test_accuracy": accuracy}, {}, [])
 
     some = [
