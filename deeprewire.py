@@ -4,7 +4,6 @@ Bellec, Kappel, Maass, Legenstein, "Deep Rewiring: Training very sparse deep net
 here derived from Adam as in Chen et al., IJCAI 2021, doi 10.24963/ijcai.2021/236.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -180,16 +179,7 @@ class DeepRewiring(RewiringOptimizer):
             draws["uniform"] = torch.rand_like(param, dtype=dtype)
         return draws
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
-        T, soft = settings["T"] or 0.0, tensors[-1] is not None
-        draws = T > 0 or (not soft and settings["max_s"] < 1)
-        spiking_kernels.deep_rewiring_step(
-            *tensors,
-            seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0,
-            max_s=settings["max_s"],
-            eta=eta,
-            penalty=settings["l1"] * eta,
-            temperature=T * math.sqrt(eta),
-            theta_min=settings["theta_min"],
-            **adam,
-        )
+    def _kernel(self, memory: Any, grad: Tensor, settings: Any) -> None:
+        draws = settings.T > 0 or (settings.max_s < 1 and "theta" not in memory.named)
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0
+        spiking_kernels.deep_rewiring_step(memory, grad, settings, seed=seed)

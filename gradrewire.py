@@ -146,10 +146,8 @@ class GradRewiring(RewiringOptimizer):
                 param.grad = param.grad.clone()
             param.grad.masked_fill_(param == 0, 0)
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
-        alpha, mu = settings["alpha"], settings["mu"]
-        prior, mu = (0.0, 0.0) if alpha is None else (float(alpha) * eta, float(mu))
-        spiking_kernels.grad_rewiring_step(*tensors, eta=eta, prior=prior, mu=mu, **adam)
+    def _kernel(self, memory: Any, grad: Tensor, settings: Any) -> None:
+        spiking_kernels.grad_rewiring_step(memory, grad, settings)
 
 
 class ConnectivitySchedule:

@@ -199,10 +199,10 @@ class RewiringOptimizer(Optimizer):
         """The random numbers that the step of one parameter needs."""
         return {}
 
-    def _kernel(self, tensors: tuple[Tensor | None, ...], settings: dict[str, Any], eta: float, **adam: Any) -> None:
-        """Takes a step of one parameter, of size eta, with a kernel of spiking_kernels, which draws its own numbers.
+    def _kernel(self, memory: Any, grad: Tensor, settings: Any) -> None:
+        """Takes a step of one parameter with a kernel of spiking_kernels, which draws its own random numbers.
 
-        The tensors are weight, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq or None, sign, theta or None.
+        ``memory`` and ``settings`` are a Memory and Settings of spiking_kernels.
         """
         raise NotImplementedError
 
@@ -443,34 +443,19 @@ class RewiringOptimizer(Optimizer):
 
     def _fused(self, seen: "_Seen", group: dict[str, Any]) -> None:
         """Updates parameters in place, in one pass over memory."""
-        rest = [
-            (param, self._draw(param, group))
-            for param, memory in zip(seen.params, seen.memory, strict=True)
-            if memory is None or not self._kernel_step(param, memory, seen.settings)
-        ]
+        rest: Drawn = []
+        if seen.of_kernel is None and any(seen.memory):
+            seen.of_kernel = spiking_kernels.Settings(**seen.settings)
+        for param, memory in zip(seen.params, seen.memory, strict=True):
+            if memory is not None:
+                try:
+                    self._kernel(memory, param.grad, seen.of_kernel)
+                    continue
+                except spiking_kernels.Unfit:  # the gradient is not contiguous, say
+                    pass
+            rest.append((param, self._draw(param, group)))
         for some in _alike(rest):
             _compiled(self._update)(self._lists(some, seen), **seen.settings)
-
-    def _kernel_step(self, param: Tensor, memory: Any, settings: dict[str, Any]) -> bool:
-        """Takes the step of a parameter with a kernel; False if that does not take the gradient."""
-        (beta1, beta2), step = settings["betas"], self.state[param]["step"]
-        t = float(step) + 1
-        try:
-            self._kernel(
-                (param, param.grad, *memory.state),
-                settings,
-                eta=float(settings["lr"]) / (1 - beta1**t),
-                correction=math.sqrt(1 - beta2**t),
-                betas=(beta1, beta2),
-                eps=settings["eps"],
-                weight_decay=settings["weight_decay"] or 0.0,
-                maximize=settings["maximize"],
-                memory=memory,
-            )
-        except spiking_kernels.Unfit:  # it is not contiguous, say
-            return False
-        step.fill_(t)
-        return True
 
     def _lists(self, drawn: Drawn, seen: "_Seen") -> Lists:
         """The tensors of some parameters of a group, with the random numbers drawn for them."""
@@ -517,9 +502,8 @@ class RewiringOptimizer(Optimizer):
         fits = group["fused"] and group["prune"] and param.is_cpu and param.dtype == torch.float32
         if not fits or spiking_kernels is None or spiking_kernels.unavailable() is not None:
             return None
-        _, *keys = self._state_keys(group)
         try:
-            return spiking_kernels.Memory(param, **{key: self.state[param][key] for key in keys})
+            return spiking_kernels.Memory(param, **{key: self.state[param][key] for key in self._state_keys(group)})
         except spiking_kernels.Unfit:  # one is not contiguous, say
             return None
 
@@ -533,7 +517,7 @@ class RewiringOptimizer(Optimizer):
 
     def _values(self, group: dict[str, Any]) -> list[Any]:
         """The settings of a group, to be compared with those of the last step; True and 1 are different ones."""
-        values = [group.get(key) for key in self.defaults]
+        values = [*map(group.get, self.defaults)]
         return [*map(type, values), *values]
 
 
@@ -548,8 +532,9 @@ class _Seen:
     tensors: list[Any] = field(default_factory=list)  # kept, so that no other tensor gets the id of one
     looks: list[Any] | None = None
     memory: list[Any] = field(default_factory=list)  # of each parameter, if a kernel can work on it
+    of_kernel: Any = None  # the settings as the kernels take them
 
-    @property
+    @functools.cached_property
     def has_tensor(self) -> bool:
         """Whether a setting is a tensor, whose value may change without a trace."""
         return any(isinstance(value, Tensor) for value in self.values)

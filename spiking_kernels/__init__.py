@@ -14,4 +14,11 @@ from spiking_kernels.build import Unavailable, unavailable
 from spiking_kernels.images import affine_lookup
 from spiking_kernels.neurons import MAX_T, lif_linear_lif
 from spiking_kernels.tensors import Unfit
-from spiking_kernels.updates import NOISE_GROUP, Memory, deep_rewiring_draws, deep_rewiring_step, grad_rewiring_step
+from spiking_kernels.updates import (
+    NOISE_GROUP,
+    Memory,
+    Settings,
+    deep_rewiring_draws,
+    deep_rewiring_step,
+    grad_rewiring_step,
+)

@@ -29,7 +29,7 @@ PROBE = """int probe(int n) {
 SECONDS = 120  # for one call of the compiler; the kernels take one or two
 
 _pointer, _int, _int64, _uint64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_uint64
-_float, _double = ctypes.c_float, ctypes.c_double
+_double = ctypes.c_double
 ARGUMENTS = {  # of each function in C that Python calls
     "constant_lif_linear_forward": [_pointer] * 7 + [_int] * 5,
     "constant_lif_linear_backward": [_pointer] * 8 + [_int] * 5,
@@ -40,9 +40,9 @@ ARGUMENTS = {  # of each function in C that Python calls
     "block_backward_sums": [_pointer] * 7 + [_int] * 7,
     "block_backward": [_pointer] * 9 + [_int] * 8,
     "affine_lookup": [_pointer] * 5 + [_int64] + [_int] * 3,
-    "grad_rewiring_step": [_pointer] * 7 + [_int64] + [_float] * 11,
+    "grad_rewiring_step": [_pointer] * 2,
     "deep_rewiring_draws": [_pointer] * 2 + [_int64, _uint64, _double],
-    "deep_rewiring_step": [_pointer] * 7 + [_int64, _uint64, _double] + [_float] * 12,
+    "deep_rewiring_step": [_pointer] * 2 + [_uint64],
 }
 REFUSING = {"constant_lif_linear_forward", "affine_lookup"}  # return 1, having written nothing, for what they refuse
 

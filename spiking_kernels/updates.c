@@ -2,10 +2,52 @@
 
 #include "random.h"
 
-/* What one step of Grad Rewiring needs beside its tensors; scale is 1 / sqrt(1 - beta2^t), prior is alpha * eta or 0. */
+/* A parameter: its tensors, of n elements, and how many steps it has taken. updates.py has this and Settings, too. */
 typedef struct {
-    float beta1, one_minus_beta1, beta2, one_minus_beta2, scale, eps, eta, weight_decay, direction, prior, mu;
+    float *w;
+    const float *grad;
+    float *m, *v, *max_v; /* max_v is null without amsgrad */
+    const int8_t *sign;
+    float *theta; /* null in Deep R that is not soft */
+    float *steps;
+    int64_t n;
+} Parameter;
+
+/* The settings of its group, those of Adam first; direction is -1 to maximize. */
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay, direction, alpha, mu, l1, T, max_s, theta_min;
+} Settings;
+
+/* What a step needs beside its tensors: correction is sqrt(1 - beta2^t), scale its inverse, eta the step size. */
+typedef struct {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, correction, scale, eps, eta, weight_decay, direction;
+    float prior, mu;                   /* of Grad R: alpha * eta */
+    float penalty, temperature, bound; /* of Deep R: l1 * eta, T * sqrt(eta), the least theta */
 } Step;
+
+/* Begins the next step of a parameter; in double, as 1 - beta^t is small at first. */
+static Step begin(const Parameter *of, const Settings *s) {
+    const double t = *of->steps + 1.0, eta = s->lr / (1.0 - pow(s->beta1, t));
+    const float correction = sqrt(1.0 - pow(s->beta2, t));
+    *of->steps = (float)t;
+    return (Step){
+        .beta1 = s->beta1,
+        .one_minus_beta1 = 1.0 - s->beta1,
+        .beta2 = s->beta2,
+        .one_minus_beta2 = 1.0 - s->beta2,
+        .correction = correction,
+        .scale = 1.0f / correction,
+        .eps = s->eps,
+        .eta = eta,
+        .weight_decay = s->weight_decay,
+        .direction = s->direction,
+        .prior = s->alpha * eta,
+        .mu = s->mu,
+        .penalty = s->l1 * eta,
+        .temperature = s->T * sqrt(eta),
+        .bound = s->theta_min,
+    };
+}
 
 /* One weight: see gradrewire.GradRewiring, whose symbols these are. x is v, or its running maximum. */
 static inline void grad_rewiring_one(float *w, float g, float *m, float *v, float *x, float s, float *theta, Step p) {
@@ -51,16 +93,16 @@ static inline void grad_rewiring_sixteen(float *w, const float *g, float *m, flo
 }
 #endif
 
-/* One step of Grad Rewiring on n weights; max_v is null without amsgrad. */
-void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign, float *theta,
-                        int64_t n, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
-                        float correction, float eps, float eta, float weight_decay, float direction, float prior,
-                        float mu) {
-    const Step p = {beta1, one_minus_beta1, beta2,     one_minus_beta2, 1.0f / correction, eps,
-                    eta,   weight_decay,    direction, prior,           mu};
+/* One step of Grad Rewiring. */
+void grad_rewiring_step(const Parameter *of, const Settings *settings) {
+    const Step p = begin(of, settings);
+    float *w = of->w, *m = of->m, *v = of->v, *x = of->max_v ? of->max_v : v, *theta = of->theta;
+    const float *grad = of->grad;
+    const int8_t *sign = of->sign;
+    const int64_t n = of->n;
     int64_t done = 0;
 #ifdef __AVX512F__
-    if (!max_v && weight_decay == 0.0f) {
+    if (x == v && p.weight_decay == 0.0f) {
         const int stream = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
         done = n / 16 * 16;
         THREADED
@@ -69,7 +111,6 @@ void grad_rewiring_step(float *w, const float *grad, float *m, float *v, float *
         _mm_sfence();
     }
 #endif
-    float *x = max_v ? max_v : v;
     _Pragma("omp parallel for simd schedule(static)")
     for (int64_t i = done; i < n; i++)
         grad_rewiring_one(w + i, grad[i], m + i, v + i, x + i, (float)sign[i], theta + i, p);
@@ -92,17 +133,10 @@ void deep_rewiring_draws(float *normal, uint8_t *chosen, int64_t n, uint64_t see
     }
 }
 
-/* What one step of Deep R needs beside its tensors: penalty is l1 * eta, temperature T * sqrt(eta) or 0, bound the least
- * theta. */
-typedef struct {
-    float beta1, one_minus_beta1, beta2, one_minus_beta2, correction, eps, eta, weight_decay, direction, penalty,
-        temperature, bound;
-} DeepStep;
-
 #ifdef __AVX512F__
 /* Sixteen weights of Deep R, without weight decay and running maximum; for the rest see deep_rewiring_group. */
 static INLINE void deep_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
-                                         const float *noise, DeepStep p, int32_t counts[2]) {
+                                         const float *noise, Step p, int32_t counts[2]) {
     const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
     const __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
     const __m512 W = _mm512_loadu_ps(w), G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
@@ -140,7 +174,7 @@ static INLINE void deep_rewiring_sixteen(float *w, const float *g, float *m, flo
  * deeprewire.DeepRewiring does, whose symbols these are, so that the weights are bitwise the same. max_v is null without
  * amsgrad. Adds to counts the dormant connections and those of them that have a sign. */
 static INLINE void deep_rewiring_group(float *w, const float *grad, float *m, float *v, float *max_v,
-                                       const int8_t *sign, float *theta, const float *noise, int n, DeepStep p,
+                                       const int8_t *sign, float *theta, const float *noise, int n, Step p,
                                        int32_t counts[2]) {
     int done = 0;
 #ifdef __AVX512F__
@@ -219,27 +253,28 @@ static void reactivate(float *w, const int8_t *sign, int64_t n, uint64_t seed, d
     }
 }
 
-/* One step of Deep R on n weights, soft where theta is not null; max_v is null without amsgrad. Afterwards at most max_s
- * of the weights are dormant, in expectation; soft Deep R ignores max_s. */
-void deep_rewiring_step(float *w, const float *grad, float *m, float *v, float *max_v, const int8_t *sign, float *theta,
-                        int64_t n, uint64_t seed, double max_s, float beta1, float one_minus_beta1, float beta2,
-                        float one_minus_beta2, float correction, float eps, float eta, float weight_decay,
-                        float direction, float penalty, float temperature, float bound) {
-    const DeepStep p = {beta1, one_minus_beta1, beta2,     one_minus_beta2, correction,  eps,
-                        eta,   weight_decay,    direction, penalty,         temperature, bound};
+/* One step of Deep R, soft where there is theta. Afterwards at most max_s of the weights are dormant, in expectation;
+ * soft Deep R ignores max_s. */
+void deep_rewiring_step(const Parameter *of, const Settings *settings, uint64_t seed) {
+    const Step p = begin(of, settings);
+    float *w = of->w, *m = of->m, *v = of->v, *max_v = of->max_v, *theta = of->theta;
+    const float *grad = of->grad;
+    const int8_t *sign = of->sign;
+    const int64_t n = of->n;
+    const double max_s = settings->max_s;
     static const float zeros[GROUP];
     int64_t dormant = 0, candidates = 0;
     _Pragma("omp parallel for schedule(static) reduction(+ : dormant, candidates)")
     for (int64_t start = 0; start < n; start += GROUP) {
         const int size = (int)(n - start < GROUP ? n - start : GROUP);
         float drawn[GROUP];
-        const float *noise = temperature != 0.0f ? drawn : zeros;
+        const float *noise = p.temperature != 0.0f ? drawn : zeros;
         int32_t counts[2] = {0, 0};
-        if (temperature != 0.0f) {
+        if (p.temperature != 0.0f) {
             if (theta)
-                normals(seed, start / GROUP, size, temperature, drawn);
+                normals(seed, start / GROUP, size, p.temperature, drawn);
             else
-                noise_of_the_active(w + start, size, seed, start / GROUP, temperature, drawn);
+                noise_of_the_active(w + start, size, seed, start / GROUP, p.temperature, drawn);
         }
         /* with theta and max_v known to be null or not: a loop of its own for each case */
         float *W = w + start, *M = m + start, *V = v + start;
@@ -258,5 +293,5 @@ void deep_rewiring_step(float *w, const float *grad, float *m, float *v, float *
     }
     if (theta || max_s >= 1.0 || !candidates) return;
     const double probability = ((double)dormant - max_s * (double)n) / (double)candidates;
-    if (probability > 0.0) reactivate(w, sign, n, seed, probability < 1.0 ? probability : 1.0, eps);
+    if (probability > 0.0) reactivate(w, sign, n, seed, probability < 1.0 ? probability : 1.0, p.eps);
 }

@@ -1,5 +1,6 @@
 """One step of Grad Rewiring or of Deep R on a tensor of weights, and the random numbers that Deep R takes."""
 
+import ctypes
 import math
 from bisect import bisect_right
 from typing import Any
@@ -8,14 +9,37 @@ import torch
 from torch import Tensor
 
 from spiking_kernels import build
-from spiking_kernels.tensors import Unfit, apart, check, empty, pointer, whole
+from spiking_kernels.tensors import Unfit, apart, check, empty, whole
 
 NOISE_GROUP = 512  # weights that share a sequence of normal numbers
 MOST_WEIGHTS, MOST_SEEDS = 1 << 48, 1 << 64
 
 
+class _Parameter(ctypes.Structure):
+    """Parameter of updates.c."""
+
+    TENSORS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sign", "theta", "step")
+    _fields_ = [*((name, ctypes.c_void_p) for name in TENSORS), ("n", ctypes.c_int64)]
+
+
+class Settings(ctypes.Structure):
+    """Settings of updates.c, from those of the plain update; what is not given is 0."""
+
+    ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay", "direction")
+    _fields_ = [(name, ctypes.c_double) for name in (*ADAM, "alpha", "mu", "l1", "T", "max_s", "theta_min")]
+
+    def __init__(self, *, betas: tuple[float, float], maximize: bool, amsgrad: bool, **others: Any):
+        beta1, beta2 = betas
+        others = {name: float(value) for name, value in others.items() if value is not None}
+        super().__init__(
+            beta1=beta1, beta2=beta2, direction=-1 if maximize else 1, **{"theta_min": -math.inf, **others}
+        )
+
+
 class Memory:
-    """The tensors that the steps of a parameter work on, all but the gradient, as long as they stay as they are.
+    """The tensors that the steps of a parameter work on, as long as they stay as they are, and its last gradient.
+
+    All are contiguous and of one shape: float32, the sign int8. The step, float32, has no axes.
 
     Raises:
         Unfit: a tensor is not accepted, or two share memory.
@@ -24,6 +48,7 @@ class Memory:
     def __init__(
         self,
         param: Tensor,
+        step: Tensor,
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         max_exp_avg_sq: Tensor | None = None,
@@ -31,68 +56,51 @@ class Memory:
         sign: Tensor,
         theta: Tensor | None = None,
     ):
-        self.param, self.state = param, (exp_avg, exp_avg_sq, max_exp_avg_sq, sign, theta)
-        self.shape = getattr(param, "shape", None)
-        named = dict(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, sign=sign)
+        named = dict(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, sign=sign, step=step)
         named |= {k: x for k, x in (("max_exp_avg_sq", max_exp_avg_sq), ("theta", theta)) if x is not None}
         for name, tensor in named.items():
-            check(name, tensor, torch.int8 if name == "sign" else torch.float32, self.shape)
+            shape = () if name == "step" else getattr(param, "shape", None)
+            check(name, tensor, torch.int8 if name == "sign" else torch.float32, shape)
         apart(named, named.keys() - {"sign"})
         self.named, self.starts = named, sorted(tensor.data_ptr() for tensor in named.values())
-        self.first, *self.others = map(pointer, (param, *self.state))
+        self.parameter = _Parameter(n=param.numel(), **{name: tensor.data_ptr() for name, tensor in named.items()})
+        self.look: tuple[Any, ...] | None = ()  # of the gradient that was taken last
 
-    def pointers(self, grad: Tensor) -> list[int | None]:
-        """The addresses of all, the gradient after the parameter.
+    def take(self, grad: Tensor) -> Any:
+        """A pointer for C to the parameter, with this gradient.
 
         Raises:
             Unfit: the gradient is not accepted, or shares memory with what is written.
         """
-        check("grad", grad, torch.float32, self.shape)
-        start, size = grad.data_ptr(), grad.nbytes
-        near = bisect_right(self.starts, start - size)
-        if near < len(self.starts) and self.starts[near] < start + size:  # no tensor is larger than the gradient
-            apart({**self.named, "grad": grad}, self.named.keys() - {"sign"})
-        torch.autograd.graph.increment_version(self.param)  # or a graph that needs it would not know
-        return [self.first, start, *self.others]
+        if (look := _look(grad)) != self.look:
+            check("grad", grad, torch.float32, self.named["param"].shape)
+            start, size = grad.data_ptr(), grad.nbytes
+            near = bisect_right(self.starts, start - size)
+            if near < len(self.starts) and self.starts[near] < start + size:  # no tensor is larger than the gradient
+                apart({**self.named, "grad": grad}, self.named.keys() - {"sign"})
+            self.look, self.parameter.grad = look, start
+        torch.autograd.graph.increment_version(self.named["param"])  # or a graph that needs it would not know
+        return ctypes.byref(self.parameter)
 
 
-def _adam(
-    betas: tuple[float, float], correction: float, eps: float, eta: float, weight_decay: float, maximize: bool
-) -> tuple[float, ...]:
-    """What both updates take of Adam; correction is sqrt(1 - beta2^t), eta the step size, lr / (1 - beta1^t)."""
-    beta1, beta2 = betas
-    return beta1, 1 - beta1, beta2, 1 - beta2, correction, eps, eta, weight_decay, -1.0 if maximize else 1.0
+def _look(grad: Tensor) -> tuple[Any, ...] | None:
+    """All that the checks of a gradient look at; None if it has no memory."""
+    try:
+        storage = grad.untyped_storage().nbytes()
+        return type(grad), grad.data_ptr(), storage, grad.dtype, grad.device, grad.shape, grad.stride(), grad.is_neg()
+    except (AttributeError, RuntimeError):
+        return None
 
 
-def grad_rewiring_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    sign: Tensor,
-    theta: Tensor,
-    *,
-    prior: float,
-    mu: float,
-    memory: Memory | None = None,
-    **adam: Any,
-) -> None:
-    """One step of Grad Rewiring, in place, on contiguous float32 tensors of one shape (sign: int8).
-
-    Args:
-        prior: alpha * eta, or 0 where the prior is off.
-        mu: where the prior changes its sign.
-        memory: that of the tensors, if they were checked before.
-        adam: the arguments of :func:`_adam`.
+def grad_rewiring_step(memory: Memory, grad: Tensor, settings: Settings) -> None:
+    """One step of Grad Rewiring, in place.
 
     Raises:
-        Unfit: a tensor is not accepted, or two share memory; nothing has been changed.
+        Unfit: the gradient is not accepted, or there is no theta; nothing has been changed.
     """
-    if memory is None:
-        check("theta", theta, torch.float32)  # Deep R may have none
-        memory = Memory(param, exp_avg, exp_avg_sq, max_exp_avg_sq, sign=sign, theta=theta)
-    build.library().grad_rewiring_step(*memory.pointers(grad), param.numel(), *_adam(**adam), prior, mu)
+    if "theta" not in memory.named:
+        raise Unfit("theta is missing")
+    build.library().grad_rewiring_step(memory.take(grad), ctypes.byref(settings))
 
 
 def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, Tensor]:
@@ -115,43 +123,17 @@ def deep_rewiring_draws(n: int, seed: int, probability: float) -> tuple[Tensor, 
     return normal, chosen
 
 
-def deep_rewiring_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
-    sign: Tensor,
-    theta: Tensor | None,
-    *,
-    seed: int,
-    max_s: float,
-    penalty: float,
-    temperature: float,
-    theta_min: float | None,
-    memory: Memory | None = None,
-    **adam: Any,
-) -> None:
-    """One step of Deep R, soft where theta is given, in place, on contiguous float32 tensors of one shape (sign: int8).
+def deep_rewiring_step(memory: Memory, grad: Tensor, settings: Settings, seed: int) -> None:
+    """One step of Deep R, soft where there is theta, in place.
 
     With the numbers of :func:`deep_rewiring_draws`, every operation is rounded as in the plain update on a CPU
     with fused multiply-add, but for torch's square root, which is not always the nearest float.
 
     Args:
         seed: of the step's random numbers, in [0, 2^64).
-        max_s: as of :class:`deeprewire.DeepRewiring`.
-        penalty: l1 * eta.
-        temperature: of the noise, T * sqrt(eta); with 0, none is drawn.
-        theta_min: lower bound of theta, or None.
-        memory, adam: as of :func:`grad_rewiring_step`.
 
     Raises:
-        Unfit: a tensor or the seed is not accepted, or two tensors share memory; nothing has been changed.
+        Unfit: the gradient or the seed is not accepted; nothing has been changed.
     """
     whole("seed", seed, 0, MOST_SEEDS - 1)
-    memory = memory or Memory(param, exp_avg, exp_avg_sq, max_exp_avg_sq, sign=sign, theta=theta)
-    build.library().deep_rewiring_step(
-        *memory.pointers(grad),
-        *(param.numel(), seed, max_s, *_adam(**adam)),
-        *(penalty, temperature, -math.inf if theta_min is None else theta_min),
-    )
+    build.library().deep_rewiring_step(memory.take(grad), ctypes.byref(settings), seed)

@@ -89,28 +89,31 @@ def affine_lookup(data):
         assert foreign or not many
 
 
-def adam(data, n):
-    """What both updates take."""
-    param, grad, exp_avg, exp_avg_sq = (data.draw(floats(n)) for _ in range(4))
-    maximum, theta = data.draw(st.none() | floats(n)), data.draw(floats(n))
+def memory_of(data, n, theta=True):
+    """What both updates work on, and a gradient."""
+    tensors = {name: data.draw(floats(n)) for name in ("param", "exp_avg", "exp_avg_sq")}
+    tensors |= dict(max_exp_avg_sq=data.draw(st.none() | floats(n)), theta=data.draw(floats(n)) if theta else None)
     largest = data.draw(st.sampled_from([1, 1, 1, 127]))
-    tensors = param, grad, exp_avg, exp_avg_sq, maximum, data.draw(integers(np.int8, -largest, largest, n)), theta
-    names = ("correction", "eps", "eta", "weight_decay")
-    chosen = {name: data.draw(numbers) for name in names} | dict(maximize=data.draw(st.booleans()))
-    return tensors, chosen | dict(betas=(data.draw(numbers), data.draw(numbers)))
+    tensors |= dict(sign=data.draw(integers(np.int8, -largest, largest, n)), step=torch.tensor(data.draw(numbers)))
+    return spiking_kernels.Memory(**tensors), data.draw(floats(n))
+
+
+def settings_of(data, *names):
+    chosen = {name: data.draw(numbers) for name in ("lr", "eps", "weight_decay", *names)}
+    betas = (data.draw(numbers), data.draw(numbers))
+    return spiking_kernels.Settings(betas=betas, maximize=data.draw(st.booleans()), amsgrad=False, **chosen)
 
 
 def grad_rewiring_step(data):
-    tensors, chosen = adam(data, data.draw(sizes(5000)))
-    spiking_kernels.grad_rewiring_step(*tensors, **chosen, prior=data.draw(numbers), mu=data.draw(numbers))
+    memory, grad = memory_of(data, data.draw(sizes(5000)))
+    spiking_kernels.grad_rewiring_step(memory, grad, settings_of(data, "alpha", "mu"))
 
 
 def deep_rewiring_step(data):
-    (*tensors, theta), chosen = adam(data, data.draw(sizes(9000)))
-    chosen |= dict(seed=data.draw(st.integers(0, 2**64 - 1)), max_s=data.draw(st.floats(0, 1) | st.floats()))
-    chosen |= {name: data.draw(numbers) for name in ("penalty", "temperature")}
-    chosen |= dict(theta_min=data.draw(st.none() | numbers))
-    spiking_kernels.deep_rewiring_step(*tensors, theta if data.draw(st.booleans()) else None, **chosen)
+    memory, grad = memory_of(data, data.draw(sizes(9000)), data.draw(st.booleans()))
+    settings = settings_of(data, "l1", "T", *data.draw(st.sampled_from([[], ["theta_min"]])))
+    settings.max_s = data.draw(st.floats(0, 1) | st.floats())
+    spiking_kernels.deep_rewiring_step(memory, grad, settings, seed=data.draw(st.integers(0, 2**64 - 1)))
 
 
 def deep_rewiring_draws(data):

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import spiking_kernels
 from spiking_kernels import build, kept
 
 ROOT = Path(__file__).parents[1]
@@ -442,12 +444,15 @@ def test_every_compiler_makes_the_same_steps_of_deep_rewiring(places, monkeypatc
             warnings.filterwarnings("ignore", ".* has no OpenMP")
             library = build.library(*options)
         rng = np.random.default_rng(0)
-        w, g, m, v, x, theta = rng.standard_normal((6, 5003)).astype(np.float32)
-        v, x = np.abs(v), np.abs(x)
-        sign = rng.choice([-1, 1], 5003).astype(np.int8)
-        for soft in (None, theta.ctypes.data):
-            args = [a.ctypes.data for a in (w, g, m, v, x, sign)]
-            settings = (5003, 7, 0.3, 0.9, 0.1, 0.999, 0.001, 0.5, 1e-8, 0.01, 0.1, 1.0, 1e-3, 0.01, -0.5)
-            library.deep_rewiring_step(*args, soft, *settings)
+        w, g, m, v, x, theta = torch.from_numpy(rng.standard_normal((6, 5003)).astype(np.float32)).unbind()
+        sign = torch.from_numpy(rng.choice([-1, 1], 5003).astype(np.int8))
+        tensors = dict(exp_avg=m, exp_avg_sq=v.abs_(), max_exp_avg_sq=x.abs_(), sign=sign, step=torch.tensor(1.0))
+        settings = dict(lr=0.001, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, amsgrad=True, maximize=False)
+        settings = spiking_kernels.Settings(**settings, l1=0.5, T=0.3, max_s=0.3, theta_min=-0.5)
+        for soft in (None, theta):
+            memory = spiking_kernels.Memory(w, **tensors, theta=soft)
+            with monkeypatch.context() as patched:
+                patched.setattr(build, "library", lambda library=library: library)
+                spiking_kernels.deep_rewiring_step(memory, g, settings, seed=7)
         steps.append([w, m, theta])
-    assert all(np.array_equal(a, b) for a, b in zip(*steps, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))

@@ -602,13 +602,19 @@ def arguments_of(name):
         return tensors, lambda t: spiking_kernels.affine_lookup(t["images"], t["index"], t["matrices"], t["table"])
     names = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "theta")
     tensors = {key: torch.rand(3, 6, generator=generator) for key in names}
-    tensors["sign"] = torch.ones(3, 6, dtype=torch.int8)
-    settings = dict(betas=(0.9, 0.99), correction=0.5, eps=1e-8, eta=0.1, weight_decay=0.0, maximize=False)
+    tensors |= {"sign": torch.ones(3, 6, dtype=torch.int8), "step": torch.tensor(3.0)}
+    return tensors, lambda t: update(name, spiking_kernels.Memory(**{k: t[k] for k in t.keys() - {"grad"}}), t["grad"])
+
+
+def update(name, memory, grad):
+    """A step of a kernel."""
+    settings = dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=None, amsgrad=True, maximize=False)
     if name == "grad_rewiring_step":
-        settings |= dict(prior=0.0, mu=0.0)
+        settings = spiking_kernels.Settings(**settings, alpha=None, mu=None)
+        spiking_kernels.grad_rewiring_step(memory, grad, settings)
     else:
-        settings |= dict(seed=0, max_s=0.5, penalty=0.0, temperature=0.0, theta_min=None)
-    return tensors, lambda t: getattr(spiking_kernels, name)(**t, **settings)
+        settings = spiking_kernels.Settings(**settings, l1=0.0, T=None, max_s=0.5, theta_min=None)
+        spiking_kernels.deep_rewiring_step(memory, grad, settings, seed=0)
 
 
 def resized(x):
@@ -629,7 +635,7 @@ SPOILT = {
     "subclass": lambda x: x.as_subclass(Subclass),
     "array": lambda x: x.numpy(),
     "nothing": lambda x: None,
-    "shape": lambda x: torch.cat([x, x], 1 if x.dim() > 1 else 0),
+    "shape": lambda x: torch.cat([x, x], 1 if x.dim() > 1 else 0) if x.dim() else torch.stack([x, x]),
     "axes": lambda x: x.unsqueeze(0),
     "freed": resized,
     "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
@@ -662,11 +668,68 @@ def test_tensors_that_share_memory_are_refused(kernel):
     for name in tensors.keys() - {"sign"}:
         for other in tensors.keys() - {"sign", name}:
             given = {key: tensor.clone() for key, tensor in tensors.items()}
-            given[name], given[other] = memory[:18].view(3, 6), memory[17:35].view(3, 6)
+            end, size = tensors[name].numel(), tensors[other].numel()
+            given[name] = memory[:end].view(tensors[name].shape)
+            given[other] = memory[end - 1 : end - 1 + size].view(tensors[other].shape)
             with pytest.raises(spiking_kernels.Unfit, match=rf"^{name} shares .* {other}$|^{other} shares .* {name}$"):
                 call(given)
-            given[other] = memory[18:36].view(3, 6)  # side by side
+            given[other] = memory[end : end + size].view(tensors[other].shape)  # side by side
             call(given)
+
+
+def moved(x, to):
+    x.data = to(x)
+    return x
+
+
+CHANGED = {  # a gradient that was taken once; most are the same object
+    "negated": torch._neg_view,
+    "subclass": lambda x: x.as_subclass(Subclass),
+    "nothing": lambda x: None,
+    "dtype": lambda x: moved(x, lambda y: y.double()),
+    "bits": lambda x: moved(x, lambda y: y.view(torch.int32)),
+    "strides": lambda x: x.t_(),
+    "shape": lambda x: x.unsqueeze_(0),
+    "fewer": lambda x: moved(x, lambda y: y[:2]),
+    "freed": lambda x: x.untyped_storage().resize_(0) and x,
+    "cut short": lambda x: x.untyped_storage().resize_(x.nbytes - 4) and x,
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["grad_rewiring_step", "deep_rewiring_step"])
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_gradient_that_does_not_stay_as_it_is_is_checked_again(kernel, change):
+    tensors = {key: torch.rand(4, 4) for key in ("param", "exp_avg", "exp_avg_sq", "theta")}
+    tensors |= {"sign": torch.ones(4, 4, dtype=torch.int8), "step": torch.tensor(3.0)}
+    memory, grad = spiking_kernels.Memory(**tensors), torch.ones(4, 4)
+    update(kernel, memory, grad)
+    update(kernel, memory, grad)
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    with pytest.raises(spiking_kernels.Unfit, match=r"^grad "):
+        update(kernel, memory, CHANGED[change](grad))
+    with pytest.raises(spiking_kernels.Unfit, match="shares memory"):
+        update(kernel, memory, tensors["exp_avg"])
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in before.items())
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["grad_rewiring_step", "deep_rewiring_step"])
+def test_a_kernel_takes_the_gradient_that_it_is_given(kernel):
+    """Another one, the same one with other numbers, or elsewhere: not that of the step before."""
+
+    def steps(again):
+        tensors, _ = arguments_of(kernel)
+        grad = tensors.pop("grad")
+        memory = spiking_kernels.Memory(**tensors)
+        for change in (lambda x: x, lambda x: x + 1, lambda x: x.mul_(2), lambda x: moved(x, lambda y: y - 1)):
+            grad = change(grad)
+            update(kernel, memory if again else spiking_kernels.Memory(**tensors), grad)
+        return tensors
+
+    kept, new = steps(True), steps(False)
+    assert kept["step"] == 7
+    assert all(torch.equal(kept[key], new[key]) for key in new)
 
 
 @needs_kernels
