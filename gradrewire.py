@@ -40,19 +40,20 @@ def grad_rewiring(
     """
     weights, signs, thetas = lists["weight"], lists["sign"], lists["theta"]
     changes, etas = adam(lists, **adam_settings)  # eta m / d, and eta
-    hs = torch._foreach_mul(thetas, signs)
-    torch._foreach_sub_(hs, changes)  # h = s theta - eta m / d
-    if alpha is not None:  # h = h - alpha eta sign(theta - mu) s
+    if alpha is not None:
         priors = torch._foreach_sub(thetas, each(mu, thetas))
         torch._foreach_sign_(priors)
         torch._foreach_mul_(priors, [alpha * eta for eta in etas])
-        torch._foreach_mul_(priors, signs)
+        torch._foreach_mul_(priors, signs)  # alpha eta sign(theta - mu) s
+    hs = thetas  # in the same memory
+    torch._foreach_mul_(hs, signs)
+    torch._foreach_sub_(hs, changes)  # h = s theta - eta m / d
+    if alpha is not None:
         torch._foreach_sub_(hs, priors)
-    torch._foreach_mul_(hs, signs)
-    torch._foreach_copy_(thetas, hs)  # theta = s h
-    torch._foreach_clamp_min_(hs, 0)
-    torch._foreach_mul_(hs, signs)
-    torch._foreach_copy_(weights, hs)  # w = s max(theta, 0)
+    torch._foreach_mul_(thetas, signs)  # theta = s h
+    ws = torch._foreach_clamp_min(thetas, 0)
+    torch._foreach_mul_(ws, signs)
+    torch._foreach_copy_(weights, ws)  # w = s max(theta, 0)
 
 
 class GradRewiring(RewiringOptimizer):
