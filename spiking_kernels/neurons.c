@@ -13,7 +13,12 @@
 
 #include "common.h"
 
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512") /* gcc prefers 256 bits */
+#endif
+
 #define BLOCK 64  /* neurons at a time: their state stays in the first-level cache */
+#define WIDE 32   /* neurons whose gradients are made at a time, so that one waits less for its last step */
 #define STEPS 8   /* time steps at a time */
 #define SAMPLES 4 /* at a time: their additions need not wait for each other */
 #define SHORT 30  /* up to so many steps, the sums by period of so many samples fit the cache */
@@ -33,25 +38,27 @@ static void transpose(const float *w, float *wt, int H, int O, int P) {
         for (int o = 0; o < P; o++) wt[(size_t)h * P + o] = o < O ? w[(size_t)o * H + h] : 0.0f;
 }
 
-/* Periods of H neurons with constant currents: the step of the first spike; T + 1 where there is none; 0 where the
- * current is infinite, for a spike at step 1 alone. */
-static void find_periods(const float *current, uint16_t *period, size_t H, int T) {
-    for (size_t start = 0; start < H; start += BLOCK) {
-        int n = H - start < BLOCK ? (int)(H - start) : BLOCK;
-        const float *x = current + start;
-        float v[BLOCK];
-        int32_t k[BLOCK];
-        for (int i = 0; i < n; i++) v[i] = 0.0f, k[i] = T + 1;
-        for (int t = 1; t <= T; t++) {
-            SIMD
-            for (int i = 0; i < n; i++) {
-                float h = v[i] + (x[i] - v[i]) * 0.5f;
-                k[i] = h >= 1.0f && k[i] > t ? t : k[i];
-                v[i] = h; /* what follows the first spike does not matter */
-            }
+/* Periods of n neurons, at most BLOCK, with constant currents: the step of the first spike; T + 1 where there is none;
+ * 0 where the current is infinite, for a spike at step 1 alone. With constant n all of it stays in registers. */
+static INLINE void find_some_periods(const float *x, uint16_t *period, int n, int T) {
+    float v[BLOCK];
+    int32_t k[BLOCK];
+    for (int i = 0; i < n; i++) v[i] = 0.0f, k[i] = T + 1;
+    for (int t = 1; t <= T; t++) {
+        SIMD
+        for (int i = 0; i < n; i++) {
+            float h = v[i] + (x[i] - v[i]) * 0.5f;
+            k[i] = h >= 1.0f && k[i] > t ? t : k[i];
+            v[i] = h; /* what follows the first spike does not matter */
         }
-        for (int i = 0; i < n; i++) period[start + i] = x[i] > FLT_MAX ? 0 : (uint16_t)k[i];
     }
+    for (int i = 0; i < n; i++) period[i] = x[i] > FLT_MAX ? 0 : (uint16_t)k[i];
+}
+
+static void find_periods(const float *current, uint16_t *period, size_t H, int T) {
+    size_t start = 0;
+    for (; start + BLOCK <= H; start += BLOCK) find_some_periods(current + start, period + start, BLOCK, T);
+    if (start < H) find_some_periods(current + start, period + start, (int)(H - start), T);
 }
 
 /* Sums by period: sums [samples][T + 2][LANES] of the weights wt [H][LANES] from the neurons with each period, of some
@@ -133,7 +140,7 @@ int constant_lif_linear_forward(const float *current, const float *w, float *wt,
 static INLINE void constant_lif_gradient(const float *grad, const float *w, const float *x, float *v, float *trace,
                                          float *total, int m, int steps, size_t row, int H, int O) {
     const float pi = 3.14159265358979f;
-    float g[STEPS][LANES] = {{0}}; /* the gradients of the spikes */
+    float g[STEPS][WIDE] = {{0}}; /* the gradients of the spikes */
     for (int o = 0; o < O; o++) {
         const float *weights = w + (size_t)o * H;
         _Pragma("GCC unroll 8")
@@ -193,14 +200,14 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
         for (int j = 1; j <= T; j++)
             for (int t = j; t <= T; t += j)
                 for (int o = 0; o < O; o++) sum[(size_t)j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
-        for (int start = 0; start < H; start += LANES) {
-            int m = smaller(LANES, H - start);
-            float x[LANES] = {0}, v[LANES] = {0}, trace[LANES] = {0}, total[LANES] = {0};
+        for (int start = 0; start < H; start += WIDE) {
+            int m = smaller(WIDE, H - start);
+            float x[WIDE] = {0}, v[WIDE] = {0}, trace[WIDE] = {0}, total[WIDE] = {0};
             memcpy(x, current + (size_t)n * H + start, sizeof(float) * m);
             for (int first = 0; first < T; first += STEPS) {
                 const float *rows = grad + ((size_t)first * N + n) * O;
-                if (m == LANES && T - first >= STEPS)
-                    constant_lif_gradient(rows, w + start, x, v, trace, total, LANES, STEPS, (size_t)N * O, H, O);
+                if (m == WIDE && T - first >= STEPS)
+                    constant_lif_gradient(rows, w + start, x, v, trace, total, WIDE, STEPS, (size_t)N * O, H, O);
                 else
                     constant_lif_gradient(rows, w + start, x, v, trace, total, m, smaller(STEPS, T - first),
                                           (size_t)N * O, H, O);

@@ -69,7 +69,7 @@ def test_lif_linear_lif(T, n, h, o):
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", [28, 17])
+@pytest.mark.parametrize("size", [28, 17, 70])
 def test_affine_lookup_is_bitwise_the_plain_path(size):
     images = torch.randint(0, 256, (300, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     matrices = MNIST.augmentation.draw(images, torch.Generator().manual_seed(1))

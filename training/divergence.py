@@ -1,5 +1,6 @@
 """Divergence: finds, on the device, which loss, gradient or parameter was the first that is not finite."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,11 +47,22 @@ class FiniteCheck:
     @torch.no_grad()
     def update(self, loss: Tensor) -> None:
         """Checks a step's loss and gradients, and the parameters after it."""
+        if not (self.first.is_cpu and self._all_finite(loss)):
+            self._note(loss)
+        self.steps += 1
+
+    def _all_finite(self, loss: Tensor) -> bool:
+        """Whether all is finite; on the CPU, where nothing waits, that takes few operations."""
+        parameters = [parameter for group in self.groups for parameter in group]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return all(math.isfinite(tensor.sum()) for tensor in (loss, *gradients, *parameters))
+
+    def _note(self, loss: Tensor) -> None:
+        """Notes the step for what is not finite, if it is the first one."""
         zero = torch.zeros_like(loss)
         gradients = [[zero if p.grad is None else p.grad for p in group] for group in self.groups]
         values = torch.cat([loss.detach()[None], *map(_sums, gradients), *map(_sums, self.groups)])
         torch.minimum(self.first, torch.where(values.isfinite(), NEVER, self.steps), out=self.first)
-        self.steps += 1
 
     def found(self) -> NonFinite | None:
         """What was first not finite, if anything; waits for the device."""
