@@ -189,6 +189,7 @@ def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:
         raise Unfit("a BatchNorm gets an input of its own at each time step, not a constant one")
     for name in ("weight", "bias", "running_mean", "running_var"):
         check(f"the BatchNorm's {name}", getattr(norm, name), torch.float32, y.shape[1:2], device=y.device)
+    check("the BatchNorm's num_batches_tracked", norm.num_batches_tracked, torch.int64, (), device=y.device)
     if norm.training and y.numel() == shape.T * y.shape[1]:
         raise Unfit("a channel has one value in a time step, and no variance")
 

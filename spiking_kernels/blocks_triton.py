@@ -63,7 +63,7 @@ def _merged(mean, square, many, other_mean, other_square, n):
 
 @triton.jit
 def _merge(
-    means, squares, weight, bias, running_mean, running_var, mean, variance, scale, shift,
+    means, squares, weight, bias, running_mean, running_var, tracked, mean, variance, scale, shift,
     P, C, T, parts, size, eps, momentum, PARTS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Statistics and scale and shift [T, C] from the moments of parts; updates the running statistics in order."""
@@ -89,6 +89,8 @@ def _merge(
         kept_var = kept_var * (1 - momentum) + square / (P - 1) * momentum
     tl.store(running_mean + c, kept_mean, inside)
     tl.store(running_var + c, kept_var, inside)
+    if tl.program_id(0) == 0:
+        tl.store(tracked, tl.load(tracked) + T)
 
 
 # -- neurons -----------------------------------------------------------------------------------------
@@ -252,10 +254,10 @@ def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int) -> Statistics:
     means, squares = y.new_empty((2, T, parts, C), dtype=torch.float32)
     _moments[parts, triton.cdiv(C, BC), T](y, means, squares, P, C, tiles, ROWS, BC)
     made = y.new_empty((4, T, C), dtype=torch.float32)
-    tensors = (means, squares, norm.weight, norm.bias, norm.running_mean, norm.running_var, *made)
+    kept = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    tensors = (means, squares, norm.weight, norm.bias, *kept, *made)
     settings = (P, C, T, parts, ROWS * tiles, norm.eps, norm.momentum, triton.next_power_of_2(parts), 16)
     _merge[triton.cdiv(C, 16),](*tensors, *settings)
-    norm.num_batches_tracked += T
     return Statistics(*made, norm.eps, own=True)
 
 

@@ -280,6 +280,16 @@ def test_the_comparison_on_a_gpu_does_not_depend_on_what_surrounds_it(mode):
 
 
 @needs_kernels
+@pytest.mark.parametrize("tracked", [None, torch.tensor(0.0), torch.zeros(1, dtype=torch.int64)])
+def test_a_norm_whose_counter_a_kernel_cannot_write_is_refused(tracked):
+    norm, same = norms(2)
+    norm.num_batches_tracked = tracked
+    with pytest.raises(spiking_kernels.Unfit, match="the BatchNorm's num_batches_tracked"):
+        blocks.lif_block(torch.randn(4, 2, 3, 3), Shape(2), norm)
+    assert torch.equal(norm.running_mean, same.running_mean)
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize(
     "change",

@@ -75,6 +75,7 @@ def values(dtype):
             assert error <= bound, f"{name} of {shape} is off by {error}, not at most {bound}"
 
 
+COUNTERS = {"tracked"}  # to int64
 POINTERS = {"y", "spikes", "grad", "dy"}  # to numbers of the run's precision; the others are float32
 NUMBERS = {"eps", "momentum", "through"}
 
@@ -87,6 +88,8 @@ def compiled(kernel, capability, dtype, **constants):
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
+        elif name in COUNTERS:
+            signature[name] = "*i64"
         elif name in NUMBERS:
             signature[name] = "fp32"
         else:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import spiking_kernels
-from spiking_kernels.tensors import flaw
+from spiking_kernels.tensors import CPU, flaw
 from training.data.dataset import Split
 from training.data.transforms import Normalisation, RandomAffine, RandomCropFlip
 from training.errors import Refusal
@@ -50,10 +50,34 @@ class TrainingBatches:
     def _kernel_applies(self) -> bool:
         """Whether the kernel computes the same as the other branch of :meth:`_inputs`."""
         images, parts = self.split.images, (self.augmentation, self.normalisation)
-        known = [type(part) for part in parts] == [RandomAffine, Normalisation]
+        known = type(parts[0]) in (RandomAffine, RandomCropFlip) and type(parts[1]) is Normalisation
         as_made = not any(hasattr(type(part), key) for part in parts for key in vars(part))
-        takes = flaw(images, torch.uint8) is None and images.dim() == 4 and images.shape[1] == 1
-        return known and as_made and takes and spiking_kernels.unavailable() is None
+        device = images.device if images.is_cuda else CPU
+        if not known or not as_made or flaw(images, torch.uint8, device=device) or images.dim() != 4:
+            return False
+        if images.is_cuda:
+            if reason := self._flaw_on_gpu():
+                print(f"Training images are made without the kernel: {reason}.", flush=True)
+            return reason is None
+        in_c = type(self.augmentation) is RandomAffine and images.shape[1] == 1
+        return in_c and spiking_kernels.unavailable() is None
+
+    def _flaw_on_gpu(self) -> str | None:
+        """Makes a batch by the kernel and by torch; what is wrong, in words, or None.
+
+        A GPU gets its kernel from a compiler that may fail, and this code may never have run on such a GPU.
+        """
+        images, device = self.split.images, self.split.images.device
+        index = torch.arange(self.batch_size, device=device).flip(0)
+        drawn = self.augmentation.draw(images[: self.batch_size], Generator("cpu").manual_seed(0))
+        matrices = self.augmentation.matrices(drawn, images.shape[3]).to(device)
+        try:
+            made = spiking_kernels.affine_lookup(images, index, matrices, self.normalisation.table())
+            if torch.equal(made, self._plain_inputs(index, drawn.to(device))):
+                return None
+            return f"on {device} it makes others than torch does"
+        except Exception as error:
+            return f"on {device} it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
     def make(self, index: Tensor, transforms: Tensor) -> tuple[Tensor, Tensor]:
         """A batch of what :meth:`parts` yields: images, float32 [B, C, H, W], and labels, int64 [B]."""
@@ -62,14 +86,20 @@ class TrainingBatches:
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
         if self.fused:
             return spiking_kernels.affine_lookup(self.split.images, index, transforms, self.table)
-        return self.normalisation(self.augmentation.apply(self.split.images[index], transforms))
+        return self._plain_inputs(index, transforms)
+
+    def _plain_inputs(self, index: Tensor, drawn: Tensor) -> Tensor:
+        return self.normalisation(self.augmentation.apply(self.split.images[index], drawn))
 
     def parts(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields what each batch of an epoch is made of, from batch ``start``: indices, int64 [B], and transforms."""
         device = self.split.images.device
         self.order = torch.randperm(len(self.split), generator=self.generator, device="cpu")
         order = self.order.to(device)
-        transforms = self.augmentation.draw(self.split.images, self.generator).to(device)
+        transforms = self.augmentation.draw(self.split.images, self.generator)
+        if self.fused:
+            transforms = self.augmentation.matrices(transforms, self.split.images.shape[3])
+        transforms = transforms.to(device)
         for step in range(start, len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
             yield order[batch], transforms[batch]

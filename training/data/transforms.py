@@ -76,6 +76,10 @@ class RandomAffine:
         matrices = torch.stack([cos, sin, start_x, -sin, cos, start_y], dim=1)
         return (matrices * 65536 + 0.5).floor().to(torch.int32)
 
+    def matrices(self, drawn: Tensor, width: int) -> Tensor:
+        """What :meth:`draw` has drawn, as inverse maps: that is what it draws."""
+        return drawn
+
     @staticmethod
     def apply(images: Tensor, matrices: Tensor) -> Tensor:
         """Transforms images, uint8 [N, C, H, W], by matrices, int32 [N, 6]."""
@@ -97,6 +101,13 @@ class RandomCropFlip:
         flip = torch.randint(0, 2, (n, 1), generator=generator, device="cpu")
         return torch.cat([corner, flip], dim=1).to(torch.int32)
 
+    def matrices(self, drawn: Tensor, width: int) -> Tensor:
+        """What :meth:`draw` has drawn for images of a width, as inverse maps (see :meth:`RandomAffine.inverse`)."""
+        top, left, flip = drawn.unbind(1)
+        zero, one = torch.zeros_like(flip), torch.ones_like(flip)
+        first = left - self.padding + flip * (width - 1)
+        return torch.stack([one - 2 * flip, zero, first, zero, one, top - self.padding], dim=1) * 65536
+
     def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Transforms images, uint8 [N, C, H, W], by parameters, int32 [N, 3]."""
         x, y = _coordinates(images)
@@ -113,8 +124,8 @@ class Normalisation:
         self.std = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
 
     def table(self) -> Tensor:
-        """The normalised value of each pixel value, float32 [256], for images with one channel."""
-        return self(torch.arange(256, device=self.mean.device).view(1, 1, 256)).flatten()
+        """The normalised value of each pixel value, float32 [256 C]: 256 values for each channel."""
+        return self(torch.arange(256, device=self.mean.device).repeat(len(self.mean), 1, 1)).flatten()
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
