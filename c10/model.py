@@ -19,6 +19,22 @@ def block(width: int) -> tuple[nn.Module, nn.Module, nn.Module]:
     return convolution, StepwiseBatchNorm2d(width), lif()
 
 
+class _ChannelsLast(torch.autograd.Function):
+    """Copies of some weights of one shape [O, I, H, W] in another dtype, channels-last."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        copied = torch.stack(weights).permute(0, 1, 3, 4, 2)  # [layers, O, H, W, I]
+        copied = copied.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return copied.permute(0, 1, 4, 2, 3).unbind()
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        stacked = torch.stack(gradients)
+        return None, *stacked.to(ctx.dtype, copy=True, memory_format=torch.contiguous_format).unbind()
+
+
 class Cifar10Net(SpikingNetwork):
     """Maps images [N, 3, 32, 32] to spike counts [N, 10], each the average over ten output neurons.
 
@@ -85,15 +101,32 @@ class Cifar10Net(SpikingNetwork):
 
         names, layers = zip(*self.conv.named_children(), strict=True)
         spikes = neurons(f"conv.{names[0]}", current, constant=True)  # [T, N, C, H, W] from here on
-        for place in CONVOLUTIONS:
+        filters = self._filters() if current.is_cuda else None
+        for i, place in enumerate(CONVOLUTIONS):
             convolution, norm, _, after = layers[place : place + 4]
             pool = isinstance(after, layer.MaxPool2d)
-            spikes = neurons(f"conv.{names[place + 2]}", convolution(spikes).flatten(0, 1), norm, pool=pool)
+            if filters is None:
+                y = convolution(spikes).flatten(0, 1)
+            else:
+                y = nn.functional.conv2d(spikes.flatten(0, 1), filters[i], padding=1)
+            spikes = neurons(f"conv.{names[place + 2]}", y, norm, pool=pool)
         names, (flatten, dropout, hidden, _, output, _) = zip(*self.fc.named_children(), strict=True)
         x = dropout(flatten(spikes))  # [T, N, features]
         for linear, name in ((hidden, names[3]), (output, names[5])):
             x = neurons(f"fc.{name}", linear(x).flatten(0, 1)[:, :, None, None]).flatten(2)
         return self.readout(x.sum(0, dtype=torch.float32))
+
+    def _filters(self) -> tuple[Tensor, ...] | None:
+        """The weights of :data:`CONVOLUTIONS` in the layout and the dtype in which a GPU reads them.
+
+        Two kernels make those of all, and two their gradients; by itself, each convolution would have several.
+        None where the convolutions have hooks, or weights of different shapes.
+        """
+        weights = [self.conv[place].weight for place in CONVOLUTIONS]
+        if self.spike_counts or len({weight.shape for weight in weights}) > 1:
+            return None
+        dtype = proof.autocast_dtype(weights[0].device.type) or weights[0].dtype
+        return _ChannelsLast.apply(dtype, *weights)
 
     def _check_kernels(self, current: Tensor) -> None:
         """Raises Unfit unless the kernels compute what the layers do, from rest, for this current."""

@@ -381,6 +381,55 @@ def test_a_frozen_norm_keeps_its_statistics_in_a_network_that_trains():
         assert_near(ours.grad, theirs.grad, 1000)
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_filters_for_a_gpu_are_the_weights(dtype):
+    """Channels-last, in the dtype of the products; their gradients are laid out as the weights are."""
+    fused, _ = networks(1)
+    weights = [fused.conv[place].weight for place in (1, 4, 8, 11, 14)]
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        filters = fused._filters()
+    gradients = [torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    gradients = [g.to(filters[0].dtype).contiguous(memory_format=torch.channels_last) for g in gradients]
+    torch.autograd.backward(filters, gradients)
+    for made, weight, gradient in zip(filters, weights, gradients, strict=True):
+        assert made.dtype is (dtype or torch.float32)
+        assert torch.equal(made, weight.to(made.dtype))
+        assert made.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(weight.grad, gradient.float())
+        assert weight.grad.is_contiguous()
+
+
+@needs_kernels
+def test_layers_with_hooks_or_of_different_sizes_keep_their_own_weights():
+    fused, _ = networks(1)
+    with measuring.SpikeCounter(fused):
+        assert fused._filters() is None
+    fused.conv[4] = type(fused.conv[4])(8, 12, kernel_size=3, padding=1, bias=False)
+    assert fused._filters() is None
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("error")
+def test_the_network_with_the_filters_for_a_gpu_is_the_network(monkeypatch):
+    """As tried on the CPU."""
+    fused, plain = networks(2, 16)
+    x, y = batch(2)
+    made, filters = [], Cifar10Net._filters
+    monkeypatch.setattr(Cifar10Net, "_filters", lambda self: made.append(filters(self)) or made[-1])
+    for network, on_gpu in ((plain, False), (fused, True)):
+        with monkeypatch.context() as patch:
+            if on_gpu:
+                patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+            torch.manual_seed(4)
+            measuring.loss_function(network(x), y, 2).backward()
+    assert len(made) == 1
+    for (name, ours), theirs in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert theirs.grad.abs().max() > 0, name
+        # rounding may decide about a spike, and others follow
+        assert float((ours.grad - theirs.grad).norm()) <= 0.3 * float(theirs.grad.norm()), name
+
+
 def no_bias(network):
     network.conv[2] = nn.BatchNorm2d(8, affine=False)
 

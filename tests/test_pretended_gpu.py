@@ -134,10 +134,12 @@ def test_a_step_is_a_graph_and_little_beside_it(train, mode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "gigabytes"), [("tf32", 4), ("bf16", 3)])
-def test_the_published_settings_need_little_memory(train, precision, gigabytes):
+def test_the_published_settings_need_little_memory_and_few_kernels(train, precision, gigabytes):
     process = train("c10", *GRAD, "--precision", precision, "-N", 2).only
     assert process.reserved() <= gigabytes
-    assert len(process.captures) == 1
+    assert process.memory[0]["allocated"] <= 2e9
+    ((_, _, nodes),) = process.captures
+    assert nodes <= 160
     check_steady(process.steps[STEADY])
 
 

@@ -38,17 +38,33 @@ class Periods:
 def pretend_operations() -> None:
     """Operations that need cuDNN, or a kernel's result: they launch as much, and wait for it, but make something up.
 
-    Convolutions give tensors of the right sizes, a bincount no counts, tensors are equal, and a number on the GPU is 0:
-    what is in its memory, from an earlier use, would be anything.
+    Convolutions give tensors of the right sizes in cuDNN's layout, with the copies that it makes for that; a bincount
+    no counts, tensors are equal, and a number on the GPU is 0: what is in its memory, from an earlier use, would be
+    anything.
     """
     import torch
 
+    def layout(x, weight):
+        """As cuDNN chooses it."""
+        last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight))
+        return torch.channels_last if last else torch.contiguous_format
+
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
         size = [(n + 2 * p - w) // s + 1 for n, p, w, s in zip(x.shape[2:], padding, weight.shape[2:], stride)]  # noqa: B905
-        return torch.empty(len(x), len(weight), *size, device=x.device, dtype=x.dtype).zero_()
+        form = layout(x, weight)
+        x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
+        made = torch.empty((len(x), len(weight), *size), device=x.device, dtype=x.dtype, memory_format=form)
+        return made.zero_()
 
     def backward(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, needed):
-        made = [torch.empty_like(t).zero_() if need else None for t, need in zip((x, weight), needed)]  # noqa: B905
+        form = layout(x, weight)
+        grad, x = grad.contiguous(memory_format=form), x.contiguous(memory_format=form)
+        if needed[0]:  # the gradient of the weight does not read the weight
+            weight = weight.contiguous(memory_format=form)
+        made = [
+            torch.empty_like(t, memory_format=form).zero_() if need else None
+            for t, need in zip((x, weight), needed)  # noqa: B905
+        ]
         return *made, None
 
     def bincount(values, weights=None, minlength=0):
