@@ -1,6 +1,7 @@
 """Exports a run's network to a small file, and loads it: ``python -m analysis.export --help``."""
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 import measuring
+from analysis import shipped
 from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.formats.packed import as_folded
 from analysis.snapshot import Snapshot, from_checkpoint, models_folder
@@ -33,15 +35,29 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
     ``network.requires_grad_()`` and ``network.train()``. No random number is drawn, and no code in a file is run.
 
     Args:
-        path: a run's folder (below models or logs), its checkpoint, or an export of any format.
+        path: a run's folder (below models or logs), its checkpoint, or an export of any format; or, where there is no
+            such file, the name of a network that comes with this program, one of :func:`analysis.shipped.networks`.
 
     Raises:
         ValueError: the file is damaged or not one of this program; the message is one line.
         training.errors.Refusal: the format needs a package that is not installed.
         OSError: the file cannot be read.
     """
-    path = files.expanded(path)
-    return (from_checkpoint(models_folder(path) / CHECKPOINT) if path.is_dir() else read(path)).network()
+    return load_snapshot(path).network()
+
+
+def load_snapshot(path: str | Path) -> Snapshot:
+    """The network that :func:`load_pruned` loads, with what its file says of it."""
+    name, path = str(path), files.expanded(path)
+    if path.is_dir():
+        return from_checkpoint(models_folder(path) / CHECKPOINT)
+    if not path.exists():
+        known = shipped.networks()
+        if name not in known:
+            text = f"No such file, and no network of this name: {', '.join(known) or 'there are none'}"
+            raise FileNotFoundError(errno.ENOENT, text, name)
+        path = known[name]
+    return read(path)
 
 
 @torch_defaults()

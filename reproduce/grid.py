@@ -122,6 +122,26 @@ def load(name: str, folder: Path = FOLDER) -> list[Row]:
     return list(found.values())
 
 
+def networks(name: str, folder: Path = FOLDER) -> dict[str, Row]:
+    """The rows whose networks are kept, by the names of these: those of ``<name>.toml`` in ``[networks]``.
+
+    A network is given by its method and variant, as a group has them: the first row that has them is meant.
+
+    Raises:
+        Refusal: the table is not accepted, or has no such row.
+    """
+    path = folder / f"{name}.toml"
+    rows = load(name, folder)
+    found = {}
+    for network, text in tomllib.loads(path.read_text(encoding="utf-8")).get("networks", {}).items():
+        words = shlex.split(text)
+        some = [row for row in rows if list(row.argv[: row.argv.index("-N")])[-len(words) :] == words]
+        if not some:
+            raise Refusal(f"{path}: networks: no row of {network} is: {text}")
+        found[network] = some[0]
+    return found
+
+
 def shard(rows: Sequence[Row], part: int, parts: int) -> list[Row]:
     """The rows of part ``part`` of ``parts``, from 1. All rows of a run are in the same part."""
     names = list(dict.fromkeys(row.name for row in rows))

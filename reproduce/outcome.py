@@ -9,7 +9,7 @@ import numpy as np
 from analysis.packages import imported
 from reproduce.entries import EPOCHS, MADE, ROWS, Entry, collect, epochs_csv, rows_csv
 from reproduce.grid import Row
-from reproduce.tables import equal_connectivity, summarise, table
+from reproduce.tables import countings, equal_connectivity, summarise, table
 from training.files import write_whole
 from training.methods import METHODS
 
@@ -18,9 +18,9 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the outcome of the finished rows of the whole grid to a folder; returns its files.
 
     ``rows.csv`` has every row, ``epochs.csv`` its epochs; ``table.md`` has means and spreads, ``equal_connectivity.md``
-    compares the methods; ``plane.png`` and ``ablations.png`` show the rows, ``epochs.png`` and ``rewiring.png`` their
-    epochs; ``commands.md`` says how each was made. The results come from the dump folder, or else from an earlier
-    outcome in the folder. A figure without rows is not written.
+    compares the methods, ``countings.md`` counts in other ways; ``plane.png`` and ``ablations.png`` show the rows,
+    ``epochs.png`` and ``rewiring.png`` their epochs; ``commands.md`` says how each was made. The results come from the
+    dump folder, or else from an earlier outcome in the folder. A table or figure without rows is not written.
 
     Raises:
         Refusal: what the folder has is not an outcome of this grid; nothing is written.
@@ -37,6 +37,8 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
         "equal_connectivity.md": equal_connectivity(summaries),
         "commands.md": _commands(entries, [row for row in rows if row not in done]),
     }
+    if ways := countings(summaries):
+        files["countings.md"] = ways
     name = rows[0].heading
     main, ablations = ([summary for summary in summaries if summary.row.ablation == which] for which in (False, True))
     if main:

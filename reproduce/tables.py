@@ -103,6 +103,46 @@ def table(summaries: Sequence[Summary]) -> str:
     return _markdown(["method", "options", "epochs", "seeds", *TABLE], lines)
 
 
+def countings(summaries: Sequence[Summary]) -> str:
+    """The Markdown table of the methods' results in each way of counting; docs/comparability.md reads it.
+
+    It has the pruned rows whose grid has dense ones of the same learning rate and epochs. A loss is in points below the
+    mean of these. Operations are in percent of theirs: SynOps alone, and with the MACs of the first layer.
+    """
+    dense: dict[tuple, Summary] = {}
+    for summary in summaries:
+        if not summary.row.method.prunes:
+            dense.setdefault((summary.row.epochs, summary.row.options.learning_rate), summary)
+    lines = []
+    for summary in summaries:
+        row = summary.row
+        baseline = dense.get((row.epochs, row.options.learning_rate))
+        if row.ablation or not row.method.prunes or baseline is None:
+            continue
+        last, best = summary.values("test_accuracy"), summary.values("best_accuracy")
+        dense_last, dense_best = baseline.mean("test_accuracy"), baseline.mean("best_accuracy")
+        synops, macs = (summary.values(key) for key in ("synops", "macs"))
+        dense_synops, dense_macs = (baseline.mean(key) for key in ("synops", "macs"))
+        columns = {
+            "last epoch (%)": last,
+            "best epoch (%)": best,
+            "loss, last against last": [dense_last - accuracy for accuracy in last],
+            "last against best": [dense_best - accuracy for accuracy in last],
+            "best against last": [dense_last - accuracy for accuracy in best],
+            "best against best": [dense_best - accuracy for accuracy in best],
+            "connectivity (%)": summary.values("connectivity"),
+            "on a path (%)": summary.values("structural_connectivity"),
+            "SynOps (% of dense)": [n / dense_synops for n in synops],
+            "with the first layer": [
+                (n + first) / (dense_synops + dense_macs) for n, first in zip(synops, macs, strict=True)
+            ],
+        }
+        title, epochs = summary.line
+        cells = [title, f"`{row.variant}`", str(epochs), str(len(last))]
+        lines.append(cells + [spread(values, _points) for values in columns.values()])
+    return _markdown(["method", "options", "epochs", "seeds", *columns], lines) if lines else ""
+
+
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *lines))
 

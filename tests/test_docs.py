@@ -17,6 +17,7 @@ import analysis.export
 import analysis.report
 import benchmarks.gpu
 import reproduce.__main__
+import reproduce.networks
 from analysis.experiments import EXPERIMENTS
 from reproduce import grid
 from training.options import _parser, parse
@@ -149,6 +150,8 @@ def check(line, tmp_path):
             reproduce.__main__._options(argv)
         elif name in ("analysis.report", "analysis.export"):
             {"analysis.report": analysis.report.parse, "analysis.export": analysis.export._options}[name](argv)
+        elif name == "reproduce.networks":
+            reproduce.networks._options(argv)
         elif name == "benchmarks.gpu":
             benchmarks.gpu.parse(argv)
         else:
@@ -306,6 +309,16 @@ def test_its_results_are_those_of_the_grid(page):
     if page == "docs/results.md":
         assert rows[0][:4] == ["method", "options", "epochs", "seeds"]
         assert {"dense", "Grad R", "Deep R", "soft Deep R"} <= {row[0] for row in rows}
+
+
+def test_the_page_on_comparability_shows_the_results_of_the_grid():
+    text = TEXTS["docs/comparability.md"]
+    shown = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert len(shown) == text.count("<!-- end -->") == text.count("<!-- results/") >= 2
+    for file, block in shown:
+        assert not_shown_right(block, (ROOT / file).read_text()) == []
+    heads = {name for _, block in shown for name in cells(block)[0]}
+    assert heads == set(cells((ROOT / "results/mnist/countings.md").read_text())[0])  # each counting is there
 
 
 def test_the_readme_gives_the_results_of_the_grid():

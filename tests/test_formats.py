@@ -64,6 +64,30 @@ def test_layouts_keep_every_bit(layout, shape, sparsity):
         assert sum(array.nbytes for array in packed.values()) == 4 * np.count_nonzero(weight) + -(-weight.size // 8)
 
 
+@pytest.mark.parametrize(
+    ("values", "fits"),
+    [([0.5, -0.25, 65504], True), ([2**-24, 0], True), ([0.1], False), ([65536], False), ([2**-26], False)],
+)
+def test_half_precision_is_used_where_it_holds_every_value(values, fits, tmp_path):
+    weight = np.array([values], np.float32)
+    assert layouts.fits_half(weight) == fits
+    assert (packed._smaller(weight) == "half") == fits
+    if fits:
+        found = layouts.unpack("half", layouts.pack("half", weight), weight.shape)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, weight)
+
+
+def test_a_network_of_half_precision_is_kept_in_half_the_bytes(tmp_path):
+    pytest.importorskip("safetensors")
+    network = mnist(0.0, 0.0)
+    for weight in measuring.prunable(network).values():
+        weight.data = weight.data.half().float()
+    export(snapshot_of(network), "safetensors", tmp_path / "file")
+    assert (tmp_path / "file").stat().st_size < 2 * 635_200 + 4096
+    assert_same_counts(network, load_pruned(tmp_path / "file"))
+
+
 def test_the_layout_gaps_by_hand():
     gaps = np.array([0, 0, 3, 254, 255, 0, 255, 27], np.uint8)
     values = np.array([1, 2, 3, 4, 5, 6], np.float32)
@@ -391,7 +415,7 @@ def test_unchanged_arrays_are_accepted(form, key, tmp_path):
     assert_same_counts(mnist(), load_pruned(path))
 
 
-@pytest.mark.parametrize("layout", ["gaps", "dense", "csr", "zip", None, 7, ["bitmap"], {}])
+@pytest.mark.parametrize("layout", ["gaps", "dense", "half", "csr", "zip", None, 7, ["bitmap"], {}])
 @pytest.mark.parametrize("form", ["npz", "csr"])
 def test_other_layouts_are_refused(form, layout, tmp_path):
     text, arrays = arrays_in(form, mnist())

@@ -10,8 +10,10 @@ import torch
 from export_helpers import images_for, mnist, snapshot_of, write_run
 
 import pruned
+from analysis import shipped
 from analysis.export import export
 
+SHIPPED = shipped.networks()
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,7 +36,7 @@ def installed(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source") / "source", tmp_path_factory.mktemp("target")
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("results/", "tests/")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -74,6 +76,14 @@ def test_files_that_are_not_python_are_installed_too(installed):
     others = [path for path in others if path.suffix not in (".py", ".pyc")]
     assert {path.suffix for path in others} == {".c", ".h", ".jinja"}
     assert [path for path in others if not (installed / path).is_file()] == []
+
+
+def test_the_networks_are_installed_and_loaded_by_name(installed, tmp_path):
+    pytest.importorskip("safetensors")
+    program = "from pruned import load_pruned\nprint(load_pruned('grad-5').fc[1].weight.count_nonzero().item())"
+    result = python(tmp_path, program, installed)
+    assert (result.returncode, result.stdout) == (0, f"{pruned.load_pruned('grad-5').fc[1].weight.count_nonzero()}\n")
+    assert sorted(path.suffix for path in (installed / "results").rglob("*.*")) == [".safetensors"] * len(SHIPPED)
 
 
 @pytest.mark.parametrize("hiding", ["training/__init__.py", "analysis.py", "spiking.py"])

@@ -738,7 +738,7 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     folder = tmp_path / "results"
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(folder)]) == 0
     pictures = {"plane.png", "epochs.png", "rewiring.png", "ablations.png"}
-    texts = {"rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "commands.md"}
+    texts = {"rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "countings.md", "commands.md"}
     assert {path.name for path in folder.iterdir()} == {*texts, *pictures}
     out = capsys.readouterr().out
     assert all(str(path) in out for path in folder.iterdir())
@@ -793,14 +793,14 @@ def test_the_ablations_are_shown_beside_the_methods_of_as_many_epochs(tmp_path, 
 def test_a_dense_grid_has_an_outcome_too(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     names = [path.name for path in outcome.write(stub, rows[:1], tmp_path)]
-    texts = ["rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "commands.md"]
+    texts = ["rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "commands.md"]  # nothing to count
     assert names == [*texts, "plane.png", "epochs.png"]
     (tmp_path / "other").mkdir()
     assert [path.name for path in outcome.write(stub, rows[1:2], tmp_path / "other")] == texts
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -1008,6 +1008,43 @@ def test_methods_are_compared_at_equal_connectivity():
     assert long == ["Grad R", "512", "1", "50.00", "50.00", *6 * ["-"]]
     assert lead[:5] == ["Deep R", "60", "1", "1.00", "-0.72"]  # seed 1 alone: 98.00 - 97.00, 96.28 - 97.00
     assert "alone" not in text
+
+
+def test_results_are_counted_in_every_way():
+    def entry(options, accuracy, best, connectivity, path, synops, macs, seed=1):
+        argv = shlex.split(f"{options} -N 60 --seed {seed}")
+        row = grid.Row("mnist", "mnist", "a method", False, tuple(argv), read(EXPERIMENTS["mnist"], argv))
+        numbers = {"test_accuracy": accuracy, "best_accuracy": best, "synops": synops, "macs": macs}
+        numbers |= {"connectivity": connectivity, "structural_connectivity": path}
+        return entries.Entry(row, numbers, {}, [])
+
+    grad = "-m grad -s 0.95 -penalty 1e-2"
+    some = [
+        entry("-m no_prune", 0.90, 0.94, 1, 1, 1000, 8000),
+        entry("-m no_prune", 0.92, 0.96, 1, 1, 3000, 8000, seed=2),
+        entry(grad, 0.87, 0.90, 0.11, 0.1, 500, 1000),
+        entry(grad, 0.89, 0.92, 0.11, 0.1, 700, 1000, seed=2),
+        entry(f"{grad} -lr 1e-2", 0.87, 0.90, 0.11, 0.1, 500, 1000),  # no dense row of its learning rate
+    ]
+    lines = tables.countings(tables.summarise(some)).splitlines()
+    head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert dict(zip(head, row, strict=True)) == {
+        "method": "a method",
+        "options": "`-s 0.95 -penalty 1e-2 -lr 1e-4`",
+        "epochs": "60",
+        "seeds": "2",
+        "last epoch (%)": "88.00 ± 1.41",
+        "best epoch (%)": "91.00 ± 1.41",
+        "loss, last against last": "3.00 ± 1.41",
+        "last against best": "7.00 ± 1.41",
+        "best against last": "0.00 ± 1.41",
+        "best against best": "4.00 ± 1.41",
+        "connectivity (%)": "11.00 ± 0.00",
+        "on a path (%)": "10.00 ± 0.00",
+        "SynOps (% of dense)": "30.00 ± 7.07",
+        "with the first layer": "16.00 ± 1.41",
+    }
+    assert tables.countings(tables.summarise(some[:2])) == ""
 
 
 def test_a_method_that_is_added_has_its_place_in_tables_and_figures(tmp_path, monkeypatch, stub):

@@ -43,6 +43,8 @@ def parts(layout: str, shape: tuple[int, ...]) -> dict[str, Stored]:
     values = Stored("float32", (size,), or_shorter=True)
     if layout == "dense":
         return {"": Stored("float32", shape)}
+    if layout == "half":
+        return {"": Stored("float16", shape)}
     if layout == "bitmap":
         return {".bitmap": Stored("uint8", (-(-size // 8),)), ".values": values}
     if layout == "gaps":  # a byte for each connection, and one for every 255 weights passed over
@@ -50,7 +52,7 @@ def parts(layout: str, shape: tuple[int, ...]) -> dict[str, Stored]:
     if layout == "csr":
         indices, indptr = Stored("int32", (size,), or_shorter=True), Stored("int32", (shape[0] + 1,))
         return {"/data": values, "/indices": indices, "/indptr": indptr, "/shape": Stored("int64", (2,))}
-    raise ValueError(f"layout {checks.short(repr(layout))} is not one of dense, bitmap, gaps, csr")
+    raise ValueError(f"layout {checks.short(repr(layout))} is not one of dense, half, bitmap, gaps, csr")
 
 
 def pack(layout: str, weight: NDArray[np.float32]) -> dict[str, NDArray]:
@@ -59,6 +61,8 @@ def pack(layout: str, weight: NDArray[np.float32]) -> dict[str, NDArray]:
     values, mask = weight[connected.numpy()], connected.numpy().reshape(len(weight), -1)
     if layout == "dense":
         return {"": weight}
+    if layout == "half":
+        return {"": weight.astype(np.float16)}
     if layout == "bitmap":
         return {".bitmap": measuring.pack(connected).numpy(), ".values": values}
     return {
@@ -69,6 +73,12 @@ def pack(layout: str, weight: NDArray[np.float32]) -> dict[str, NDArray]:
     }
 
 
+def fits_half(weight: NDArray[np.float32]) -> bool:
+    """Whether half precision holds every value, so that the layout half loses nothing."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(weight.astype(np.float16), weight)
+
+
 def unpack(layout: str, arrays: Mapping[str, NDArray], shape: tuple[int, ...]) -> NDArray[np.float32]:
     """A weight from its arrays, which :func:`parts` describes.
 
@@ -77,6 +87,8 @@ def unpack(layout: str, arrays: Mapping[str, NDArray], shape: tuple[int, ...]) -
     """
     if layout == "dense":
         return arrays[""]
+    if layout == "half":
+        return arrays[""].astype(np.float32)
     if layout == "csr":
         return _from_csr(*(arrays[key] for key in ("/data", "/indices", "/indptr", "/shape")), shape)
     size, values = math.prod(shape), arrays[".values"]

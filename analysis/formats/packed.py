@@ -185,8 +185,9 @@ def _array(archive: zipfile.ZipFile, name: str, size: int) -> NDArray:
 
 
 def _smaller(weight: NDArray) -> str:
-    """The layout that takes fewer bytes."""
-    sizes = {key: sum(a.nbytes for a in layouts.pack(key, weight).values()) for key in ("dense", "bitmap")}
+    """The layout that takes the fewest bytes, of those that hold every value."""
+    possible = ["dense", "bitmap", *(["half"] if layouts.fits_half(weight) else [])]
+    sizes = {key: sum(a.nbytes for a in layouts.pack(key, weight).values()) for key in possible}
     return min(sizes, key=sizes.get)
 
 

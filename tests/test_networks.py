@@ -1,0 +1,141 @@
+"""The networks that come with the program: each is what its card says; the command that keeps them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from export_helpers import mnist, write_run
+
+import measuring
+from analysis import shipped
+from analysis.export import load_pruned, load_snapshot
+from measuring.report import percent
+from mnist.data import MNIST
+from reproduce import grid, networks
+from training.errors import Refusal
+from training.files import json_files, storage
+
+SHIPPED = shipped.networks()
+MOST = 3_000_000  # bytes of a grid's networks
+
+
+def card_of(path: Path) -> dict[str, str]:
+    """The table of a card."""
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", path.with_suffix(".md").read_text(), re.MULTILINE))
+
+
+def test_the_networks_of_mnist_are_all_there_and_small():
+    assert {name for name in SHIPPED if "/" not in name} == grid.networks("mnist").keys()
+    for folder in {path.parent for path in SHIPPED.values()}:
+        files = list(folder.iterdir())
+        assert sum(file.stat().st_size for file in files) <= MOST
+        assert {file.suffix for file in files} == {".safetensors", ".md"}
+        assert {file.stem for file in files} <= grid.networks(folder.parent.name).keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_network_has_the_connections_of_its_card_and_of_its_name(name):
+    pytest.importorskip("safetensors")
+    card, path = card_of(SHIPPED[name]), SHIPPED[name]
+    total = measuring.total(measuring.count(measuring.masks(load_pruned(name))))
+    text = f"{percent(total.connectivity)}, {total.connected:,} of {total.weights:,} connections"
+    assert card["connectivity"] == text
+    assert card["file"] == f"{path.name}, {path.stat().st_size:,} bytes"
+    row = grid.networks(path.parent.parent.name)[path.stem]
+    snapshot = load_snapshot(name)
+    assert (card["command"], snapshot.run, snapshot.epoch) == (f"`{row.command}`", row.name, row.epochs)
+    if share := re.search(r"\d+$", path.stem):
+        assert abs(100 * total.connectivity - int(share[0])) < max(0.6, 0.04 * int(share[0]))
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "/" not in name])
+def test_a_network_is_as_accurate_as_its_card_says(name, real_data):
+    pytest.importorskip("safetensors")
+    dataset = MNIST.load(real_data)
+    card = card_of(SHIPPED[name])
+    assert card["data"] == f"mnist: {dataset.fingerprint()}"
+    seen = networks.tested(load_snapshot(name), dataset).evaluation
+    assert card["test accuracy"].startswith(f"{percent(seen.accuracy)}, {seen.right:,} of {seen.images:,} images; ")
+
+
+def test_a_name_that_is_none_is_an_error_that_says_the_names():
+    with pytest.raises(FileNotFoundError, match=r"no network of this name: .*grad-5") as error:
+        load_pruned("grad-6")
+    assert error.value.filename == "grad-6"
+
+
+def test_a_file_comes_before_a_network_of_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    network = mnist(0.5)
+    write_run(tmp_path, network).rename(tmp_path / "grad-5")
+    assert torch.equal(load_pruned("grad-5").fc[1].weight, network.fc[1].weight)
+    assert not torch.equal(load_pruned("grad-2").fc[1].weight, network.fc[1].weight)
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """A dump folder with the finished run of two networks of MNIST's grid, and an unfinished one of another."""
+    for name, network, epoch in (("grad-5", mnist(0.95), 60), ("dense", mnist(0.0, 0.0), 60), ("grad-2", mnist(), 59)):
+        run = grid.networks("mnist")[name].name
+        models = write_run(tmp_path / "dump", network, run)
+        storage.write(models / "checkpoint.pt", storage.read(models / "checkpoint.pt") | {"epoch": epoch})
+        json_files.write(tmp_path / "dump" / "logs" / run / "run.json", {"git_commit": f"commit of {name}"})
+    return tmp_path / "dump"
+
+
+def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path, mnist_folder, capsys):
+    pytest.importorskip("safetensors")
+    argv = ["mnist", "--dump-dir", str(dump), "--dataset-dir", str(mnist_folder), "-o", str(tmp_path / "out")]
+    assert networks.main(argv) == 0
+    assert "not there: grad-2, python mnist/mnist.py" in capsys.readouterr().out
+    files = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert files.keys() == {f"{name}.{suffix}" for name in ("grad-5", "dense") for suffix in ("safetensors", "md")}
+    sparse, dense = mnist(0.95), mnist(0.0, 0.0)
+    loaded = load_pruned(files["grad-5.safetensors"])
+    assert all(torch.equal(one, other) for one, other in zip(loaded.parameters(), sparse.parameters(), strict=True))
+    loaded = load_pruned(files["dense.safetensors"])
+    for one, other in zip(loaded.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(one, other.half().float())
+        assert not torch.equal(one, other)
+    assert files["dense.safetensors"].stat().st_size < 2 * 635_200 + 4096
+    for name, network in (("grad-5", sparse), ("dense", loaded)):
+        card = card_of(files[f"{name}.md"])
+        seen = measuring.evaluate(network, _batches(mnist_folder))
+        assert card["test accuracy"] == (
+            f"{percent(seen.accuracy)}, {seen.right} of 20 images; after the last of 60 epochs"
+        )
+        assert card["commit"] == f"commit of {name}"
+        assert card["command"] == f"`{grid.networks('mnist')[name].command}`"
+        assert card["data"].startswith("mnist: 40+20 images, crc32 ")
+        assert ("rounded to float16" in card["weights"]) == (name == "dense")
+        assert float(card["SynOps per image"].replace(",", "")) > 0
+    before = {name: path.read_text() for name, path in files.items() if path.suffix == ".md"}
+    assert networks.main(argv) == 0
+    assert {name: files[name].read_text() for name in before} == before
+
+
+def _batches(folder):
+    """MNIST's test images in the folder, normalised by hand, in one batch."""
+    test = MNIST.load(folder).test
+    yield (test.images / 255 - 0.1307) / 0.3081, test.labels
+
+
+def test_a_folder_or_grid_without_networks_is_refused(tmp_path, capsys):
+    for name, text in (("mnist", "has no finished row"), ("c10", r"c10.toml names no networks")):
+        argv = [name, "--dump-dir", str(tmp_path), "-o", str(tmp_path / "out")]
+        assert networks.main(argv) == 2
+        err = capsys.readouterr().err
+        assert text in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_is_no_row_is_refused(tmp_path):
+    table = (
+        'epochs = 1\nseeds = [1]\n[networks]\nsmall = "-m deep"\n[[group]]\ntitle = "a"\nvariants = ["-m no_prune"]\n'
+    )
+    (tmp_path / "mnist.toml").write_text(table)
+    with pytest.raises(Refusal, match=r"mnist\.toml: networks: no row of small is: -m deep"):
+        grid.networks("mnist", tmp_path)
