@@ -4,10 +4,10 @@ Chen et al., "Pruning of Deep Spiking Neural Networks through Gradient Rewiring"
 """
 
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from spikingjelly.activation_based import base, functional, neuron, surrogate
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 from spiking_kernels import Unfit
@@ -35,7 +35,97 @@ def lif() -> LIFNode:
     )
 
 
-class StepwiseBatchNorm2d(nn.BatchNorm2d, base.StepModule):
+class Ranks(Protocol):
+    """The processes that train a network together, each with an equal share of every batch, as a layer sees them."""
+
+    size: int
+
+    def share(self, n: int) -> slice:
+        """This process's share of n images in order."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, in place."""
+
+    def pooled(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of the whole batch, float32, from those of the share."""
+
+
+class Dropout(layer.Dropout):
+    """SpikingJelly's Dropout. Several :class:`Ranks` draw the mask of the whole batch; each takes that of its share."""
+
+    def __init__(self, p: float):
+        super().__init__(p)
+        self.ranks: Ranks | None = None
+
+    def create_mask(self, x: Tensor) -> Tensor:
+        if self.ranks is None:
+            return super().create_mask(x)
+        whole = super().create_mask(x.new_empty((len(x) * self.ranks.size, *x.shape[1:])))
+        return whole[self.ranks.share(len(whole))]
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalises the share x [T, N, C, H, W] of a batch by the statistics [T, C] of the whole one.
+
+    The gradient flows through the statistics too: all ranks add up two numbers per channel and time step.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, variance, eps: float, ranks: Ranks) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.ranks = eps, ranks
+        each = zip(x, mean, variance, strict=True)
+        return torch.stack([nn.functional.batch_norm(x_t, m, v, weight, bias, eps=eps) for x_t, m, v in each])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, variance = ctx.saved_tensors
+        values = x[0].numel() // x.shape[2] * ctx.ranks.size  # of a channel in a time step
+        inverse = (variance.double() + ctx.eps).rsqrt()  # [T, C]
+        g, centred = grad.float(), x.float() - _per_channel(mean)
+        own = torch.stack([y.sum((1, 3, 4), dtype=torch.float64) for y in (g, g * centred)])  # [2, T, C]
+        mean_g, mean_gx = ctx.ranks.sum(own.clone()) / values
+        slope = (mean_gx * inverse.square()).float()
+        grad_x = _per_channel((weight * inverse).float()) * (
+            g - _per_channel(mean_g.float()) - centred * _per_channel(slope)
+        )
+        grad_weight, grad_bias = (own[1] * inverse).sum(0), own[0].sum(0)  # summed over the ranks with all gradients
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    return x[:, None, :, None, None]  # [T, 1, C, 1, 1]
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d, but the batch statistics of several :class:`Ranks` are those of the whole batch."""
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
+        self.ranks: Ranks | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises [N, C, H, W]."""
+        if self.ranks is None or not self.training:
+            return super().forward(x)
+        return self.over_ranks(x[None])[0]
+
+    def over_ranks(self, x: Tensor) -> Tensor:
+        """Normalises a share [T, N, C, H, W], each time step by itself; the ranks exchange their sums once."""
+        with torch.no_grad():
+            own = [torch.var_mean(x_t.float(), (0, 2, 3), correction=0) for x_t in x]
+            variance, mean = map(torch.stack, zip(*own, strict=True))
+            mean, variance = self.ranks.pooled(mean, variance)
+            values = x[0].numel() // x.shape[2] * self.ranks.size
+            for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
+                self.running_mean.lerp_(m, self.momentum)
+                self.running_var.lerp_(v, self.momentum)
+            self.num_batches_tracked += len(x)
+        return _Normalise.apply(x, self.weight, self.bias, mean, variance, self.eps, self.ranks)
+
+
+class StepwiseBatchNorm2d(BatchNorm2d, base.StepModule):
     """BatchNorm2d for each time step separately, as in the paper's network.
 
     Batch statistics are over [N, H, W] of one time step. The running statistics are updated at every time step, in
@@ -50,6 +140,8 @@ class StepwiseBatchNorm2d(nn.BatchNorm2d, base.StepModule):
         """Normalises [N, C, H, W] in 's' mode, [T, N, C, H, W] in 'm' mode."""
         if self.step_mode == "s":
             return super().forward(x)
+        if self.training and self.ranks is not None:
+            return self.over_ranks(x)
         if self.training or self.running_mean is None:  # without running statistics, evaluation uses batch statistics
             return torch.stack([nn.BatchNorm2d.forward(self, x_t) for x_t in x])
         return nn.BatchNorm2d.forward(self, x.flatten(0, 1)).view_as(x)
@@ -72,6 +164,8 @@ class SpikingNetwork(nn.Module):
         fused: whether to run fused kernels, if they are proven to give the same results within rounding
             (:mod:`spiking_kernels.proof`). If a kernel exists but does not apply, the plain layers run and a warning
             says why, once for each reason. The default is False.
+        ranks: the processes that train the network, each with its share of every batch; None for one. Its layers
+            follow.
         spike_counts: dictionaries to which fused kernels add numbers of spikes, int64 of the layer's shape, by the
             names in them: what leaves a LIF layer, what enters a layer with weights. Kernels need not call a hook whose
             attribute ``spike_counts`` is one of these dictionaries (see measuring.SpikeCounter).
@@ -85,6 +179,7 @@ class SpikingNetwork(nn.Module):
         self.T = T
         self.step_mode = step_mode
         self.fused = False
+        self._ranks: Ranks | None = None
         self.spike_counts: list[dict[str, Tensor]] = []
         self._warned: set[str] = set()
 
@@ -109,6 +204,17 @@ class SpikingNetwork(nn.Module):
         self._step_mode = step_mode
         for child in self.children():  # in the wrong mode, a layer would take images for time steps
             functional.set_step_mode(child, step_mode)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        return self._ranks
+
+    @ranks.setter
+    def ranks(self, ranks: Ranks | None) -> None:
+        self._ranks = ranks
+        for module in self.modules():
+            if isinstance(module, (BatchNorm2d, Dropout)):
+                module.ranks = ranks
 
     def static(self, images: Tensor) -> Tensor:
         """The first layer: maps images to the input current of the first neurons."""

@@ -51,6 +51,13 @@ class SpikeCounter:
 
         return self._counted(count_spikes)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Replaces all counts by their totals over several processes that have tested a part each."""
+        for name, counts in self._counts.items():
+            if isinstance(counts, Tensor):
+                self._counts[name] = total(counts)
+        self._images = int(total(torch.tensor(self._images, dtype=torch.int64, device="cpu")))
+
     def rates(self) -> dict[str, Tensor]:
         """Spikes per image and time step of each neuron: float32 [C, H, W] or [C], by the layer's name."""
         outputs = self._images * self.network.T

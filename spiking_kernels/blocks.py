@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,8 @@ class _Block(torch.autograd.Function):
         found, shape, (y, weight, bias) = ctx.found, ctx.shape, ctx.saved_tensors
         # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
         if torch.is_grad_enabled() or _flaw(grad) or _flaw(y) or grad.dtype is not y.dtype:
+            if found is not None and found.ranks is not None:
+                raise RuntimeError("over several ranks there are no gradients of gradients, nor hooks on saved tensors")
             with torch.enable_grad():
                 spikes = _plain(y, weight, bias, found, shape)
             inputs = [x for x, need in zip((y, weight, bias), ctx.needs_input_grad, strict=False) if need]
@@ -150,7 +153,9 @@ def check_tensors(current: object, own: Iterable[Tensor], T: int, rounding: torc
         check("a parameter or statistic", tensor, torch.float32, contiguous=tensor.dim() == 1, device=current.device)
 
 
-def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, counts: Tensor | None = None) -> Tensor:
+def lif_block(
+    y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, counts: Tensor | None = None, ranks: Any = None
+) -> Tensor:
     """Spikes of LIF neurons at rest, behind a BatchNorm for each time step if there is one.
 
     Args:
@@ -158,6 +163,7 @@ def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, count
             without a BatchNorm.
         norm: in training mode it takes batch statistics and updates its running statistics T times.
         counts: int64 [H, W, C], increased by each neuron's spikes.
+        ranks: the processes that each have a share of the images, see :class:`spiking.Ranks`; None for one.
 
     Returns:
         Spikes of y's dtype, channels-last [T N, C, H, W], or [T N, C, H / 2, W / 2] after the maximum.
@@ -180,7 +186,8 @@ def lif_block(y: Tensor, shape: Shape, norm: nn.BatchNorm2d | None = None, count
         return _Block.apply(y, None, None, None, shape, counts)
     _check_norm(norm, y, shape)
     with torch.no_grad():
-        found = _kernels(y).statistics(y, norm, shape.T) if norm.training else _running_statistics(norm, shape.T)
+        kernels, T = _kernels(y), shape.T
+        found = kernels.statistics(y, norm, T, ranks) if norm.training else _running_statistics(norm, T)
     return _Block.apply(y, norm.weight, norm.bias, found, shape, counts)
 
 

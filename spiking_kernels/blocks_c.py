@@ -1,5 +1,7 @@
 """The kernels of :mod:`spiking_kernels.blocks` for the CPU, in C. Images are channels-last in memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +16,25 @@ def _is_half(y: Tensor) -> bool:
     return y.dtype is torch.bfloat16
 
 
-def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int) -> Statistics:
-    """Of each time step of images y [T N, C, H, W] by itself; updates the running statistics T times, in order."""
+def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int, ranks: Any = None) -> Statistics:
+    """Of each time step of images y [T N, C, H, W] by itself; updates the running statistics T times, in order.
+
+    With ranks, y is a share of the images.
+    """
     many, c, h, w = y.shape
     mean, variance, sums = empty(T, c), empty(T, c), empty(many, 2, c, dtype=torch.float64)
     pointers = map(pointer, (y, sums, mean, variance))
     build.library().block_statistics(*pointers, T, many // T, h * w, c, _is_half(y))
     values = many // T * h * w
+    if ranks is not None:
+        mean, variance = ranks.pooled(mean, variance)
+        values *= ranks.size
     for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
         norm.running_mean.mul_(1 - norm.momentum).add_(m, alpha=norm.momentum)
         norm.running_var.mul_(1 - norm.momentum).add_(v, alpha=norm.momentum)
     norm.num_batches_tracked += T
     scale = norm.weight * (variance + norm.eps).rsqrt()
-    return Statistics(mean, variance, scale, norm.bias - mean * scale, norm.eps, own=True)
+    return Statistics(mean, variance, scale, norm.bias - mean * scale, norm.eps, own=True, ranks=ranks)
 
 
 def forward(y: Tensor, found: Statistics | None, shape: Shape, counts: Tensor | None) -> Tensor:
@@ -55,8 +63,8 @@ def backward(
         library.block_backward_sums(*pointers, *shape.sizes(y), shape.pool, _is_half(y))
         inverse, (sum_g, sum_gy) = (found.variance.double() + found.eps).rsqrt(), total[0]
         grad_weight, grad_bias = (sum_gy * inverse).sum(0).float(), sum_g.sum(0).float()
-        through = found.own / (n * h * w)  # without it, no gradient flows through the statistics
-        factors = [found.mean, scale, (sum_g * through).float(), (sum_gy * through * inverse.square()).float()]
+        mean_g, mean_gy = found.through(total[0], n * h * w)
+        factors = [found.mean, scale, mean_g.float(), (mean_gy * inverse.square()).float()]
     grad_y = images(*y.shape, like=y)
     pointers = map(pointer, (y, scale, shift, grad, *factors, grad_y))
     library.block_backward(*pointers, *shape.sizes(y), shape.pool, shape.constant, _is_half(y))

@@ -12,6 +12,7 @@ axis for time, from which a sum over a mask takes a step: registers have no inde
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -245,7 +246,7 @@ def _on_its_device(function: Callable) -> Callable:
 
 
 @_on_its_device
-def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int) -> Statistics:
+def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int, ranks: Any = None) -> Statistics:
     """See :mod:`spiking_kernels.blocks_c`."""
     many, C, H, W = y.shape
     P, BC = many // T * H * W, _channels(C)
@@ -254,11 +255,21 @@ def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int) -> Statistics:
     means, squares = y.new_empty((2, T, parts, C), dtype=torch.float32)
     _moments[parts, triton.cdiv(C, BC), T](y, means, squares, P, C, tiles, ROWS, BC)
     made = y.new_empty((4, T, C), dtype=torch.float32)
-    kept = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    tensors = (means, squares, norm.weight, norm.bias, *kept, *made)
+    running = norm.running_mean, norm.running_var
+    if ranks is not None:  # those of the share are of no use
+        running = tuple(y.new_empty((2, C), dtype=torch.float32))
+    tensors = (means, squares, norm.weight, norm.bias, *running, norm.num_batches_tracked, *made)
     settings = (P, C, T, parts, ROWS * tiles, norm.eps, norm.momentum, triton.next_power_of_2(parts), 16)
     _merge[triton.cdiv(C, 16),](*tensors, *settings)
-    return Statistics(*made, norm.eps, own=True)
+    if ranks is None:
+        return Statistics(*made, norm.eps, own=True)
+    mean, variance = ranks.pooled(*made[:2])
+    values = P * ranks.size
+    for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
+        norm.running_mean.lerp_(m, norm.momentum)
+        norm.running_var.lerp_(v, norm.momentum)
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return Statistics(mean, variance, scale, norm.bias - mean * scale, norm.eps, own=True, ranks=ranks)
 
 
 def _tiles(y: Tensor, shape: Shape) -> tuple[int, int, int, int]:
@@ -307,9 +318,15 @@ def backward(
     grad_weight, grad_bias = y.new_empty((2, C), dtype=torch.float32)
     tensors = (y, found.scale, found.shift, grad, found.mean, mean_g, slope, partial, dy)
     _backward[parts, groups](*tensors, N, H, W, C, each, T, steps, True, False, True, Q, K, BC)
-    through = found.own / (N * H * W)  # without it, no gradient flows through the statistics
     outputs = (grad_weight, grad_bias, mean_g, slope)
-    settings = (C, T, parts, found.eps, through, triton.next_power_of_2(parts), 16)
-    _factors[triton.cdiv(C, 16),](partial, found.variance, *outputs, *settings)
+    if found.ranks is None:
+        through = found.own / (N * H * W)  # without it, no gradient flows through the statistics
+        settings = (C, T, parts, found.eps, through, triton.next_power_of_2(parts), 16)
+        _factors[triton.cdiv(C, 16),](partial, found.variance, *outputs, *settings)
+    else:
+        total, inverse = partial.sum(0, dtype=torch.float64), (found.variance.double() + found.eps).rsqrt()
+        mean_all, mean_gy = found.through(total, N * H * W)
+        made = ((total[1] * inverse).sum(0), total[0].sum(0), mean_all, mean_gy * inverse.square())
+        torch._foreach_copy_(list(outputs), list(made))
     _backward[tiles, groups](*tensors, N, H, W, C, 1, T, steps, True, False, False, Q, K, BC)
     return dy, grad_weight, grad_bias

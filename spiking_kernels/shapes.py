@@ -1,6 +1,7 @@
 """What the kernels of a block share, in C and in Triton: its shape, its statistics, its images in memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class Shape:
 class Statistics:
     """Of a normalisation, all float32 [T, C]: neurons get scale * y + shift.
 
-    ``own`` says that mean and variance (biased) are those of y, so that its gradient flows through them, too.
+    ``own`` says that mean and variance (biased) are those of y, so that its gradient flows through them, too. With
+    ``ranks``, y is this process's share of a batch, and they are those of the whole one (see spiking.Ranks).
     """
 
     mean: Tensor
@@ -38,6 +40,13 @@ class Statistics:
     shift: Tensor
     eps: float
     own: bool
+    ranks: Any = None
+
+    def through(self, sums: Tensor, values: int) -> Tensor:
+        """What flows through the statistics: means of the whole batch, from the float64 sums of ``values`` numbers."""
+        if self.ranks is not None:
+            sums, values = self.ranks.sum(sums.clone()), values * self.ranks.size
+        return sums * (self.own / values)
 
 
 def images(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:

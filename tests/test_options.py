@@ -38,7 +38,7 @@ def test_defaults(tmp_path, monkeypatch, capsys):
     common |= dict(T=8, seed=2020, gpu=None, test=False, interval_train=1024)
     common |= dict(precision=None, precision_used="fp32", deterministic=False, checkpoint_minutes=10.0)
     common |= dict(compile=spiking_kernels.unavailable() is None)
-    common |= dict(dataset_dir=tmp_path / "data", device=torch.device("cpu"))
+    common |= dict(dataset_dir=tmp_path / "data", device=torch.device("cpu"), ranks=1)
     for recipe, own in (
         (
             MNIST,

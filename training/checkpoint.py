@@ -62,6 +62,9 @@ def checking(path: Path) -> Iterator[None]:
 class Store:
     """A context manager that loads and saves a run's checkpoints, and locks their folder.
 
+    Args:
+        writes: whether this process locks the folder, and loads and saves; of several ranks, only the first one does.
+
     Attributes:
         saved: the checkpoint from which the run resumes; None for a new run.
 
@@ -70,13 +73,17 @@ class Store:
             -N; the logs are those of another run; results exist without a checkpoint; or -test finds no checkpoint.
     """
 
-    def __init__(self, options: Namespace):
-        self.options, self.folder = options, options.dump_dir / "models" / options.name
+    def __init__(self, options: Namespace, writes: bool = True):
+        self.options, self.writes = options, writes
+        self.folder = options.dump_dir / "models" / options.name
         self.path = self.folder / storage.CHECKPOINT
         self.lock = Lock(self.folder)
         self.writer = storage.Writer(self.path)
 
     def __enter__(self) -> "Store":
+        self.saved = None
+        if not self.writes:
+            return self
         try:
             if not self.options.test:
                 with writing("--dump-dir", self.folder):
@@ -134,8 +141,14 @@ class Store:
         Raises:
             OSError: the previous state could not be written, or the lock on the folder was lost.
         """
-        self.lock.check()
-        self.writer.submit(state, logs)
+        self.check()
+        if self.writes:
+            self.writer.submit(state, logs)
+
+    def check(self) -> None:
+        """Raises FileNotFoundError if the lock on the folder was lost."""
+        if self.writes:
+            self.lock.check()
 
     def wait(self) -> None:
         """Waits until the last state is on disk; raises OSError if it could not be written."""

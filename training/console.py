@@ -28,10 +28,12 @@ def first_lines(options: Namespace, logs: Path, model: Path) -> list[str]:
     settings = [" ".join(parts) for option in method.options if option.listed and (parts := option.parts(options))]
     settings += [f"learning rate {format_number(options.learning_rate)}", f"batches of {options.batch_size}"]
     settings += [counted(options.T, "time step"), counted(options.epoch, "epoch"), f"seed {options.seed}"]
+    where = f"{options.ranks} ranks, each on " if options.ranks > 1 else ""
+    where += device.name(options.device)
     recipe = " with the fast recipe" if options.recipe == "fast" else ""
     return [
         f"{method.title(options)} on {options.dataset}{recipe}: {', '.join(settings)}.",
-        f"On {device.name(options.device)}, in {options.precision_used}; logs go to {logs}, the model to {model}.",
+        f"On {where}, in {options.precision_used}; logs go to {logs}, the model to {model}.",
         *method.explain(options),
     ]
 

@@ -12,15 +12,17 @@ import spiking_kernels
 from training.errors import Refusal
 
 
-def choose(options: Namespace) -> None:
+def choose(options: Namespace, local_rank: int | None = None) -> None:
     """Sets ``device`` and ``precision_used``, applies ``deterministic``, and turns ``compile`` off without kernels.
+
+    Where torchrun has started the process, its ``local_rank`` decides about the GPU.
 
     ``precision`` becomes None if it is the device's default, so that a run can move to another device.
 
     Raises:
         Refusal: an option cannot work on this machine.
     """
-    options.device = _device(options.gpu)
+    options.device = _device(options.gpu if local_rank is None else _of_rank(options.gpu, local_rank))
     default = "tf32" if options.device.type == "cuda" else "fp32"
     if options.precision == "tf32" and options.device.type != "cuda":
         raise Refusal("argument --precision: tf32 needs a GPU; the CPU takes fp32 or bf16")
@@ -58,8 +60,23 @@ def name(device: torch.device) -> str:
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def _of_rank(gpu: int | None, local_rank: int) -> int | None:
+    """The id of a rank's GPU; None without GPUs."""
+    count = _gpus()
+    if gpu is not None:
+        hint = "to choose among them, set CUDA_VISIBLE_DEVICES"
+        raise Refusal(f"argument -gpu/--gpu: not allowed with torchrun, which gives each rank a GPU; {hint}")
+    if 0 < count <= local_rank:
+        raise Refusal(f"there is no GPU {local_rank} for this rank on its machine: start at most {count} ranks there")
+    return local_rank if count else None
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def _device(gpu: int | None) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _gpus()
     if gpu is not None and gpu >= count:
         found = "there is no GPU" if count == 0 else f"the GPUs are 0 to {count - 1}"
         raise Refusal(f"argument -gpu/--gpu: there is no GPU {gpu} on this machine ({found})")

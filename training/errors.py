@@ -4,9 +4,19 @@
 class Refusal(Exception):
     """The user asked for something that is not accepted; the text is the line to print."""
 
+    status = 2
+
 
 class DivergedError(Exception):
     """The training produced numbers that are not finite; the text is the line to print."""
+
+    status = 1
+
+
+class RankLost(Exception):
+    """Another process of the run has ended or does not answer; the text is the line to print."""
+
+    status = 1
 
 
 class Interrupted(Exception):
@@ -14,4 +24,4 @@ class Interrupted(Exception):
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
-        self.number = number
+        self.number, self.status = number, 128 + number

@@ -12,7 +12,11 @@ def known(names: Iterable[str]) -> list[signal.Signals]:
 
 
 class StopRequested(Exception):
-    """Ends the training loop, which then saves the run; raised by :meth:`Signals.check`."""
+    """Ends the training loop, which then saves the run. Raised by :meth:`Signals.check`."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class Signals:
@@ -50,4 +54,4 @@ class Signals:
     def check(self) -> None:
         """Raises StopRequested if a signal asks to stop."""
         if self.stop is not None:
-            raise StopRequested
+            raise StopRequested(self.stop)

@@ -24,6 +24,7 @@ from training.files import json_files
 from training.interrupt import Signals, StopRequested
 from training.methods import METHODS
 from training.options import arguments
+from training.ranks import Ranks
 from training.step import TrainingStep, autocast, set_precision
 
 BAR_SECONDS = 0.5  # between updates of the progress bar, which wait for the device
@@ -44,6 +45,7 @@ class Trainer:
         optimizers: all of them step after each backward pass.
         dataset: the images, on any device.
         store: the run's checkpoints, with the one to resume from.
+        ranks: the processes that train the run together; None for one.
 
     Raises:
         Refusal: a batch is larger than the training set, or the checkpoint does not fit or was made with other data.
@@ -57,9 +59,11 @@ class Trainer:
         optimizers: list[Optimizer],
         dataset: Dataset,
         store: checkpoint.Store,
+        ranks: Ranks | None = None,
     ):
         self.experiment, self.options, self.network, self.optimizers = experiment, options, network, optimizers
-        self.store, self.folder = store, logs.log_folder(options)
+        self.store, self.folder, self.ranks = store, logs.log_folder(options), ranks
+        self.writes = ranks is None or ranks.first
         self.fingerprint = dataset.fingerprint()
         device = options.device
         source = experiment.dataset(options.dataset)
@@ -72,8 +76,10 @@ class Trainer:
             normalisation,
             self.generator,
             options.compile,
+            share=slice(None) if ranks is None else ranks.share(options.batch_size),
         )
-        self.test_set = TestBatches(dataset.test.to(device), images_at_a_time(experiment, options), normalisation)
+        test = dataset.test if ranks is None else dataset.test.part(ranks.share(len(dataset.test)))
+        self.test_set = TestBatches(test.to(device), images_at_a_time(experiment, options), normalisation)
         set_precision(options.precision_used, device)
         network.fused = options.compile
         self.schedule = schedule.build(options, optimizers, options.epoch * len(self.training))
@@ -85,6 +91,7 @@ class Trainer:
             graph=options.compile,
             changing=self.schedule.changes,
             make=self.training.make,
+            ranks=ranks,
         )
         self.weights = measuring.prunable(network)
         self.never_pruned = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in self.weights.values())
@@ -160,11 +167,19 @@ class Trainer:
     def _save(self) -> None:
         """Saves the state in the background. Raises DivergedError instead if something is not finite."""
         self._check_finite()
+        if self.ranks is not None:
+            self.ranks.check_in_step(self._same_on_all_ranks())
         start = time.perf_counter()  # the check has waited for the device, which is part of the training
         self.lengths = self.recorder.lengths()
         self.store.save(self._state(), [self.folder / name for name in self.lengths])
         self.saved_at = time.monotonic()
         self.seconds["checkpoint"] += time.perf_counter() - start
+
+    def _same_on_all_ranks(self) -> list[Tensor]:
+        noise = [torch.get_rng_state()]
+        if self.options.device.type == "cuda":
+            noise.append(torch.cuda.get_rng_state(self.options.device))
+        return [*self.network.state_dict().values(), *noise]
 
     def _check_finite(self) -> None:
         """Raises DivergedError if something was not finite, and writes the indices of that batch's images to a file."""
@@ -175,7 +190,8 @@ class Trainer:
         epoch, position = divmod(step, len(self.training))
         where = self.folder / f"diverged-epoch-{epoch + 1}-step-{step}.json"
         indices = self.training.indices(position).tolist()
-        json_files.write(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
+        if self.writes:
+            json_files.write(where, {"epoch": epoch + 1, "step": step, "what": found.what, "indices": indices})
         raise DivergedError(
             f"{found.what} is not finite since epoch {epoch + 1}, step {step}; the checkpoint is older. "
             f"The indices of that batch's images are in {where}"
@@ -204,12 +220,10 @@ class Trainer:
             self.store.save(self._state(), [])
             self.store.wait()
             self.seconds["checkpoint"] += time.perf_counter() - start
-        with (
-            Signals() as self.signals,
-            recording.Recorder(self.folder, self.lengths, self.never_pruned > 0) as self.recorder,
-        ):
+        with Signals() as self.signals, self._new_recorder() as self.recorder:
             about = run_info.describe(self.options, self.network, checkpoint.versions())
-            json_files.write(self.folder / logs.INFO, about)
+            if self.writes:
+                json_files.write(self.folder / logs.INFO, about)
             self.saved_at = time.monotonic()
             if not self.lengths:
                 self.recorder.describe(about["command"], about["arguments"])
@@ -218,13 +232,18 @@ class Trainer:
                     self._train_epoch()
                     self._end_epoch()
                 self.store.wait()
-            except StopRequested:
+            except StopRequested as stop:
                 self._save()
                 self.store.wait()
-                raise Interrupted(self.signals.stop, self._place()) from None
+                raise Interrupted(stop.number, self._place()) from None
         print(f"Logs are in {self.folder}, the model in {self.store.folder}.")
         if complaint := self.schedule.complaint(measuring.total(measuring.count(self.masks)).connectivity):
             print(complaint)
+
+    def _new_recorder(self) -> recording.Recorder | recording.SilentRecorder:
+        if self.writes:
+            return recording.Recorder(self.folder, self.lengths, self.never_pruned > 0)
+        return recording.SilentRecorder()
 
     def _place(self) -> str:
         """The position of the run, in words."""
@@ -272,13 +291,24 @@ class Trainer:
 
     def _stop_or_save(self) -> None:
         """Stops or saves if a signal asks for it; saves if a checkpoint is due."""
-        self.signals.check()
-        if self._due() or self.signals.save:
-            asked, self.signals.save = self.signals.save, False
+        due, asked = self._due(), self.signals.save
+        if self.ranks is None:
+            self.signals.check()
+        else:
+            due, asked = self._agreed(due and self.writes, asked)
+        if due or asked:
+            self.signals.save = False
             self._save()
             if asked:
                 self.store.wait()
                 print(f"Saved {self._place()}, as requested by SIGUSR1; continuing.", flush=True)
+
+    def _agreed(self, *here: bool) -> list[bool]:
+        """For each thing that is so here, whether it is on any rank. All ranks stop here if a signal asks one to."""
+        stop, *anywhere = self.ranks.largest(self.signals.stop or 0, *here)
+        if stop:
+            raise StopRequested(stop)
+        return list(map(bool, anywhere))
 
     def _due(self, ahead: float = 0.0) -> bool:
         """Whether the last checkpoint will be --checkpoint-minutes old in ``ahead`` seconds."""
@@ -291,7 +321,10 @@ class Trainer:
         process: a run that is killed again and again still gets on.
         """
         first = self.step - self.first_step <= len(self.training)  # of this process, which may have resumed within it
-        if first or self.epoch == self.options.epoch or self._due(ahead=seconds):
+        due = first or self.epoch == self.options.epoch or self._due(ahead=seconds)
+        if self.ranks is not None:
+            (due,) = self._agreed(due and self.writes)
+        if due:
             self._save()
 
     def _end_epoch(self) -> None:
@@ -303,7 +336,7 @@ class Trainer:
         self.best_accuracy = max(self.best_accuracy, accuracy)
         before, self.masks = self.masks, measuring.masks(self.network)
         batches, (group, *_) = len(self.training), self.optimizers[0].param_groups
-        self.store.lock.check()  # of a folder that is now another run's: its logs are not to be written
+        self.store.check()  # of a folder that is now another run's: its logs are not to be written
         with self.recorder.epoch(epoch, full) as record:
             record("epoch", epoch)
             record("step", self.step)
@@ -336,14 +369,24 @@ class Trainer:
     def _stoppable(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the batches until a signal asks to stop; the run then repeats the test when it resumes."""
         for batch in batches:
-            self.signals.check()
+            if self.ranks is None:
+                self.signals.check()
+            else:
+                self._agreed(True)
             yield batch
+        while self.ranks is not None and any(self._agreed(False)):
+            pass  # other ranks have batches left
 
     def _accuracy(self, full: bool) -> tuple[float, measuring.SpikeCounter | None]:
         """The accuracy on the test set and, for a full record, what has counted the spikes."""
         counter = measuring.SpikeCounter(self.network) if full else contextlib.nullcontext()
         with counter as spikes, self._test_bar() as bar:
-            return measuring.accuracy(self.network, self._stoppable(bar)), spikes
+            found = measuring.evaluate(self.network, self._stoppable(bar))
+        if self.ranks is not None:
+            self.ranks.sum(found.confusion)
+            if full:
+                spikes.add_up(self.ranks.sum)
+        return found.accuracy, spikes
 
     @contextlib.contextmanager
     def _test_bar(self) -> Iterator[tqdm]:

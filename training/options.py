@@ -8,15 +8,17 @@ from typing import Any
 
 from training import device, dump_dir, methods
 from training.command_line import Parser, check_writable, either, folder_path, format_number, number, whole_number
+from training.errors import Refusal
 from training.experiment import Experiment
 from training.files import checks
 from training.naming import run_name
+from training.ranks import Ranks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # These options do not change what a run computes: where and how it runs, and what is derived from the other options.
 PLACE_OPTIONS = {
-    *("compile", "deterministic", "checkpoint_minutes", "test", "name", "defaults", "spellings"),
+    *("compile", "deterministic", "checkpoint_minutes", "test", "name", "defaults", "spellings", "ranks"),
     *("gpu", "device", "precision_used", "dataset_dir", "dump_dir"),
 }
 # These options change what is recorded, not what is computed. A checkpoint stores them, but they may differ on resume.
@@ -26,7 +28,8 @@ RECORDING_OPTIONS = {"interval_test", "interval_train"}
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser = Parser(
         description=f"Trains, prunes and tests the {experiment.label}, a spiking neural network.",
-        epilog="Run the same command again to resume an interrupted run from its last checkpoint.",
+        epilog="Run the same command again to resume an interrupted run from its last checkpoint. "
+        "torchrun --standalone --nproc-per-node K trains it with K processes, each with its share of every batch.",
     )
     add = parser.add_argument
     least_one, positive = whole_number(1), number("> 0", lambda x: x > 0)
@@ -104,7 +107,7 @@ def read(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.
     """
     parser = _parser(experiment)
     options = parser.parse_args(argv)
-    options.experiment = experiment.name
+    options.experiment, options.ranks = experiment.name, 1
     options.defaults = {action.dest: action.default for action in parser._actions}
     options.spellings = {action.dest: "/".join(action.option_strings) for action in parser._actions}
     pace = experiment.fast if options.recipe == "fast" else experiment.paper
@@ -119,14 +122,24 @@ def read(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.
     return options
 
 
-def parse(experiment: Experiment, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(experiment: Experiment, argv: Sequence[str] | None = None, ranks: Ranks | None = None) -> argparse.Namespace:
     """:func:`read`, then chooses the device, names the run and makes its dump folder.
+
+    ``options.ranks`` is the number of processes that train the run.
 
     Raises:
         Refusal: an option is not accepted, contradicts another, or cannot work on this machine.
     """
     options = read(experiment, argv)
-    device.choose(options)
+    local_rank = None
+    if ranks is not None:
+        options.ranks, local_rank = ranks.size, ranks.local_rank
+        if options.batch_size % ranks.size and not options.test:
+            raise Refusal(
+                f"argument -b/--batch-size: must be a multiple of {ranks.size}, the number of ranks, "
+                f"not {options.batch_size}"
+            )
+    device.choose(options, local_rank)
     options.name = run_name(options)
     if options.dump_dir is None:
         options.dump_dir = dump_dir.choose(REPOSITORY / "runs", experiment.name, options.name)

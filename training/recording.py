@@ -108,6 +108,27 @@ def _quiet_writer() -> Iterator[None]:
         threading.excepthook = before
 
 
+class SilentRecorder(contextlib.nullcontext):
+    """Takes what a Recorder takes, and writes nothing."""
+
+    def lengths(self) -> dict[str, int]:
+        return {}
+
+    def describe(self, command: str, arguments: dict[str, Any]) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[Recording]:
+        yield Recording(STEP)
+
+    @contextlib.contextmanager
+    def epoch(self, epoch: int, full: bool) -> Iterator[Recording]:
+        yield Recording(EPOCH, *((FULL,) if full else ()))
+
+    def __enter__(self) -> "SilentRecorder":
+        return self
+
+
 class Recorder:
     """Writes a run's TensorBoard log, and its results: a line of JSON for each epoch.
 

@@ -28,6 +28,7 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
         "arguments": arguments(options),
         "versions": {"python": ".".join(map(str, sys.version_info[:3])), **versions, **_gpu_versions(options.device)},
         "device": device.name(options.device),
+        "ranks": options.ranks,
         "compute_capability": _compute_capability(options.device),
         "precision": options.precision_used,
         "cpu": processor(),

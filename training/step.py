@@ -15,6 +15,7 @@ from spiking import SpikingNetwork
 from training.divergence import FiniteCheck
 from training.errors import Refusal
 from training.first_step import Saved, Taken, try_out
+from training.ranks import Average, Ranks
 
 
 def set_precision(precision: str, device: torch.device) -> None:
@@ -109,6 +110,7 @@ class TrainingStep:
     Args:
         changing: names of settings in the optimizers' groups that a schedule changes.
         make: makes images and labels of what the step is called with; a graph has this in it.
+        ranks: the processes of the run, each with its share of the batch: they average the gradients. Without a graph.
 
     Attributes:
         finite: finds the first loss, gradient or parameter that is not finite.
@@ -128,6 +130,7 @@ class TrainingStep:
         graph: bool,
         changing: Sequence[str] = (),
         make: Callable[..., tuple[Tensor, Tensor]] = lambda images, labels: (images, labels),
+        ranks: Ranks | None = None,
     ):
         for optimizer in optimizers:
             if isinstance(optimizer, LBFGS):
@@ -137,7 +140,8 @@ class TrainingStep:
         self.make, self.parameters = make, list(network.parameters())
         self.finite = FiniteCheck(network, device)
         self.settings = GraphSettings(optimizers, changing, device)
-        self.use_graph = graph and device.type == "cuda"
+        self.average = None if ranks is None else Average(ranks, self.parameters)
+        self.use_graph = graph and device.type == "cuda" and ranks is None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
         self.calls = 0  # since the start, until the capture
@@ -166,10 +170,13 @@ class TrainingStep:
             counts = self.network(images)
         loss = measuring.loss_function(counts, labels, self.network.T)
         loss.backward()
+        loss, right = loss.detach(), measuring.correct(counts.detach(), labels)
+        if self.average is not None:
+            loss, right = self.average(loss, right)
         for optimizer in self.optimizers:
             optimizer.step()
         self.finite.update(loss)
-        return loss.detach(), measuring.correct(counts.detach(), labels)
+        return loss, right
 
     # -- on a GPU ------------------------------------------------------------------------------------
 

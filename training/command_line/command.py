@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from training.defaults import torch_defaults
-from training.errors import DivergedError, Interrupted, Refusal
+from training.errors import DivergedError, Interrupted, RankLost, Refusal
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -33,8 +33,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         try:
             with torch_defaults(), _warnings_in_one_line():
                 return main(*args)
-        except (Refusal, DivergedError) as error:
-            return _fail(str(error), 2 if isinstance(error, Refusal) else 1)
+        except (Refusal, DivergedError, RankLost) as error:
+            return _fail(str(error), error.status)
         except BrokenPipeError:  # nobody reads the output any more, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
             return 128 + 13  # as if SIGPIPE had ended it
@@ -44,7 +44,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except Interrupted as stop:
             name = signal.Signals(stop.number).name
             print(f"Stopped by {name} {stop}, and saved. Resume with: {shlex.join(['python', *sys.argv])}", flush=True)
-            return 128 + stop.number
+            return stop.status
         except KeyboardInterrupt:
             return _fail("interrupted; existing files are unchanged", 130)
         except (MemoryError, RuntimeError) as error:

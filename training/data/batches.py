@@ -22,6 +22,7 @@ class TrainingBatches:
         normalisation: maps uint8 images to the network's input.
         generator: a CPU generator for the order and the augmentation; only the start of an epoch draws from it.
         fused: makes the batches with a fused kernel if there is one; they are bitwise the same.
+        share: the part of each batch to make; the whole batch is drawn.
 
     Raises:
         Refusal: there are fewer training images than a batch holds.
@@ -35,11 +36,12 @@ class TrainingBatches:
         normalisation: Normalisation,
         generator: Generator,
         fused: bool = False,
+        share: slice = slice(None),
     ):
         if batch_size > len(split):
             most = f"{len(split)} (all training images)"
             raise Refusal(f"argument -b/--batch-size: must be at most {most}, not {batch_size}")
-        self.split, self.batch_size, self.generator = split, batch_size, generator
+        self.split, self.batch_size, self.generator, self.share = split, batch_size, generator, share
         self.augmentation, self.normalisation = augmentation, normalisation
         self.fused = fused and self._kernel_applies()
         self.table = normalisation.table() if self.fused else None
@@ -102,7 +104,7 @@ class TrainingBatches:
         transforms = transforms.to(device)
         for step in range(start, len(self)):
             batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield order[batch], transforms[batch]
+            yield order[batch][self.share], transforms[batch][self.share]
 
     def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields an epoch's (images, labels) from batch ``start``: float32 [B, C, H, W] and int64 [B]."""

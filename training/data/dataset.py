@@ -25,6 +25,9 @@ class Split:
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
 
+    def part(self, which: slice) -> "Split":
+        return Split(self.images[which], self.labels[which])
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -1,0 +1,350 @@
+"""Several ranks, each with its share of every batch, train the run of one process."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_helpers import assert_same_run, load, results, scalars, the_checkpoint
+
+import spiking_kernels
+from c10.data import CLASSES
+from spiking import BatchNorm2d, Dropout, StepwiseBatchNorm2d
+from spiking_kernels.blocks import lif_block
+from spiking_kernels.shapes import Shape
+
+WORKER = Path(__file__).parent / "ranks_worker.py"
+DEEP = shlex.split("mnist --dataset digits -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 120 -i1 2 -i2 1")
+C10 = shlex.split("c10 --width 8 -T 2 -b 4 -m grad -s 0.95 -lr 1e-4 -N 1 -i1 1 -i2 1")
+LIMIT = 300  # seconds for the processes of a test: a hang fails
+
+
+# -- layers, with threads in the place of processes -------------------------------------------------
+
+
+class Thread:
+    """A rank that is a thread of this process."""
+
+    def __init__(self, rank, size, meeting, table):
+        self.rank, self.size, self.meeting, self.table = rank, size, meeting, table
+
+    def share(self, n):
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def sum(self, tensor):
+        self.table[self.rank] = tensor.clone()
+        self.meeting.wait()
+        tensor.copy_(sum(self.table))
+        self.meeting.wait()
+        return tensor
+
+    def pooled(self, mean, variance):
+        from training.ranks import Ranks
+
+        return Ranks.pooled(self, mean, variance)
+
+
+def with_threads(size, work):
+    """The results of work(rank) on so many ranks."""
+    meeting, table = threading.Barrier(size, timeout=30), [None] * size
+    ranks = [Thread(rank, size, meeting, table) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, ranks))
+
+
+def plain_norm(x, norm, ranks):
+    norm.ranks = ranks
+    return norm(x)
+
+
+def stepwise(x, norm, ranks):
+    norm.ranks = ranks
+    return torch.stack([norm(x_t) for x_t in x])
+
+
+def block(x, norm, ranks):
+    return lif_block(x.flatten(0, 1), Shape(len(x)), norm, ranks=ranks).unflatten(0, x.shape[:2])
+
+
+needs_kernels = pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="needs a C compiler")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("made", "run"),
+    [
+        (lambda: StepwiseBatchNorm2d(5, "m"), plain_norm),
+        (lambda: StepwiseBatchNorm2d(5, "s"), stepwise),
+        (lambda: BatchNorm2d(5), stepwise),
+        pytest.param(lambda: StepwiseBatchNorm2d(5, "m"), block, marks=needs_kernels),
+    ],
+    ids=["m", "s", "static", "kernels"],
+)
+def test_batch_statistics_are_those_of_the_whole_batch(made, run, size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 6, 5, 4, 4, generator=generator, dtype=torch.float32)  # [T, N, C, H, W]
+    x = x * torch.arange(1, 4).view(3, 1, 1, 1, 1) + torch.arange(6).view(1, 6, 1, 1, 1) / 3  # shares differ
+    grad = torch.randn(x.shape, generator=generator, dtype=torch.float32)
+
+    def work(ranks, share):
+        norm, mine = made().float(), x[:, share].clone().requires_grad_()
+        with torch.no_grad():
+            norm.weight += torch.arange(5) / 5
+            norm.bias += 0.3
+        out = run(mine, norm, ranks)
+        out.backward(grad[:, share])
+        return out.detach(), mine.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()
+
+    def together(runs):
+        out, mine, *grads, mean, variance, steps = zip(*runs, strict=True)
+        for values in (mean, variance, steps):
+            assert all(torch.equal(value, values[0]) for value in values)  # bitwise, on all ranks
+        return [torch.cat(out, 1), torch.cat(mine, 1), *map(sum, grads), mean[0], variance[0], steps[0]]
+
+    def differences(found):
+        return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, whole, strict=True)]
+
+    whole = [*work(None, slice(None))]
+    shared = differences(together(with_threads(size, lambda ranks: work(ranks, ranks.share(6)))))
+    # float32 over at most 96 numbers of a channel; a spike decides by it only where the potential is at the threshold
+    assert max(shared) < 1e-4
+    shares = [slice(6 * rank // size, 6 * (rank + 1) // size) for rank in range(size)]
+    out, mine, *_ = zip(*(work(None, share) for share in shares), strict=True)
+    assert min(differences([torch.cat(out, 1), torch.cat(mine, 1), *whole[2:]])[:2]) > 0.05  # each by its own
+
+
+def test_dropout_is_that_of_the_whole_batch():
+    x = torch.ones(4, 6, 7)  # [T, N, features]
+
+    def work(ranks):
+        dropout = Dropout(0.5)
+        dropout.step_mode, dropout.ranks = "m", ranks
+        return dropout(x if ranks is None else x[:, ranks.share(6)])
+
+    torch.manual_seed(3)
+    whole, state = work(None), torch.get_rng_state()
+    parts = []
+    for rank in range(3):
+        torch.manual_seed(3)
+        parts.append(work(Thread(rank, 3, None, None)))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert 0 < int((whole == 0).sum()) < whole.numel()
+
+
+# -- processes ---------------------------------------------------------------------------------------
+
+
+class Processes:
+    """The ranks of a run, as torchrun starts them; each is killed if it takes too long."""
+
+    def __init__(self, size, argv, folder, changes=None, launcher=()):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANKS_TEST": json.dumps(changes or {})}
+        command = [sys.executable, *launcher, str(WORKER), *argv, "--dump-dir", str(folder)]
+        self.processes = []
+        for rank in range(1 if launcher else size):
+            own = {} if launcher or size == 1 else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+            environment = os.environ | settings | {key: str(value) for key, value in own.items()}
+            self.processes.append(
+                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            )
+
+    def end(self, limit=LIMIT):
+        """Waits for all; their statuses, and what they printed on the two channels."""
+        deadline, outputs = time.monotonic() + limit, []
+        try:
+            for process in self.processes:
+                outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic())))
+        finally:
+            for process in self.processes:
+                process.kill()
+        out, err = zip(*outputs, strict=True)
+        return [process.returncode for process in self.processes], out, err
+
+
+def train(size, argv, folder, **changes):
+    statuses, out, err = Processes(size, argv, folder, changes).end()
+    assert statuses == [0] * size, err
+    assert out[1:] == ("",) * (size - 1)
+    return out[0]
+
+
+def relative(a, b):
+    return abs(a - b) / abs(b)
+
+
+def assert_near(one, other, steps):
+    """Two runs are the same within rounding, which grows with the steps."""
+    losses, others = (dict(scalars(folder)[0]["train/loss"]) for folder in (one, other))
+    assert losses.keys() == others.keys()
+    assert len(losses) > steps
+    assert max(relative(others[step], losses[step]) for step in range(steps)) < 1e-5
+    for line, same_line in zip(results(one), results(other), strict=True):
+        assert abs(line["sparsity"] - same_line["sparsity"]) < 1e-3
+    a, b = load(one), load(other)
+    assert a["arguments"] == b["arguments"]
+    assert all(torch.equal(a["random"][key], b["random"][key]) for key in ("torch", "data"))
+
+
+def test_two_ranks_train_the_run_of_one(tmp_path):
+    """With noise, whose numbers are the same on both, in the order and with the augmentation of one process."""
+    pytest.importorskip("sklearn")
+    for size in (1, 2):
+        train(size, [*DEEP, "-N", "2"], tmp_path / str(size))
+    assert_near(tmp_path / "1", tmp_path / "2", 20)
+    assert abs(results(tmp_path / "1")[1]["test_accuracy"] - results(tmp_path / "2")[1]["test_accuracy"]) < 0.01
+    (info,) = (tmp_path / "2").glob("logs/*/run.json")
+    assert json.loads(info.read_text())["ranks"] == 2
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
+    statuses, out, err = Processes(2, ["mnist", "-b", "15"], tmp_path).end()
+    assert statuses == [2, 2]
+    assert (
+        err[0]
+        .splitlines()[-1]
+        .endswith("error: argument -b/--batch-size: must be a multiple of 2, the number of ranks, not 15")
+    )
+    assert (out[1], err[1]) == ("", "")
+    assert not list(tmp_path.glob("*/*"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Class folders of noise: 40 images to train with, and 30 to test."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, many in (("train", 4), ("test", 3)):
+        for name in CLASSES:
+            (folder / part / name).mkdir(parents=True)
+            for number in range(many):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_two_ranks_train_the_convolutional_run_of_one(tmp_path, images, compiled):
+    """In few time steps on few images: rounding decides about a spike of ten million, which changes what follows."""
+    for size in (1, 2):
+        out = train(size, [*C10, compiled, "--dataset-dir", str(images)], tmp_path / str(size), scale=8)
+        assert "plain layers" not in out
+    assert_near(tmp_path / "1", tmp_path / "2", 10 - 1)
+    losses = {value for _, value in scalars(tmp_path / "1")[0]["train/loss"]}
+    assert len(losses) == 10  # the outputs spike
+    one, two = (load(tmp_path / size)["network"] for size in "12")
+    statistics = [key for key in one if "running" in key or "batches" in key]
+    assert len(statistics) == 18
+    for key in statistics:
+        assert float((one[key] - two[key]).abs().max()) <= 1e-5 * float(one[key].abs().max())
+    accuracy = [results(tmp_path / size)[0] for size in "12"]
+    assert accuracy[0]["test_accuracy"] == accuracy[1]["test_accuracy"]
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_ranks(tmp_path):
+    """Stopped by a signal to one rank, after the same step on all; goes on with other numbers of ranks."""
+    pytest.importorskip("sklearn")
+    argv, moved, two = [*DEEP, "-N", "3"], tmp_path / "moved", tmp_path / "two"
+    train(1, argv, tmp_path / "one")
+    train(2, argv, two)
+    for size, (number, rank, step) in ((2, (signal.SIGTERM, 1, 4)), (3, (signal.SIGINT, 2, 9))):
+        changes = {"signal": [number, rank, step]}
+        statuses, out, err = Processes(size, argv, moved, changes).end()
+        assert statuses == [128 + number] * size, err
+        assert "saved" in out[0].splitlines()[-1]
+        assert set(out[1:]) == {""}
+        assert set(err) == {""}
+    assert load(moved)["step"] == 13
+    train(1, argv, moved)
+    assert_near(tmp_path / "one", moved, 20)
+    # to the bit, on as many ranks
+    changes, stopped = {"signal": [signal.SIGTERM, 0, 15]}, tmp_path / "stopped"
+    assert Processes(2, argv, stopped, changes).end()[0] == [143, 143]
+    train(2, argv, stopped)
+    assert_same_run(two, stopped)
+
+
+KILLS = int(os.environ.get("RANK_KILLS", "2"))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_stops_the_others_and_the_command_goes_on(tmp_path):
+    pytest.importorskip("sklearn")
+    argv, killed = [*DEEP, "-N", "4", "--checkpoint-minutes", "1e-9"], tmp_path / "killed"
+    train(2, argv, tmp_path / "two")
+    draw = np.random.default_rng(KILLS)
+    longest = 0.0
+    for number in range(KILLS):
+        run = Processes(2, argv, killed, {"busy": 0.03})
+        before = the_checkpoint(killed).stat().st_mtime_ns if number else 0
+        while not list(killed.glob("models/*/checkpoint.pt")) or the_checkpoint(killed).stat().st_mtime_ns == before:
+            assert all(process.poll() is None for process in run.processes), run.end()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.6 / KILLS))
+        victim = int(draw.integers(2)) if number else 1
+        run.processes[victim].kill()
+        begun = time.monotonic()
+        statuses, _, err = run.end(30)
+        longest = max(longest, time.monotonic() - begun)
+        if statuses[victim] == 0:
+            continue  # it had ended
+        assert statuses[victim] == -signal.SIGKILL
+        assert statuses[1 - victim] == 1, err
+        assert len(err[1 - victim].splitlines()) == 1
+        assert "another rank of the run has ended" in err[1 - victim]
+    assert load(killed)["epoch"] < 4  # there was something left to do
+    train(2, argv, killed)
+    assert_same_run(tmp_path / "two", killed)
+    print(f"{KILLS} kills; the other rank ended {longest:.1f} s later at most: 0 differences")
+
+
+@pytest.mark.slow
+def test_ranks_that_drift_apart_are_found(tmp_path):
+    pytest.importorskip("sklearn")
+    argv = [*DEEP, "-N", "2"]
+    statuses, _, err = Processes(2, argv, tmp_path, {"drift": [1, 3]}).end()
+    assert statuses == [1, 1]
+    assert err[0].count("the ranks no longer have the same weights") == 1
+    assert err[1] == ""
+    assert load(tmp_path)["step"] == 0
+
+
+@pytest.mark.slow
+def test_torchrun_stops_and_saves_a_run(tmp_path):
+    """SIGTERM to torchrun; it hands it on to the ranks."""
+    pytest.importorskip("sklearn")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*DEEP, "-N", "2", "--checkpoint-minutes", "1e-9"]
+    train(2, argv, tmp_path / "two")
+    run = Processes(2, argv, tmp_path / "run", {"busy": 0.3}, launcher)
+    deadline = time.monotonic() + LIMIT
+    while not list(tmp_path.glob("run/logs/*/run.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    run.processes[0].terminate()
+    statuses, out, err = run.end()
+    assert statuses != [0]
+    assert "Stopped by SIGTERM" in out[0], err
+    step = load(tmp_path / "run")["step"]
+    assert 0 < step < 22
+    run = Processes(2, argv, tmp_path / "run", {}, launcher)
+    statuses, out, err = run.end()
+    assert statuses == [0], err
+    assert_same_run(tmp_path / "two", tmp_path / "run")
