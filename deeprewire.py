@@ -4,6 +4,7 @@ Bellec, Kappel, Maass, Legenstein, "Deep Rewiring: Training very sparse deep net
 here derived from Adam as in Chen et al., IJCAI 2021, doi 10.24963/ijcai.2021/236.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rewiring import Lists, RewiringOptimizer, adam, check_bool, check_number, each, spiking_kernels
+from sharding import draw_like, sums
 
 __all__ = ["DeepRewiring", "deep_rewiring"]
 
@@ -29,7 +31,8 @@ def deep_rewiring(
 
     Args:
         lists: the weights w with their "grad" dL/dw, Adam's moments, "sign" s, standard normal "noise" N where T is
-            not None, and for Deep R with max_s < 1 "uniform" random numbers.
+            not None, and for Deep R with max_s < 1 "uniform" random numbers. Where these are parts of sharded tensors,
+            "whole" has the sharded weights.
         eps, adam_settings: as :func:`rewiring.adam` takes them.
     """
     weights, signs, thetas = lists["weight"], lists["sign"], lists.get("theta")
@@ -59,19 +62,20 @@ def deep_rewiring(
         torch._foreach_mul_(hs, kept)  # where the sign flipped, w = 0
         if "uniform" in lists:
             hs = [
-                torch.where(_reactivated(h, sign, uniform, max_s), sign.to(h.dtype) * eps, h)
-                for h, sign, uniform in zip(hs, signs, lists["uniform"], strict=True)
+                torch.where(_reactivated(h, sign, uniform, max_s, whole), sign.to(h.dtype) * eps, h)
+                for h, sign, uniform, whole in zip(hs, signs, lists["uniform"], lists.get("whole", hs), strict=True)
             ]
     torch._foreach_copy_(weights, hs)
 
 
-def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float | Tensor) -> Tensor:
-    """Which dormant connections to re-activate, so that the dormant fraction is max_s in expectation."""
+def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float | Tensor, whole: Tensor) -> Tensor:
+    """Which dormant connections to re-activate, so that the dormant fraction of the whole is max_s in expectation."""
     dormant = w == 0
     candidates = dormant & (sign != 0)
-    excess = dormant.sum().double() - max_s * w.numel()
+    dormant_count, candidate_count = sums(whole, dormant.sum(), candidates.sum())
+    excess = dormant_count.double() - max_s * whole.numel()
     # no candidate and no excess is 0 / 0: NaN, which no uniform is below
-    return candidates & (uniform < excess / candidates.sum())
+    return candidates & (uniform < excess / candidate_count)
 
 
 class DeepRewiring(RewiringOptimizer):
@@ -111,12 +115,15 @@ class DeepRewiring(RewiringOptimizer):
         l1: L1 penalty (the scripts' -penalty), >= 0.
         max_s: maximum sparsity (soft: target sparsity), in [0, 1]; required.
         soft: soft Deep R instead of Deep R.
-        foreach, maximize, capturable, fused: by name; as of :class:`gradrewire.GradRewiring`.
+        generator: of the noise and the re-activation, on the parameters' device; by name, as all that follow. Seeded
+            equally, it gives the same numbers on every rank of torch.distributed, whatever else is drawn there. Its
+            state is part of :meth:`state_dict`.
+        foreach, maximize, capturable, fused: as of :class:`gradrewire.GradRewiring`.
 
     State of each parameter: that of Adam, ``sign`` (int8) and, when soft, ``theta``, which the weights are made from
     at every step: whatever else changes weights needs :meth:`load_parameters` to be called after it.
-    Noise and re-activation draw from the default generator of the parameter's device; the kernel draws
-    one seed from it for each step and parameter: different draws from the same distribution.
+    Noise and re-activation draw from ``generator``, or else from the default generator of the parameter's device; the
+    kernel draws one seed from it for each step and parameter: different draws from the same distribution.
 
     Raises:
         ValueError: an argument, or a setting of a group, is not accepted; the message names it.
@@ -137,7 +144,8 @@ class DeepRewiring(RewiringOptimizer):
         **named: Any,
     ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
-        super().__init__(params, dict(**settings, T=T, l1=l1, max_s=max_s, soft=soft), named)
+        generator = named.pop("generator", None)
+        super().__init__(params, dict(**settings, T=T, l1=l1, max_s=max_s, soft=soft), named, generator)
 
     _update = staticmethod(deep_rewiring)
 
@@ -169,17 +177,22 @@ class DeepRewiring(RewiringOptimizer):
             theta_min = -(T * T) / 2 * max_s / penalty
         return {"T": T or None, "l1": l1, "max_s": max_s, "theta_min": theta_min}
 
+    def _drawn(self, group: dict[str, Any]) -> list[str]:
+        noise = ["noise"] if group["prune"] and group["T"] > 0 else []
+        return noise + (["uniform"] if group["prune"] and not group["soft"] and group["max_s"] < 1 else [])
+
     def _draw(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Normal noise, and uniforms for re-activation."""
         # of few bits, uniforms would be coarse and often 0: far more would be re-activated than are due
-        dtype, draws = torch.promote_types(param.dtype, torch.float32), {}
-        if group["T"] > 0:
-            draws["noise"] = torch.randn_like(param, dtype=dtype)
-        if not group["soft"] and group["max_s"] < 1:
-            draws["uniform"] = torch.rand_like(param, dtype=dtype)
-        return draws
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        fill = {"noise": Tensor.normal_, "uniform": Tensor.uniform_}
+        return {
+            name: draw_like(param, dtype, functools.partial(fill[name], generator=self.generator))
+            for name in self._drawn(group)
+        }
 
     def _kernel(self, memory: Any, grad: Tensor, settings: Any) -> None:
         draws = settings.T > 0 or (settings.max_s < 1 and "theta" not in memory.named)
-        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if draws else 0
+        seed = torch.empty((), dtype=torch.int64, device="cpu")
+        seed = int(seed.random_(generator=self.generator)) if draws else 0
         spiking_kernels.deep_rewiring_step(memory, grad, settings, seed=seed)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rewiring import Lists, RewiringOptimizer, adam, check_bool, check_number, each, overlaps_itself, spiking_kernels
+from sharding import is_sharded, local, sum_of_all
 
 __all__ = ["ConnectivitySchedule", "GradRewiring", "grad_rewiring"]
 
@@ -145,7 +146,7 @@ class GradRewiring(RewiringOptimizer):
         if group["plain_gradient"]:
             if overlaps_itself(param.grad):  # an expanded one, say
                 param.grad = param.grad.clone()
-            param.grad.masked_fill_(param == 0, 0)
+            local(param.grad).masked_fill_(local(param) == 0, 0)
 
     def _kernel(self, memory: Any, grad: Tensor, settings: Any) -> None:
         spiking_kernels.grad_rewiring_step(memory, grad, settings)
@@ -260,7 +261,7 @@ class ConnectivitySchedule:
         size, theta_q = sum(p.numel() for p, _ in weights), 0.0
         if pruned := size - round(self.wanted((taken + length) / self.steps) * size):
             thetas = [self._theta(p, group, length) for p, group in weights]
-            theta_q = max(0.0, _smallest(thetas, pruned))
+            theta_q = max(0.0, _smallest(thetas, pruned, [p for p, _ in weights]))
         self.sets_s += [group["s"] is None for group in groups[len(self.sets_s) :]]  # groups may have been added
         self.taken, self.lrs, self.alphas = taken, [float(group["lr"]) for group in groups], []
         self.largest_lr = max(self.largest_lr, *self.lrs)
@@ -271,10 +272,13 @@ class ConnectivitySchedule:
         self._set_alphas()
 
     def _theta(self, param: Tensor, group: dict[str, Any], length: int) -> Tensor:
-        """The theta of a parameter now or, with foresight, after so many steps that Adam's momentum alone takes."""
-        state = self.optimizer.state.get(param, {})
+        """The theta of a parameter now or, with foresight, after so many steps that Adam's momentum alone takes.
+
+        Of a sharded parameter, what this rank holds.
+        """
+        state = {key: local(x) for key, x in self.optimizer.state.get(param, {}).items()}
         if "theta" not in state:
-            return param.detach().abs()
+            return local(param.detach()).abs()
         if not self.foresight:
             return state["theta"]
         beta1, beta2 = group["betas"]
@@ -326,18 +330,23 @@ class ConnectivitySchedule:
 COUNTED_AT_ONCE = 2**22  # values; a sum of bools takes 8 bytes for each
 
 
-def _smallest(tensors: list[Tensor], k: int) -> float:
-    """The k-th smallest of all values of some tensors, k from 1; a NaN counts as larger than any number."""
-    if all(tensor.is_cpu for tensor in tensors):
+def _smallest(tensors: list[Tensor], k: int, of: list[Tensor] | None = None) -> float:
+    """The k-th smallest of all values of some tensors, k from 1; a NaN counts as larger than any number.
+
+    Args:
+        of: the parameters, if some are sharded: each tensor is what this rank holds, and the values of all ranks count.
+    """
+    if all(tensor.is_cpu for tensor in tensors) and not any(map(is_sharded, of or [])):
         return float(torch.cat([tensor.flatten() for tensor in tensors]).kthvalue(k).values)
-    return _smallest_by_counting(tensors, k)
+    return _smallest_by_counting(tensors, k, of)
 
 
-def _smallest_by_counting(tensors: list[Tensor], k: int) -> float:
+def _smallest_by_counting(tensors: list[Tensor], k: int, of: list[Tensor] | None = None) -> float:
     """The same on a GPU, where kthvalue is not deterministic, and sorting takes many times the memory of the values.
 
     It bisects the numbers of the widest dtype, in their order, by how many values are at most as large: in each of 32
-    rounds, for float32, one pass over the values, and one wait for the device.
+    rounds, for float32, one pass over the values, and one wait for the device; or one all-reduce of a number, for
+    values on several ranks.
     """
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
@@ -352,11 +361,14 @@ def _smallest_by_counting(tensors: list[Tensor], k: int) -> float:
         bits = int(torch.tensor(value, dtype=dtype, device="cpu").view(whole))
         return bits if bits >= 0 else bits ^ largest
 
-    parts = [part for tensor in tensors for part in tensor.detach().reshape(-1).split(COUNTED_AT_ONCE)]
+    parts = [
+        (part, whole)
+        for tensor, whole in zip(tensors, of or tensors, strict=True)
+        for part in tensor.detach().reshape(-1).split(COUNTED_AT_ONCE)
+    ]
 
     def at_most(value: Tensor) -> int:
-        counts = [(part.to(dtype) <= value).sum() for part in parts]
-        return int(sum(count.to(counts[0].device) for count in counts))
+        return sum_of_all([(part.to(dtype) <= value).sum() for part, _ in parts], [whole for _, whole in parts])
 
     low, high = place_of(-math.inf), place_of(math.inf) + 1  # beyond infinity, only NaN is left
     while low < high:

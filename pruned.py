@@ -12,7 +12,7 @@ __all__ = ["load_pruned"]
 HERE = Path(__file__).resolve().parent
 MODULES = (
     *("analysis", "c10", "deeprewire", "gradrewire", "measuring"),
-    *("mnist", "rewiring", "spiking", "spiking_kernels", "training"),
+    *("mnist", "rewiring", "sharding", "spiking", "spiking_kernels", "training"),
 )
 
 

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.optim.adam import adam as plain_adam
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
+import sharding
+from sharding import is_sharded, local
+
 try:
     import spiking_kernels
 except ImportError:  # this file was copied into another project without them
@@ -139,6 +142,16 @@ ADAM_SETTINGS = {"lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "ma
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 AMSGRAD_STATE = "max_exp_avg_sq"
 OWN_STATE = ("sign", "theta")
+GENERATOR = "generator"
+# what to do where ranks differ
+ADVICE = {
+    "weights": "Load the same ones on every rank, or wrap the network in DistributedDataParallel before the first step",
+    "states": "Load the optimizer's state on every rank",
+    "settings": "Give every rank the same",
+    "random numbers": "Give {} a generator seeded equally on every rank: "
+    "generator=torch.Generator(device).manual_seed(0)",
+    "updates": "Give every rank a C compiler, or all of them fused=False",
+}
 PLAIN = (bool, int, float)  # types of numbers that compute in full precision
 RECOMPILE_LIMIT = 64  # each number of tensors that a group has is compiled once, with and without prior
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -158,6 +171,9 @@ class RewiringOptimizer(Optimizer):
     takes the place of the compiled function where it can. A group with ``prune=False`` is updated by
     torch.optim.Adam's own function.
 
+    A parameter may be sharded over several ranks, as a DTensor. Its state is sharded in the same way, and a step takes
+    what this rank holds of each. A kernel that draws random numbers gives way to the plain update then.
+
     The state of a parameter holds ``step`` (0-dimensional, float32; on the CPU unless ``capturable``), ``exp_avg``,
     ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq``, and where it is pruned ``sign`` (int8), each of the weight's shape.
     The settings of a group may change between steps: state that they need and that is missing is created then.
@@ -165,14 +181,31 @@ class RewiringOptimizer(Optimizer):
 
     Args:
         settings, named: of every group that does not name its own; ``named`` are those of :attr:`LATER`.
+        generator: of the random numbers; None for the default one of each parameter's device.
+
+    Attributes:
+        check_ranks: whether the next step compares weights, state, settings and random numbers with those of the other
+            ranks of torch.distributed. The first step does, and turns it off. Turn it off before, where the ranks
+            train different weights on purpose.
     """
 
     # Settings that are given by name, with their defaults. They were added later: older states mean the defaults.
     LATER: ClassVar[dict[str, Any]] = dict(foreach=None, maximize=False, capturable=False, fused=False, prune=True)
+    generator: torch.Generator | None = None
+    check_ranks: bool = True
 
-    def __init__(self, params: Iterable, settings: dict[str, Any], named: dict[str, Any]):
+    def __init__(
+        self,
+        params: Iterable,
+        settings: dict[str, Any],
+        named: dict[str, Any],
+        generator: torch.Generator | None = None,
+    ):
         if unknown := named.keys() - self.LATER.keys():
             raise TypeError(f"{type(self).__name__} takes no argument {', '.join(sorted(unknown))}")
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(f"generator={generator!r} is not accepted: generator must be a torch.Generator or None")
+        self.generator = generator
         self._seen: dict[int, _Seen] = {}
         super().__init__(params, {**settings, **self.LATER, **named})
 
@@ -195,8 +228,12 @@ class RewiringOptimizer(Optimizer):
     def _prepare_gradient(self, param: Tensor, group: dict[str, Any]) -> None:
         """Changes the gradient that the step of one parameter is about to take."""
 
+    def _drawn(self, group: dict[str, Any]) -> list[str]:
+        """What random numbers the step of a parameter needs, as :meth:`_draw` names them."""
+        return []
+
     def _draw(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The random numbers that the step of one parameter needs."""
+        """The random numbers that the step of one parameter needs, for what this rank holds of it."""
         return {}
 
     def _kernel(self, memory: Any, grad: Tensor, settings: Any) -> None:
@@ -269,6 +306,22 @@ class RewiringOptimizer(Optimizer):
                 f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} is not accepted: "
                 "its weights share memory; clone() gives each its own"
             )
+        if sharding.is_partial(param):
+            raise ValueError(
+                f"a parameter with the placements {param.placements} is not accepted: each must be Shard or Replicate"
+            )
+        if not group["prune"]:
+            return
+        if getattr(param, "_fsdp_flattened", False):
+            raise ValueError(
+                "a parameter of FullyShardedDataParallel is not accepted: it is a part of a flat tensor. "
+                "Shard the network with torch.distributed.fsdp.fully_shard"
+            )
+        if self.generator is not None and self.generator.device != param.device and not param.is_meta:
+            raise ValueError(
+                f"generator on {self.generator.device} is not accepted: a parameter is on {param.device}; "
+                f"use torch.Generator({str(param.device)!r})"
+            )
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -317,14 +370,31 @@ class RewiringOptimizer(Optimizer):
                     continue  # its next step takes the weights
                 self._check_state(param, self.state[param])
                 self._begin_state(param, group)
-                sign, theta = self.state[param]["sign"], self.state[param].get("theta")
-                sign.copy_(torch.where(param == 0, sign, param.sign()))
-                if theta is not None:
-                    theta.copy_(torch.where(param == 0, theta.clamp(max=0), param.abs()))
+                weight, sign = local(param), local(self.state[param]["sign"])
+                sign.copy_(torch.where(weight == 0, sign, weight.sign()))
+                if "theta" in self.state[param]:
+                    theta = local(self.state[param]["theta"])
+                    theta.copy_(torch.where(weight == 0, theta.clamp(max=0), weight.abs()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as every torch.optim optimizer gives it; the first group has that of the generator.
+
+        There, torch.distributed.checkpoint takes it along.
+        """
+        state_dict = super().state_dict()
+        if self.generator is not None:
+            state_dict["param_groups"][0][GENERATOR] = self.generator.get_state()
+        return state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **({} if self.generator is None else {GENERATOR: self.generator})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" in self.__dict__:  # load_state_dict calls; nothing has been changed so far
+            drawn = self._generator_state(state["param_groups"])
             self._check_loaded(state["param_groups"], state["state"])
+            if drawn is not None:
+                self.generator.set_state(drawn)
         for group in state["param_groups"]:
             for key, value in self.LATER.items():
                 group.setdefault(key, value)
@@ -372,6 +442,28 @@ class RewiringOptimizer(Optimizer):
             for param in group["params"]:
                 self._check_param(param, loaded)
 
+    def _generator_state(self, groups: list[dict[str, Any]]) -> Tensor | None:
+        """Takes the state of the generator out of loaded groups; None where this optimizer stays as it is.
+
+        Raises:
+            ValueError: it is not the state of such a generator, or this optimizer has none and draws.
+        """
+        states = [group.pop(GENERATOR) for group in groups if GENERATOR in group]
+        draws = type(self)._draw is not RewiringOptimizer._draw
+        if not states or not draws:
+            return None
+        if self.generator is None:
+            name = type(self).__name__
+            raise ValueError(f"the state has that of a generator: construct this {name} with generator=, to load it")
+        try:
+            torch.Generator(self.generator.device).set_state(state := states[0].cpu())
+        except (AttributeError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the generator's state is not accepted by one on {self.generator.device}: {reason}"
+            ) from None
+        return state
+
     def _name(self, param: Tensor) -> str:
         """A parameter's place in the groups, for a message."""
         for number, group in enumerate(self.param_groups):
@@ -395,7 +487,8 @@ class RewiringOptimizer(Optimizer):
 
         Raises:
             ValueError: a setting, a parameter or its state is no longer accepted; nothing has been changed.
-            RuntimeError: a gradient is sparse, or a CUDA graph is being captured without ``capturable``.
+            RuntimeError: a gradient is sparse, a CUDA graph is being captured without ``capturable``, or the ranks of
+                torch.distributed differ in the first step.
         """
         loss = None
         if closure is not None:
@@ -414,13 +507,16 @@ class RewiringOptimizer(Optimizer):
         """
         updates: list[tuple[Lists, dict[str, Any]]] = []
         groups = [(group, self._check_step(number, group)) for number, group in enumerate(self.param_groups)]
+        if self.check_ranks:
+            self._compare_ranks()
         for group, seen in groups:
             params, settings, foreach = seen.params, seen.settings, group["foreach"]
             if seen.looks is None:  # something is new
                 for param in params:
                     self._begin_state(param, group)
                 seen.tensors, seen.memory = self._tensors(seen), [self._memory(param, group) for param in params]
-                seen.looks = _looks(seen.tensors)
+                seen.sharded = any(map(is_sharded, params))
+                seen.looks = None if seen.sharded else _looks(seen.tensors)  # wrappers do not tell their memory
             if not params:
                 continue
             if not group["prune"]:
@@ -436,9 +532,8 @@ class RewiringOptimizer(Optimizer):
             if traced:  # what enters by alpha= and value= stays a number, to round as it does in an eager step
                 settings = {**_as_tensors(settings), **{key: settings[key] for key in ("betas", "weight_decay")}}
             drawn = [(param, self._draw(param, group)) for param in params]
-            updates += [
-                (self._lists(some, seen), settings) for some in (_alike(drawn) if foreach else [[one] for one in drawn])
-            ]
+            found = [self._lists(some, seen) for some in (_alike(drawn) if foreach else [[one] for one in drawn])]
+            updates += [(lists, settings) for lists in found if not self._update_with_counts(lists, seen)]
         return updates
 
     def _fused(self, seen: "_Seen", group: dict[str, Any]) -> None:
@@ -449,18 +544,30 @@ class RewiringOptimizer(Optimizer):
         for param, memory in zip(seen.params, seen.memory, strict=True):
             if memory is not None:
                 try:
-                    self._kernel(memory, param.grad, seen.of_kernel)
+                    self._kernel(memory, local(param.grad), seen.of_kernel)
                     continue
                 except spiking_kernels.Unfit:  # the gradient is not contiguous, say
                     pass
             rest.append((param, self._draw(param, group)))
-        for some in _alike(rest):
-            _compiled(self._update)(self._lists(some, seen), **seen.settings)
+        for lists in (self._lists(some, seen) for some in _alike(rest)):
+            if not self._update_with_counts(lists, seen):
+                _compiled(self._update)(lists, **seen.settings)
+
+    def _update_with_counts(self, lists: Lists, seen: "_Seen") -> bool:
+        """Takes the step of sharded parameters if it counts over whole ones, which is not compiled; False if not."""
+        if "whole" not in lists:
+            return False
+        self._update(lists, **seen.settings)
+        return True
 
     def _lists(self, drawn: Drawn, seen: "_Seen") -> Lists:
         """The tensors of some parameters of a group, with the random numbers drawn for them."""
         lists = {"weight": [param for param, _ in drawn], "grad": [param.grad for param, _ in drawn]}
         lists |= {key: [self.state[param][key] for param, _ in drawn] for key in seen.keys}
+        if seen.sharded:
+            lists = {key: [*map(local, tensors)] for key, tensors in lists.items()}
+            if "uniform" in drawn[0][1]:  # what is re-activated depends on a count over the whole tensor
+                lists["whole"] = [param for param, _ in drawn]
         return lists | {key: [draws[key] for _, draws in drawn] for key in drawn[0][1]}
 
     def _check_step(self, number: int, group: dict[str, Any]) -> "_Seen":
@@ -471,6 +578,7 @@ class RewiringOptimizer(Optimizer):
             old, seen = seen, _Seen(self._values(group), self._settings(group), self._state_keys(group))
             if old is not None and old.switches() == seen.switches():  # a scheduler changes numbers in every step
                 seen.tensors, seen.looks, seen.memory = old.tensors, old.looks, old.memory
+                seen.sharded = old.sharded
             self._seen[number] = seen
         seen.params = [param for param in group["params"] if param.grad is not None]
         on_gpu = seen.params and seen.params[0].is_cuda
@@ -493,6 +601,45 @@ class RewiringOptimizer(Optimizer):
                     self._check_state(param, self.state[param])
         return seen
 
+    def _compare_ranks(self) -> None:
+        """Raises RuntimeError, with what to do, if this rank differs from the first one of torch.distributed here."""
+        params = [(self._name(param), param) for group in self.param_groups for param in group["params"]]
+        if any(param.is_cuda for _, param in params) and torch.cuda.is_current_stream_capturing():
+            return  # this would wait for the device
+        self.check_ranks = False
+        if not sharding.several_ranks():
+            return
+        groups = list(enumerate(self.param_groups))
+        drawing = [group for _, group in groups if self._drawn(group)]
+        names = (*ADAM_STATE, AMSGRAD_STATE, *OWN_STATE)
+        states = [(f"{key} of {name}", self.state.get(p, {}).get(key)) for name, p in params for key in names]
+        keys = sorted(self.defaults.keys() - {"foreach", "capturable", "fused", "differentiable"})
+        settings = [(f"{key} of group {number}", group.get(key)) for number, group in groups for key in keys]
+        facts: dict[str, dict[str, Any]] = {
+            "weights": {name: sharding.checksum(param) for name, param in params},
+            "states": {name: sharding.checksum(value) for name, value in states if isinstance(value, Tensor)},
+            "settings": {name: repr(value) for name, value in settings if not isinstance(value, Tensor)},
+            "random numbers": self._random_states(drawing),
+            "updates": {"only one has kernels": any(group["fused"] for group in drawing) and _kernels()},
+        }
+        subject = f"{type(self).__name__} {[(list(param.shape), str(param.dtype)) for _, param in params]}"
+        if found := sharding.disagreement(subject, facts):
+            ranks, kind, which = found
+            some = f"{', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''}"
+            raise RuntimeError(
+                f"{kind} differ between ranks {' and '.join(map(str, ranks))}: {some}. "
+                f"{ADVICE[kind].format(type(self).__name__)}. "
+                "If ranks are meant to differ, set optimizer.check_ranks = False before the first step"
+            )
+
+    def _random_states(self, groups: list[dict[str, Any]]) -> dict[str, str]:
+        """Digests of the states of the generators that groups draw from."""
+        if groups and self.generator is not None:
+            return {"the state of the generator": sharding.digest(self.generator.get_state())}
+        devices = {param.device.type: param.device for group in groups for param in group["params"]}
+        states = {kind: sharding.default_generator_state(device) for kind, device in sorted(devices.items())}
+        return {f"the state of the default generator of {kind}": sharding.digest(x) for kind, x in states.items()}
+
     def _tensors(self, seen: "_Seen") -> list[Any]:
         """Each parameter with a gradient and, after it, its state."""
         return [x for param in seen.params for x in (param, *map(self.state.get(param, {}).get, seen.keys))]
@@ -500,10 +647,13 @@ class RewiringOptimizer(Optimizer):
     def _memory(self, param: Tensor, group: dict[str, Any]) -> Any:
         """What a kernel works on; None where none takes the update."""
         fits = group["fused"] and group["prune"] and param.is_cpu and param.dtype == torch.float32
-        if not fits or spiking_kernels is None or spiking_kernels.unavailable() is not None:
+        if not fits or not _kernels():
+            return None
+        if is_sharded(param) and self._drawn(group):  # it would draw the numbers of a tensor of this size
             return None
         try:
-            return spiking_kernels.Memory(param, **{key: self.state[param][key] for key in self._state_keys(group)})
+            state = {key: local(self.state[param][key]) for key in self._state_keys(group)}
+            return spiking_kernels.Memory(local(param), **state)
         except spiking_kernels.Unfit:  # one is not contiguous, say
             return None
 
@@ -533,6 +683,7 @@ class _Seen:
     looks: list[Any] | None = None
     memory: list[Any] = field(default_factory=list)  # of each parameter, if a kernel can work on it
     of_kernel: Any = None  # the settings as the kernels take them
+    sharded: bool = False  # some of the parameters
 
     @functools.cached_property
     def has_tensor(self) -> bool:
@@ -542,6 +693,11 @@ class _Seen:
     def switches(self) -> list[Any]:
         """The settings on which it depends whether a parameter and its state are good."""
         return [self.settings["eps"], *(value for value in self.values if isinstance(value, bool))]
+
+
+def _kernels() -> bool:
+    """Whether the kernels for the CPU can be used."""
+    return spiking_kernels is not None and spiking_kernels.unavailable() is None
 
 
 def _looks(tensors: list[Any]) -> list[Any] | None:

@@ -31,8 +31,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # The modules that a page says its examples need: copied beside them. Other pages have the whole repository.
 COPIED = {
-    "README.md": ["rewiring.py", "gradrewire.py"],
-    "docs/optimizers.md": ["rewiring.py", "gradrewire.py", "deeprewire.py"],
+    "README.md": ["rewiring.py", "sharding.py", "gradrewire.py"],
+    "docs/optimizers.md": ["rewiring.py", "sharding.py", "gradrewire.py", "deeprewire.py"],
 }
 
 
@@ -73,7 +73,7 @@ def test_what_the_page_on_adding_says_works(tmp_path):
     """In a copy of the repository with the files and entries of the page, in the places that it names."""
     for package in ("analysis", "c10", "measuring", "mnist", "spiking_kernels", "training"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for module in ("rewiring", "gradrewire", "deeprewire", "spiking"):
+    for module in ("sharding", "rewiring", "gradrewire", "deeprewire", "spiking"):
         shutil.copy(ROOT / f"{module}.py", tmp_path)
     for file in ("training/methods/magnitude.py", "mnist/stripes.py", "shallow/shallow.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
