@@ -383,7 +383,7 @@ def draws_of_the_kernel(param, group, seed):
     return draws if group["soft"] or group["max_s"] == 1 else {**draws, "uniform": seed}
 
 
-def reactivated_by_the_kernel(w, sign, seed, max_s):
+def reactivated_by_the_kernel(w, sign, seed, max_s, _whole):
     dormant = w == 0
     candidates = dormant & (sign != 0)
     if not candidates.any() or dormant.sum() <= max_s * w.numel():
