@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ def joined() -> Iterator["Ranks | None"]:
             if ranks.first:
                 raise
             ranks.outlast_the_first()
-            sys.exit(error.status)
+            os._exit(error.status)  # an orderly end would abort where a thread of the process group still waits
         except RankLost:  # what the group still waits for does not come
             raise
         dist.destroy_process_group()
