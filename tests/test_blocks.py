@@ -3,14 +3,12 @@
 import copy
 import dataclasses
 import importlib.util
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import triton_program
 from spikingjelly.activation_based import functional
 from torch import nn
 
@@ -525,15 +523,10 @@ INTERPRETED = Path(__file__).parent / "triton_blocks.py"
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_triton_kernels_compute_what_those_in_c_do(dtype):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(INTERPRETED), "values", dtype]
-    assert subprocess.run(command, env=environment, timeout=900).returncode == 0
+    triton_program.interpret(INTERPRETED, dtype)
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (75, 80, 86, 100))])
 def test_the_triton_kernels_compile(capability, tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(INTERPRETED), "compile", str(capability)]
-    assert subprocess.run(command, env=environment, timeout=900).returncode == 0
+    triton_program.compile(INTERPRETED, capability, tmp_path)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sharding import checksum
 from training.errors import DivergedError, Interrupted, RankLost, Refusal
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # which torchrun sets, besides the address of the first rank
@@ -52,9 +53,7 @@ def joined() -> Iterator["Ranks | None"]:
                 raise
             ranks.outlast_the_first()
             os._exit(error.status)  # an orderly end would abort where a thread of the process group still waits
-        except RankLost:  # what the group still waits for does not come
-            raise
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # not after a failure: what the group still waits for may never come
 
 
 @contextlib.contextmanager
@@ -177,8 +176,8 @@ class Ranks:
 
     def check_in_step(self, tensors: Iterable[Tensor]) -> None:
         """Raises DivergedError unless tensors have the same bits on all ranks; compares checksums."""
-        checksums = [_checksum(tensor) for tensor in tensors]
-        most = self.largest(*checksums, *(-checksum for checksum in checksums))
+        checksums = [checksum(tensor) for tensor in tensors]
+        most = self.largest(*checksums, *(-number for number in checksums))
         if any(a != -b for a, b in zip(most[: len(checksums)], most[len(checksums) :], strict=True)):
             raise DivergedError("the ranks no longer have the same weights or random numbers; the checkpoint is older")
 
@@ -195,11 +194,6 @@ class Ranks:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError):  # the first one does not answer
             dist.all_reduce(torch.zeros(1, device="cpu"), async_op=True).wait(LINGER)
-
-
-def _checksum(tensor: Tensor) -> int:
-    bits = tensor.detach().reshape(-1)
-    return int(bits.view(torch.int32 if bits.element_size() % 4 == 0 else torch.uint8).sum(dtype=torch.int64))
 
 
 class Average:

@@ -1,0 +1,22 @@
+"""Runs the programs that check Triton kernels without a GPU, each in a process with an environment of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def interpret(program: Path, *arguments: str) -> None:
+    """Compares the values that Triton's interpreter computes."""
+    _run([str(program), "values", *arguments], {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+def compile(program: Path, capability: int, cache: Path) -> None:
+    """Compiles the kernels for a compute capability, 90 for 9.0 say, with an empty cache."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    _run([str(program), "compile", str(capability)], environment)
+
+
+def _run(argv: list[str], environment: dict[str, str]) -> None:
+    assert subprocess.run([sys.executable, *argv], env=environment, timeout=900).returncode == 0
