@@ -62,7 +62,7 @@ def deep_rewiring(
         torch._foreach_mul_(hs, kept)  # where the sign flipped, w = 0
         if "uniform" in lists:
             hs = [
-                torch.where(_reactivated(h, sign, uniform, max_s, whole), sign.to(h.dtype) * eps, h)
+                torch.where(_reactivated(h, sign, uniform, max_s, whole), sign.to(h.dtype).mul_(eps), h)
                 for h, sign, uniform, whole in zip(hs, signs, lists["uniform"], lists.get("whole", hs), strict=True)
             ]
     torch._foreach_copy_(weights, hs)
