@@ -11,24 +11,40 @@
 
 #include "common.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__) && !defined(__clang__)
 #pragma GCC target("prefer-vector-width=512") /* gcc prefers 256 bits */
 #endif
 
-#define TILE 1024    /* neurons at a time; their potentials at all time steps are on the stack */
-#define CHANNELS 256 /* at most, of these neurons */
+#define TILE 1024          /* neurons at a time, at most; their potentials at all time steps are on the stack */
+#define CHANNELS 256       /* at most, of these neurons */
+#define LINE 64            /* bytes of a line of the cache */
+#define AHEAD 4096         /* bytes from what is read to what is asked for meanwhile */
+#ifndef STREAMED
+#define STREAMED (1 << 26) /* bytes from which on an output is written past the cache */
+#endif
 
 typedef struct {
     int T, N, H, W, C;
     int pool;     /* the output is the maximum of 2 x 2 spikes */
     int constant; /* y has one time step, which is the input of all; then it is not normalised */
     int half;     /* y, spikes and gradients are bfloat16 */
+    int stream;   /* the output is written past the cache */
 } Shape;
 
 /* Some neurons of image n: rows x pixels x channels, from row, pixel and channel on. */
 typedef struct {
     int n, row, rows, pixel, pixels, channel, channels;
 } Tile;
+
+/* The numbers of a pixel as they come to stand in memory. */
+typedef union {
+    float full[CHANNELS];
+    uint16_t half[CHANNELS];
+} Pixel;
 
 /* -- float32 and bfloat16 in memory -------------------------------------------------------------- */
 
@@ -91,6 +107,48 @@ static inline size_t in_output(const Shape *s, const Tile *at, int t, int r, int
         for (size_t from = in_y(s, at, t, row_, 0), end_ = from + (size_t)(at)->pixels * (s)->C; \
              from < end_; from += (s)->C)
 
+/* -- memory -------------------------------------------------------------------------------------- */
+
+/* Asks for n numbers of x that are read soon. */
+static INLINE void fetch(const void *x, size_t at, size_t n, int half) {
+    const size_t size = half ? 2 : 4;
+    const char *from = (const char *)x + at * size;
+    for (size_t i = 0; i < n * size; i += LINE) __builtin_prefetch(from + i);
+}
+
+/* Whether to write an output past the cache, which spares reading each line before it is written: where the output is
+ * large and its pixels are whole lines. */
+static int streams(const void *output, size_t elements, int C, int half) {
+#ifdef __AVX512F__
+    const size_t size = half ? 2 : 4;
+    return elements * size >= STREAMED && C * size % LINE == 0 && (uintptr_t)output % LINE == 0;
+#else
+    (void)output, (void)elements, (void)C, (void)half;
+    return 0;
+#endif
+}
+
+/* Writes n numbers of a pixel. */
+static INLINE void write_pixel(const Shape *s, void *to, size_t at, const Pixel *pixel, int n) {
+    const size_t size = s->half ? 2 : 4;
+    char *place = (char *)to + at * size;
+    if (!s->stream) {
+        memcpy(place, pixel, n * size);
+        return;
+    }
+#ifdef __AVX512F__
+    for (size_t i = 0; i < n * size; i += LINE)
+        _mm512_stream_si512((void *)(place + i), _mm512_loadu_si512((const char *)pixel + i));
+#endif
+}
+
+/* To be called before others read what was written past the cache. */
+static inline void end_stream(void) {
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
+
 /* -- statistics ---------------------------------------------------------------------------------- */
 
 /* Adds y [pixels][C] and its squares to sums [2][C]. */
@@ -101,6 +159,7 @@ static void add_moments(const void *y, size_t at, double *sums, int pixels, int 
         double *sum = sums + first, *squares = sums + C + first;
         int p = 0;
         for (; p + 4 <= pixels; p += 4) {
+            fetch(y, at + (size_t)p * C + first + AHEAD / (half ? 2 : 4), (size_t)4 * C, half);
             for (int i = 0; i < 4; i++) load(x[i], y, at + (size_t)(p + i) * C + first, m, half);
             SIMD
             for (int c = 0; c < m; c++) {
@@ -162,34 +221,55 @@ static INLINE void advance(const Shape *s, const Tile *at, const void *y, const 
     }
 }
 
+/* The tile behind one, in the same channels; behind the last row of an image, the next image begins.
+ *
+ * What a tile reads at one time step is far from what it reads at the others: the processor does not foresee it, and
+ * would wait. So each tile asks for what the next one reads. */
+static INLINE Tile next_tile(const Shape *s, const Tile *at) {
+    Tile next = *at;
+    next.pixel += at->pixels;
+    if (next.pixel >= s->W) next.pixel = 0, next.row += at->rows;
+    return next;
+}
+
 static void advance_tile(const Shape *s, const Tile *at, const void *y, const float *scale, const float *shift, int t,
                          float *v, float *h) {
+    const Tile next = next_tile(s, at);
+    for (int r = 0; r < at->rows && !s->constant; r++)
+        fetch(y, in_y(s, &next, t, r, 0), (size_t)at->pixels * s->C, s->half);
     if (scale)
         s->half ? advance(s, at, y, scale, shift, t, v, h, 1, 1) : advance(s, at, y, scale, shift, t, v, h, 1, 0);
     else
         s->half ? advance(s, at, y, 0, 0, t, v, h, 0, 1) : advance(s, at, y, 0, 0, t, v, h, 0, 0);
 }
 
-static inline float spike(float h) { return h >= 1.0f ? 1.0f : 0.0f; }
+/* Spikes of m neurons, or the maxima of theirs and those of the neurons to the right, below, and both. */
+static INLINE void make_spikes(const float *h, int right, int below, Pixel *spikes, int m, int half) {
+    const uint16_t one = 0x3f80; /* in bfloat16 */
+    SIMD
+    for (int c = 0; c < m; c++) {
+        const int any = (h[c] >= 1.0f) | (h[right + c] >= 1.0f) | (h[below + c] >= 1.0f) | (h[below + right + c] >= 1.0f);
+        if (half)
+            spikes->half[c] = any ? one : 0;
+        else
+            spikes->full[c] = any ? 1.0f : 0.0f;
+    }
+}
 
 static void write_spikes(const Shape *s, const Tile *at, int t, const float *h, void *spikes) {
-    const int m = at->channels;
-    float out[CHANNELS];
+    const int m = at->channels, below = at->pixels * m;
+    Pixel made;
     if (!s->pool) {
         for (int r = 0; r < at->rows; r++)
             for (int p = 0; p < at->pixels; p++, h += m) {
-                SIMD
-                for (int c = 0; c < m; c++) out[c] = spike(h[c]);
-                store(spikes, in_output(s, at, t, r, p), out, m, s->half);
+                s->half ? make_spikes(h, 0, 0, &made, m, 1) : make_spikes(h, 0, 0, &made, m, 0);
+                write_pixel(s, spikes, in_output(s, at, t, r, p), &made, m);
             }
         return;
     }
-    for (int p = 0; at->rows == 2 && p + 2 <= at->pixels; p += 2) {
-        const float *upper = h + (size_t)p * m, *lower = upper + (size_t)at->pixels * m;
-        SIMD
-        for (int c = 0; c < m; c++)
-            out[c] = upper[c] >= 1.0f || upper[m + c] >= 1.0f || lower[c] >= 1.0f || lower[m + c] >= 1.0f ? 1.0f : 0.0f;
-        store(spikes, in_output(s, at, t, 0, p / 2), out, m, s->half);
+    for (int p = 0; at->rows == 2 && p + 2 <= at->pixels; p += 2, h += 2 * m) {
+        s->half ? make_spikes(h, m, below, &made, m, 1) : make_spikes(h, m, below, &made, m, 0);
+        write_pixel(s, spikes, in_output(s, at, t, 0, p / 2), &made, m);
     }
 }
 
@@ -203,7 +283,7 @@ static void count_spikes(const Shape *s, const Tile *at, const float *h, int64_t
 
 /* How many pixels of a row a tile has. */
 static inline int tile_pixels(const Shape *s) {
-    int rows = s->pool ? 2 : 1, pixels = TILE / (rows * smaller(CHANNELS, s->C));
+    int pixels = TILE / 2 / smaller(CHANNELS, s->C);
     return smaller(s->pool ? pixels & ~1 : pixels, s->W);
 }
 
@@ -231,8 +311,9 @@ static void forward_rows(const Shape *s, int n, int row, const void *y, const fl
  * counts [H][W][C], unless null, is increased by each neuron's spikes. */
 void block_forward(const void *y, const float *scale, const float *shift, void *spikes, int64_t *counts, int T, int N,
                    int H, int W, int C, int pool, int constant, int half) {
-    const Shape s = {T, N, H, W, C, pool, constant, half};
+    Shape s = {T, N, H, W, C, pool, constant, half, 0};
     const int rows = pool ? 2 : 1, groups = (H + rows - 1) / rows;
+    s.stream = streams(spikes, (size_t)T * N * (H / rows) * (W / rows) * C, C, half);
     if (counts) { /* a row's counts belong to one thread */
         THREADED
         for (int group = 0; group < groups; group++)
@@ -242,26 +323,28 @@ void block_forward(const void *y, const float *scale, const float *shift, void *
         for (int i = 0; i < N * groups; i++)
             forward_rows(&s, i / groups, i % groups * rows, y, scale, shift, spikes, counts);
     }
+    if (s.stream) end_stream();
 }
 
 /* -- gradients ----------------------------------------------------------------------------------- */
 
-/* The gradients of a tile's spikes at time step t, where those of each window go to its first maximum. */
+/* The gradients of a tile's spikes at time step t, where those of each window go to its first maximum; those of what is
+ * in no window stay as they are. */
 static void first_maxima(const Shape *s, const Tile *at, int t, const void *grad, const float *h, float *g) {
     const int m = at->channels;
     float from[CHANNELS];
-    memset(g, 0, sizeof(float) * TILE);
     for (int p = 0; at->rows == 2 && p + 2 <= at->pixels; p += 2) {
         const size_t up = (size_t)p * m, low = up + (size_t)at->pixels * m;
         load(from, grad, in_output(s, at, t, 0, p / 2), m, s->half);
         SIMD
         for (int c = 0; c < m; c++) {
-            int a = h[up + c] >= 1.0f, b = h[up + m + c] >= 1.0f, d = h[low + c] >= 1.0f, e = h[low + m + c] >= 1.0f;
-            float x = from[c];
-            g[up + m + c] = (b & !a) ? x : 0.0f;
-            g[low + c] = (d & !(a | b)) ? x : 0.0f;
-            g[low + m + c] = (e & !(a | b | d)) ? x : 0.0f;
-            g[up + c] = (a | !(b | d | e)) ? x : 0.0f;
+            const float x = from[c], first = h[up + c] >= 1.0f ? 0.0f : x; /* what is left for the others */
+            g[up + m + c] = h[up + m + c] >= 1.0f ? first : 0.0f;
+            const float second = h[up + m + c] >= 1.0f ? 0.0f : first;
+            g[low + c] = h[low + c] >= 1.0f ? second : 0.0f;
+            const float third = h[low + c] >= 1.0f ? 0.0f : second;
+            g[low + m + c] = h[low + m + c] >= 1.0f ? third : 0.0f;
+            g[up + c] = h[up + c] >= 1.0f ? x : h[low + m + c] >= 1.0f ? 0.0f : third; /* without a spike, too */
         }
     }
 }
@@ -288,7 +371,10 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
     const int off = what == SUMS || what == GRADIENT;
     const float *mean = off ? use->mean + to : 0, *factor = what == GRADIENT ? use->factor + to : 0;
     const float *mean_g = what == GRADIENT ? use->mean_g + to : 0, *slope = what == GRADIENT ? use->slope + to : 0;
+    const int writes = what == GRADIENT || what == PLAIN_GRADIENT;
+    Pixel made;
     FOR_PIXELS(s, at, t, from) {
+        void *const dy = s->stream || !writes ? (void *)&made : (char *)use->dy + from * (half ? 2 : 4);
         __asm__ volatile("" ::: "memory"); /* or gcc swaps the loops to add up one channel at a time */
         SIMD
         for (int c = 0; c < m; c++) {
@@ -302,9 +388,10 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
                 second[c] += g * x;
             }
             if (what == TOTAL) total[c] += g;
-            if (what == GRADIENT) put(use->dy, from + c, factor[c] * (g - mean_g[c] - x * slope[c]), half);
-            if (what == PLAIN_GRADIENT) put(use->dy, from + c, g, half);
+            if (what == GRADIENT) put(dy, c, factor[c] * (g - mean_g[c] - x * slope[c]), half);
+            if (what == PLAIN_GRADIENT) put(dy, c, g, half);
         }
+        if (s->stream && writes) write_pixel(s, use->dy, from, &made, m);
         h += m, carried += m, total += m, spread += m;
     }
 }
@@ -356,9 +443,12 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
         for (int t = 0; t < s->T; t++) advance_tile(s, &at, y, scale, shift, t, v, h + (size_t)t * TILE);
         memset(v, 0, sizeof(v));
         memset(total, 0, sizeof(total));
+        memset(spread, 0, sizeof(spread)); /* what is in no window has no gradient */
+        const Tile next = next_tile(s, &at);
         for (int t = s->T - 1; t >= 0; t--) {
             const float *now = h + (size_t)t * TILE;
             float *first = sums + (size_t)2 * t * CHANNELS;
+            fetch(grad, in_output(s, &next, t, 0, 0), (size_t)(s->pool ? at.pixels / 2 : at.pixels) * s->C, s->half);
             if (s->pool) first_maxima(s, &at, t, grad, now, spread);
             retreat_tile(s, &at, y, grad, t, now, v, total, spread, use, first, first + CHANNELS, what);
         }
@@ -371,7 +461,7 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
  * the inputs; partial [N][2][T][C] is scratch. */
 void block_backward_sums(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
                          double *partial, double *total, int T, int N, int H, int W, int C, int pool, int half) {
-    const Shape s = {T, N, H, W, C, pool, 0, half};
+    const Shape s = {T, N, H, W, C, pool, 0, half, 0};
     const size_t size = (size_t)2 * T * C;
     THREADED
     for (int n = 0; n < N; n++) {
@@ -388,10 +478,12 @@ void block_backward_sums(const void *y, const float *scale, const float *shift, 
 void block_backward(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
                     const float *factor, const float *mean_g, const float *slope, void *dy, int T, int N, int H, int W,
                     int C, int pool, int constant, int half) {
-    const Shape s = {T, N, H, W, C, pool, constant, half};
+    Shape s = {T, N, H, W, C, pool, constant, half, 0};
+    s.stream = !constant && streams(dy, (size_t)T * N * H * W * C, C, half);
     const Use use = {.mean = mean, .factor = factor, .mean_g = mean_g, .slope = slope, .dy = dy};
     const int rows = pool ? 2 : 1, groups = (H + rows - 1) / rows;
     THREADED
     for (int i = 0; i < N * groups; i++)
         backward_rows(&s, i / groups, i % groups * rows, y, scale, shift, grad, &use);
+    if (s.stream) end_stream();
 }

@@ -15,7 +15,7 @@ from spiking_kernels import build
 FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 ROOT = Path(__file__).parents[1]
-VARIANTS = {"native": [], "portable": ["-U__AVX512F__"]}
+VARIANTS = {"native": ["-DSTREAMED=1"], "portable": ["-U__AVX512F__"]}
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 

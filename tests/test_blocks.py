@@ -16,7 +16,7 @@ import measuring
 import spiking_kernels
 from c10.model import Cifar10Net
 from spiking import StepwiseBatchNorm2d, lif
-from spiking_kernels import blocks, blocks_c
+from spiking_kernels import blocks, blocks_c, build
 from spiking_kernels.shapes import Shape
 
 needs_kernels = pytest.mark.skipif(
@@ -206,6 +206,26 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("C", [8, 16, 24, 32, 96, 320])
+@pytest.mark.parametrize("way", [{}, {"pool": True}, {"constant": True}])
+def test_what_is_written_past_the_cache_is_the_same(way, C, dtype, monkeypatch):
+    """Large outputs are: here small ones as well. Of 8 or 24 channels, a pixel is no whole number of lines."""
+    shape, results = Shape(3, **way), []
+    y = images(3, 2, C, 5, 7, shape.constant).to(dtype)
+    for library in (build.library(), build.library("-DSTREAMED=1")):
+        monkeypatch.setattr(build, "library", lambda library=library: library)
+        norm = None if shape.constant else norms(C)[0]
+        x = y.clone().requires_grad_()
+        spikes = blocks.lif_block(x, shape, norm)
+        spikes.backward(torch.linspace(-1, 1, spikes.numel()).view_as(spikes).to(dtype))
+        results.append((spikes, x.grad, *([norm.weight.grad] if norm else [])))
+        monkeypatch.undo()
+    assert all(map(torch.equal, *results))
+    assert 0 < results[0][0].float().mean() < 1
 
 
 @needs_kernels
