@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -150,15 +149,23 @@ class Processes:
     """The ranks of a run, as torchrun starts them; each is killed if it takes too long."""
 
     def __init__(self, size, argv, folder, changes=None, launcher=()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANKS_TEST": json.dumps(changes or {})}
+        settings["RANKS_TEST"] = json.dumps(changes or {})
+        if sys.platform == "linux":  # sockets on this machine alone, whatever its name stands for
+            settings["GLOO_SOCKET_IFNAME"] = "lo"
+        several = size > 1 and not launcher
+        if several:
+            from torch.distributed import TCPStore
+
+            # The ranks meet at a store of this process, as at that of torchrun. It asks the system for a port and keeps
+            # it: a free one that rank 0 opened later could be another test's by then, whose ranks would join the run.
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+            settings |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         command = [sys.executable, *launcher, str(WORKER), *argv, "--dump-dir", str(folder)]
         self.processes = []
-        for rank in range(1 if launcher else size):
-            own = {} if launcher or size == 1 else {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+        for rank in range(size if several else 1):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size} if several else {}
             environment = os.environ | settings | {key: str(value) for key, value in own.items()}
             self.processes.append(
                 subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
