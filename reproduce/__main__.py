@@ -28,6 +28,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "write a Slurm job array that runs the rows, --jobs of them per task (default: run them)"
     instead("--slurm", type=file_path, metavar="FILE", help=text)
     add("--jobs", type=whole_number(1, 1024), default=1, metavar="K", help="rows to run at a time (default: 1)")
+    text = (
+        "processes that train each row together, by torchrun, each with a GPU of its own if there are any (default: 1)"
+    )
+    add("--ranks", type=whole_number(1, 1024), default=1, metavar="K", help=text)
     add("--shard", type=_shard, default=WHOLE, metavar="I/N", help="part I of N of the rows (default: 1/1, all)")
     text = "run only the rows of the groups with this title; may be repeated (default: run all)"
     add("--title", action="append", metavar="TITLE", help=text)
@@ -70,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
             raise Refusal(f"argument --title: {min(unknown)!r} is no title of the rows: {titles}")
         rows = [row for row in rows if row.title in options.title]
     rows = grid.shard(rows[: options.first], *options.shard)
+    for row in rows:
+        if row.options.batch_size % options.ranks:
+            batch = f"the {row.options.batch_size} images of a batch in: {row.command}"
+            raise Refusal(f"argument --ranks: must divide {batch}; {options.ranks} does not")
     if options.slurm:
         tasks = slurm.write(options, rows)
         print(f"{options.slurm}: {tasks} tasks; submit it with: sbatch {options.slurm}")
@@ -87,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     print(progress.line(options.jobs), flush=True)
     if options.list:
         return 0
-    running = runner.Runner(options.dump_dir, ["--dataset-dir", str(options.dataset_dir)], options.jobs)
+    places = ["--dataset-dir", str(options.dataset_dir)]
+    running = runner.Runner(options.dump_dir, places, options.jobs, options.ranks)
     failed, taken = running.run(rows)
     for what, some in (("failed", failed), ("skipped, which other processes run", taken)):
         if some:

@@ -19,6 +19,7 @@ import torch
 
 from reproduce import records
 from reproduce.grid import Row
+from training.errors import Refusal
 from training.interrupt import known
 from training.options import REPOSITORY
 
@@ -41,15 +42,21 @@ def log_of(dump: Path, row: Row) -> Path:
 class Runner:
     """Runs rows, ``jobs`` at a time, each in a process of its own with its share of the cores, or a GPU in turn.
 
-    Every command gets the dump folder and ``places`` beside its row's arguments. ``stopped`` is the signal that stopped
-    the runner; None while there is none.
+    With ``ranks``, so many processes train each row together, started by torchrun; on GPUs, each has its own. Every
+    command gets the dump folder and ``places`` beside its row's arguments. ``stopped`` is the signal that stopped the
+    runner; None while there is none.
+
+    Raises:
+        Refusal: there are GPUs, but fewer than ranks.
     """
 
-    def __init__(self, dump: Path, places: Sequence[str], jobs: int):
-        self.dump, self.jobs = dump, jobs
+    def __init__(self, dump: Path, places: Sequence[str], jobs: int, ranks: int = 1):
+        self.dump, self.jobs, self.ranks = dump, jobs, ranks
         self.places = [*places, "--dump-dir", str(dump)]
         self.gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        if 0 < self.gpus < ranks:
+            raise Refusal(f"argument --ranks: {ranks} ranks need as many GPUs; this machine has {self.gpus}")
+        self.threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
         self.stopped: int | None = None
         self._processes: set[subprocess.Popen] = set()
         self._starting = threading.RLock()  # so that a signal misses no process; one may come during another
@@ -57,7 +64,8 @@ class Runner:
     def run(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         """Runs the rows that are not finished; returns those that failed, and those that another process has.
 
-        A signal is handed on to the rows that run. After SIGTERM or SIGINT no other row starts.
+        A signal is handed on to the rows that run, but SIGUSR1 not to torchrun, which would end. After SIGTERM or
+        SIGINT no other row starts.
         """
         (self.dump / "rows").mkdir(parents=True, exist_ok=True)
         waiting = [row for row in rows if records.finished(self.dump, row) is None]
@@ -93,19 +101,26 @@ class Runner:
         with self._starting:
             if number in STOPPING:
                 self.stopped = number
+            elif self.ranks > 1:
+                return
             for process in self._processes:
                 with contextlib.suppress(ValueError):  # Windows cannot pass on a Ctrl-C, but sends it to all itself
                     process.send_signal(number)
 
     def _finish(self, row: Row, slot: int) -> str:
         """Trains and tests a row, and writes its record; returns how it ended, nothing where it was stopped."""
-        argv = [*row.argv, *self.places, *(["-gpu", str(slot % self.gpus)] if self.gpus else [])]
+        gpus = [(slot * self.ranks + rank) % self.gpus for rank in range(self.ranks)] if self.gpus else []
+        argv, gpu = [*row.argv, *self.places], ["-gpu", str(gpus[0])] if gpus else []
         try:
             if records.state(self.dump, row).last.get("epoch", 0) <= row.epochs:  # else its run was extended before
                 print(f"{row.command}\n", end="", flush=True)  # in one piece: other rows start at the same time
                 for more in ([], ["-test"]):
-                    if status := self._call(row, [*argv, *more]):
-                        last_line = _last_line(log_of(self.dump, row))
+                    if self.ranks > 1 and not more:  # a test is one process
+                        status = self._call(row, argv, gpus)
+                    else:
+                        status = self._call(row, [*argv, *gpu, *more])
+                    if status:
+                        last_line = _last_line(log_of(self.dump, row), self.ranks > 1)
                         if TAKEN in last_line:
                             return "skipped: another process runs it"
                         return "" if self.stopped is not None else f"failed with status {status}: {last_line}"
@@ -115,20 +130,30 @@ class Runner:
         numbers = result["test_accuracy"], result["connectivity"]
         return "finished: test accuracy {:.2%}, connectivity {:.2%}".format(*numbers).replace("%", " %")
 
-    def _call(self, row: Row, argv: Sequence[str]) -> int:
-        """Runs the row's script to its end; returns its exit status."""
-        script = f"{row.experiment}/{row.experiment}.py"
+    def _call(self, row: Row, argv: Sequence[str], gpus: Sequence[int] | None = None) -> int:
+        """Runs the row's script to its end; returns its exit status.
+
+        Args:
+            gpus: of several ranks, none on a CPU; None for one process.
+        """
+        script, launcher = f"{row.experiment}/{row.experiment}.py", []
         share = dict.fromkeys(("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), str(self.threads))
+        environment = {**share, **os.environ}
+        if gpus is not None:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            names = visible if len(visible) >= self.gpus > 0 and visible[0] else [*map(str, range(self.gpus))]
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(names[gpu] for gpu in gpus)} if gpus else {}
         with open(log_of(self.dump, row), "ab") as log, self._starting:
             if self.stopped is not None:
                 return 128 + self.stopped
-            log.write(f"$ {shlex.join(['python', script, *argv])}\n".encode())
+            log.write(f"$ {shlex.join(['python', *launcher, script, *argv])}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [*PYTHON, str(REPOSITORY / script), *argv],
+                [*PYTHON, *launcher, str(REPOSITORY / script), *argv],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**share, **os.environ},
+                env=environment,
                 start_new_session=True,  # a terminal's Ctrl-C comes through the runner, once
             )
             self._processes.add(process)
@@ -138,9 +163,13 @@ class Runner:
         return status
 
 
-def _last_line(path: Path) -> str:
+def _last_line(path: Path, of_ranks: bool = False) -> str:
+    """The last line of a log; of several ranks that of the script, as torchrun's report comes after it."""
     try:
         lines = path.read_text("utf-8", "replace").strip().splitlines()
     except OSError as error:
         return f"its log cannot be read: {error}"
+    if of_ranks:
+        begin = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=0)
+        lines = [line for line in lines[begin:] if ": error: " in line] or lines
     return lines[-1] if lines else ""

@@ -17,8 +17,9 @@ SCRIPT = """\
 # Submit with: sbatch {file}    (options of sbatch before the file replace those below: --partition=gpu --time=8:00:00)
 #SBATCH --job-name=reproduce-{grid}
 #SBATCH --array=1-{tasks}
-#SBATCH --gpus=1
-#SBATCH --cpus-per-task=4
+#SBATCH --nodes=1
+#SBATCH --gpus={ranks}
+#SBATCH --cpus-per-task={cpus}
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -51,10 +52,12 @@ def write(options: Namespace, rows: Sequence[Row]) -> int:
     paths |= {"dataset_dir": data, "dump_dir": dump, "log": dump / "rows" / "slurm-%a.log"}
     quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
     words = [word for title in options.title or [] for word in ("--title", title)]
+    words += ["--ranks", str(options.ranks)] if options.ranks > 1 else []
     words += ["--first", str(options.first)] if options.first else []
     words += ["--without", str(options.without.absolute())] if options.without else []
     more = f"{shlex.join(words)} " if words else ""
-    text = SCRIPT.format(**quoted, grid=options.grid, tasks=tasks, jobs=options.jobs, more=more)
+    sizes = dict(tasks=tasks, jobs=options.jobs, ranks=options.ranks, cpus=4 * options.ranks)
+    text = SCRIPT.format(**quoted, **sizes, grid=options.grid, more=more)
     check_writable("--dump-dir", dump / "rows")  # Slurm does not make the folder of its logs
     with output_file("--slurm", options.slurm, parents=True) as temporary, files.naming(options.slurm):
         temporary.write_text(text, encoding="utf-8")

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from analysis.experiments import EXPERIMENTS
 from reproduce import __main__ as reproduce
@@ -337,6 +339,112 @@ def test_rows_side_by_side_take_the_gpus_in_turn(rows, stub):
     gpus = [words[words.index("-gpu") + 1] for words in starts]
     assert sorted(gpus[:3]) == ["0", "0", "1"]  # of the three rows that begin together
     assert set(gpus) == {"0", "1"}
+
+
+# Stands for python: keeps what it is to start as torchrun would, with its GPUs and its threads; starts one process.
+LAUNCHER = """
+import os, pathlib, sys
+argv = sys.argv[1:]
+if argv[:2] == ["-m", "torch.distributed.run"]:
+    place = argv.index("--dump-dir") + 1
+    with open(pathlib.Path(argv[place]) / "launches", "a") as launches:
+        print(*argv[2:5], os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], file=launches)
+    argv = argv[5:]
+    assert "-gpu" not in argv
+os.execv(sys.executable, [sys.executable, *argv])
+"""
+
+
+@pytest.fixture
+def launches(tmp_path, stub, monkeypatch):
+    """What torchrun was to start: its options, the GPUs and the threads."""
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    monkeypatch.setattr(runner, "PYTHON", [sys.executable, str(tmp_path / "launcher.py")])
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    return lambda: [tuple(line.rsplit(" ", 2)) for line in (stub / "launches").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "expected"),
+    [(None, 4, {"0,1", "2,3"}), ("7,5,3", 3, {"7,5", "3,7", "5,3"}), ("0", 0, {"0"}), (None, 0, {"None"})],
+)
+def test_torchrun_trains_a_row_on_several_gpus(rows, stub, launches, monkeypatch, visible, gpus, expected):
+    """Rows side by side take them in turn. One process tests."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (stub / "meet").touch()
+    run = runner.Runner(stub, [], 3, ranks=2)
+    run.gpus = gpus
+    assert run.run(rows) == ([], [])
+    options, places, threads = map(set, zip(*launches(), strict=True))
+    assert (options, places, threads) == ({"--standalone --nproc-per-node 2"}, expected, {"2"})
+    assert len(launches()) == len(rows)
+    tests = [line.split() for line in calls(stub) if "-test" in line and line.startswith("start")]
+    assert len(tests) == len(rows)
+    firsts = {words[words.index("-gpu") + 1] for words in tests if "-gpu" in words}
+    assert firsts == ({str(slot * 2 % gpus) for slot in range(3)} if gpus else set())
+
+
+def test_a_row_of_several_ranks_that_fails_is_told_by_the_line_of_the_script(rows, stub, launches, monkeypatch):
+    ends = "print('mnist.py: error: all is lost', file=sys.stderr)\nprint('=====', file=sys.stderr)\nsys.exit(1)\n"
+    (runner.REPOSITORY / "mnist" / "mnist.py").write_text(f"import sys\n{ends}")
+    (stub / "rows").mkdir()
+    runner.log_of(stub, rows[0]).write_text("$ an earlier call\nmnist.py: error: another process is training in it\n")
+    run = runner.Runner(stub, [], 1, ranks=2)
+    assert run._finish(rows[0], 0) == "failed with status 1: mnist.py: error: all is lost"
+    (runner.REPOSITORY / "mnist" / "mnist.py").write_text("print('=====')\n1 / 0\n")
+    assert run._finish(rows[0], 0) == "failed with status 1: ZeroDivisionError: division by zero"
+
+
+def test_torchrun_is_not_sent_the_signal_that_only_saves(tmp_path):
+    """It would end."""
+    for ranks, expected in ((1, [signal.SIGUSR1, signal.SIGTERM]), (2, [signal.SIGTERM])):
+        run, sent = runner.Runner(tmp_path, [], 1, ranks), []
+        run._processes = [SimpleNamespace(send_signal=sent.append)]
+        run._hand_on(signal.SIGUSR1, None)
+        run._hand_on(signal.SIGTERM, None)
+        assert sent == expected
+
+
+@pytest.mark.parametrize("ranks", ["0", "two", "1025", "-2", "1.5"])
+def test_a_number_of_ranks_that_is_none_is_refused(ranks, tmp_path, capsys):
+    assert reproduce.main(["mnist", "--dump-dir", str(tmp_path / "dump"), f"--ranks={ranks}"]) == 2
+    assert re.match(r".*: error: argument --ranks: must be a whole number", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("more", [[], ["--slurm", "array.sh"], ["--list"]])
+def test_ranks_that_do_not_divide_a_batch_are_refused(more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["c10", "--dump-dir", str(tmp_path / "dump"), "--ranks", "3", *more]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(
+        r"argument --ranks: must divide the 16 images of a batch in: python c10/c10.py .*; 3 does not", err
+    )
+    assert (out, err.count("\n"), [*tmp_path.iterdir()]) == ("", 1, [])
+
+
+def test_more_ranks_than_gpus_are_refused(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    runner.Runner(tmp_path, [], 1, ranks=2)
+    assert reproduce.main(["mnist", "--dump-dir", str(tmp_path / "dump"), "--ranks", "4"]) == 2
+    line = "argument --ranks: 4 ranks need as many GPUs; this machine has 2\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+def test_a_task_of_an_array_has_a_gpu_for_each_rank(tmp_path):
+    texts = []
+    for more in ([], ["--ranks", "4"]):
+        assert reproduce.main(["c10", "--slurm", str(tmp_path / "a.sh"), "--dump-dir", str(tmp_path), *more]) == 0
+        texts.append((tmp_path / "a.sh").read_text())
+    for text, gpus, cpus in zip(texts, (1, 4), (4, 16), strict=True):
+        for line in ("--nodes=1", f"--gpus={gpus}", f"--cpus-per-task={cpus}"):
+            assert f"\n#SBATCH {line}\n" in text
+    words = [
+        shlex.split(re.search(r"\n\S+ -m (reproduce .*?)&", text, re.DOTALL)[1].replace("\\\n", " ")) for text in texts
+    ]
+    assert words[1] == [*words[0], "--ranks", "4"]
 
 
 def test_a_failed_row_is_named_and_the_others_go_on(rows, stub, capsys):
@@ -707,11 +815,13 @@ def test_a_place_that_cannot_be_written_to_is_refused(option, tmp_path, capsys):
     assert re.search(rf"argument {option}: must be the path of a (folder|file)", capsys.readouterr().err)
 
 
-def test_a_row_runs_by_the_real_script(tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_row_runs_by_the_real_script(tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     table = TABLE.replace("seeds = [2020, 1]", "seeds = [2020]").replace("-lr 1e-2", "-lr 1e-2 -T 2", 1)
     (tmp_path / "mnist.toml").write_text(table)
     row = grid.load("mnist", tmp_path)[1]
-    assert runner.Runner(tmp_path, [], 1).run([row]) == ([], []), runner.log_of(tmp_path, row).read_text()
+    assert runner.Runner(tmp_path, [], 1, ranks).run([row]) == ([], []), runner.log_of(tmp_path, row).read_text()
     record = json.loads(records.path_of(tmp_path, row).read_text())
     assert record["test"]["epoch"] == 1
     assert record["test"]["accuracy"] == record["result"]["test_accuracy"]
@@ -720,6 +830,7 @@ def test_a_row_runs_by_the_real_script(tmp_path):
     assert record["run"]["cpu"] == processor()
     info = json.loads((records.state(tmp_path, row).logs / "run.json").read_text())
     assert record["run"] == {key: info[key] for key in ("versions", "device", "cpu", "git_commit")}
+    assert info["ranks"] == ranks
 
 
 # -- the outcome ---------------------------------------------------------------------------------------
