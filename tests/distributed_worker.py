@@ -209,29 +209,37 @@ def partial_sums():
     GradRewiring([nn.Parameter(p)], alpha=0)
 
 
-def by_columns(method, ranks=RANKS, **settings):
+def by_columns(method, ranks=RANKS, mixed=False, **settings):
     """The weights after steps on a weight of which each rank has some columns; others change it halfway.
 
     Most of the dormant connections are in the first columns, so that a count on one rank is not that of the weight.
+
+    Args:
+        mixed: train four such weights together: each rank has columns, rows, all of a DTensor, and a plain tensor.
     """
     p = torch.linspace(-0.02, 0.05, 31 * 40).view(31, 40).t().contiguous()
+    weights = [p * factor for factor in (1.0, 0.7, 1.3, 0.4)] if mixed else [p]
     if ranks > 1:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-        p = distribute_tensor(p, init_device_mesh("cpu", (ranks,)), [Shard(1)])
-    p = nn.Parameter(p)
-    optimizer = optimizer_of(nn.ParameterList([p]), method, seed=3, **settings)
+        mesh = init_device_mesh("cpu", (ranks,))
+        sharded = zip(weights, (Shard(1), Shard(0), Replicate()), strict=False)
+        weights[:3] = [distribute_tensor(weight, mesh, [placement]) for weight, placement in sharded]
+    weights = nn.ParameterList(weights)
+    optimizer = optimizer_of(weights, method, seed=3, **settings)
     schedule = ConnectivitySchedule(optimizer, 0.5, 8, segments=4) if method == "schedule" else None
     for number, gradient in enumerate((1.0, -0.1, 1.0, -0.1, 0.2, 1.0, 0.1, -0.1)):
         if number == 4:
-            sharding.local(p.detach()).mul_(0.5)
+            for weight in weights:
+                sharding.local(weight.detach()).mul_(0.5)
             optimizer.load_parameters()
-        p.grad = torch.full_like(p, gradient)
+        for weight in weights:
+            weight.grad = torch.full_like(weight, gradient)
         optimizer.step()
         if schedule:
             schedule.step()
-    return [whole(p)]
+    return [whole(weight) for weight in weights]
 
 
 COLUMNS = {
@@ -239,6 +247,9 @@ COLUMNS = {
     "columns of soft Deep R": ("soft deep", dict(maximize=True)),
     "columns of Grad R": ("grad", dict(plain_gradient=True, weight_decay=0.1)),
     "columns of a schedule": ("schedule", dict(foreach=True, amsgrad=True)),
+    "mixed weights of Deep R": ("deep", dict(mixed=True)),
+    "mixed weights of Deep R, foreach": ("deep", dict(mixed=True, foreach=True)),
+    "mixed weights of a schedule": ("schedule", dict(mixed=True)),
 }
 
 

@@ -203,6 +203,7 @@ def assert_near(one, other, steps):
     assert max(relative(others[step], losses[step]) for step in range(steps)) < 1e-5
     for line, same_line in zip(results(one), results(other), strict=True):
         assert abs(line["sparsity"] - same_line["sparsity"]) < 1e-3
+        assert abs(line["train_accuracy"] - same_line["train_accuracy"]) < 0.02  # counts, summed over the ranks
     a, b = load(one), load(other)
     assert a["arguments"] == b["arguments"]
     assert all(torch.equal(a["random"][key], b["random"][key]) for key in ("torch", "data"))
@@ -229,6 +230,37 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
     )
     assert (out[1], err[1]) == ("", "")
     assert not list(tmp_path.glob("*/*"))
+
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"RANK": "first"}, "RANK='first', not a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='', not a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1', not a whole number"),
+        ({"MASTER_PORT": None}, "MASTER_PORT='', not a whole number"),
+        ({"MASTER_ADDR": None}, "RANK and WORLD_SIZE, but no MASTER_ADDR"),
+    ],
+)
+def test_ranks_that_torchrun_has_not_started_are_refused(run, monkeypatch, changes, line):
+    for name, value in {**TORCHRUN, **changes}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    result = run("-N", "1")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.endswith(f"error: the environment has {line}: start the ranks with torchrun\n")
+    assert result.err.count("\n") == 1
+
+
+def test_a_rank_alone_is_one_process(run, monkeypatch, tmp_path):
+    """As torchrun with one process starts it; so are those that other launchers start without these variables."""
+    for name, value in {**TORCHRUN, "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run("-N", "1", "-T", "1", "-b", "15").status == 0
+    (info,) = tmp_path.glob("logs/*/run.json")
+    assert json.loads(info.read_text())["ranks"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,15 @@ def joined() -> Iterator["Ranks | None"]:
 
     Raises:
         RankLost: the ranks do not find each other.
+        Refusal: the environment says that there are ranks, but not as torchrun does.
     """
     if not all(name in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
         yield None
         return
-    ranks = Ranks(*(int(os.environ[name]) for name in VARIABLES))
+    ranks = Ranks(*map(_whole_number, VARIABLES))
+    _whole_number("MASTER_PORT")
+    if not os.environ.get("MASTER_ADDR"):
+        raise Refusal("the environment has RANK and WORLD_SIZE, but no MASTER_ADDR: start the ranks with torchrun")
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -54,6 +58,14 @@ def joined() -> Iterator["Ranks | None"]:
             ranks.outlast_the_first()
             os._exit(error.status)  # an orderly end would abort where a thread of the process group still waits
         dist.destroy_process_group()  # not after a failure: what the group still waits for may never come
+
+
+def _whole_number(name: str) -> int:
+    """The value of one of the variables that torchrun sets."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise Refusal(f"the environment has {name}={text!r}, not a whole number: start the ranks with torchrun")
+    return int(text)
 
 
 @contextlib.contextmanager
