@@ -11,10 +11,6 @@
 
 #include "common.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #if defined(__AVX512F__) && !defined(__clang__)
 #pragma GCC target("prefer-vector-width=512") /* gcc prefers 256 bits */
 #endif
@@ -139,13 +135,6 @@ static INLINE void write_pixel(const Shape *s, void *to, size_t at, const Pixel 
 #ifdef __AVX512F__
     for (size_t i = 0; i < n * size; i += LINE)
         _mm512_stream_si512((void *)(place + i), _mm512_loadu_si512((const char *)pixel + i));
-#endif
-}
-
-/* To be called before others read what was written past the cache. */
-static inline void end_stream(void) {
-#ifdef __AVX512F__
-    _mm_sfence();
 #endif
 }
 
@@ -305,6 +294,7 @@ static void forward_rows(const Shape *s, int n, int row, const void *y, const fl
             if (counts) count_spikes(s, &at, h, counts);
         }
     }
+    if (s->stream) end_stream();
 }
 
 /* Spikes [T][N][H][W][C], with pool [T][N][H / 2][W / 2][C], of neurons whose input is scale * y + shift.
@@ -323,7 +313,6 @@ void block_forward(const void *y, const float *scale, const float *shift, void *
         for (int i = 0; i < N * groups; i++)
             forward_rows(&s, i / groups, i % groups * rows, y, scale, shift, spikes, counts);
     }
-    if (s.stream) end_stream();
 }
 
 /* -- gradients ----------------------------------------------------------------------------------- */
@@ -455,6 +444,7 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
         if (what == TOTAL) write_total(s, &at, total, use->dy);
         if (what == SUMS && at.pixel + at.pixels == s->W) add_sums(s, &at, sums, use->sums);
     }
+    if (s->stream) end_stream();
 }
 
 /* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], g being the gradients of
@@ -485,5 +475,4 @@ void block_backward(const void *y, const float *scale, const float *shift, const
     THREADED
     for (int i = 0; i < N * groups; i++)
         backward_rows(&s, i / groups, i % groups * rows, y, scale, shift, grad, &use);
-    if (s.stream) end_stream();
 }

@@ -4,6 +4,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define LANES 16 /* numbers at a time; outputs are padded to a multiple of it */
 #define THREADED _Pragma("omp parallel for schedule(static)")
@@ -11,6 +14,13 @@
 #define INLINE inline __attribute__((always_inline)) /* with constant flags, the branches on them go */
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+/* Each thread that has written past the cache calls this before others read that: it orders the writes of its own. */
+static inline void end_stream(void) {
+#ifdef __AVX512F__
+    _mm_sfence();
+#endif
+}
 
 static inline float as_float(uint32_t bits) {
     float x;

@@ -3,9 +3,6 @@
  * BATCH at a time; hard Deep R, where only active connections feel noise, makes no more than it needs. */
 
 #include "common.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #define GROUP 512
 #define CHUNK 4096 /* weights from which a sequence of uniform numbers chooses */

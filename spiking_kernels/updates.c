@@ -105,10 +105,13 @@ void grad_rewiring_step(const Parameter *of, const Settings *settings) {
     if (x == v && p.weight_decay == 0.0f) {
         const int stream = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
         done = n / 16 * 16;
-        THREADED
-        for (int64_t i = 0; i < done; i += 16)
-            grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, stream);
-        _mm_sfence();
+        _Pragma("omp parallel")
+        {
+            _Pragma("omp for schedule(static) nowait")
+            for (int64_t i = 0; i < done; i += 16)
+                grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, stream);
+            end_stream();
+        }
     }
 #endif
     _Pragma("omp parallel for simd schedule(static)")
