@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.adam import adam as plain_adam
 from torch.optim.optimizer import Optimizer, _default_to_fused_or_foreach
 
@@ -475,6 +476,27 @@ class RewiringOptimizer(Optimizer):
 
     # -- the step ------------------------------------------------------------------------------
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """The step as torch wraps that of every optimizer, for hooks and for the profiler.
+
+        To record a step takes a fifth of the time of a fused one of 0.6 M weights: where nothing would see it, the
+        step is called directly.
+        """
+        wrapped = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: "RewiringOptimizer", *args: Any, **kwargs: Any) -> Any:
+            own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            of_all = torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+            if torch.compiler.is_compiling() or own or of_all or torch.autograd._profiler_enabled():
+                return wrapped(self, *args, **kwargs)
+            result = func(self, *args, **kwargs)
+            self._optimizer_step_code()
+            return result
+
+        return step
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient. Nothing in it waits for the device.
@@ -497,6 +519,14 @@ class RewiringOptimizer(Optimizer):
         for lists, settings in self._prepared(torch.compiler.is_compiling()):
             self._update(lists, **settings)
         return loss
+
+    def seen_finite(self) -> list[Tensor]:
+        """The parameters of which the last step saw, in passing, that sums of their gradients and weights are finite.
+
+        Only the kernels look. What has been changed since, as torch counts changes, is left out.
+        """
+        memories = [pair for seen in self._seen.values() for pair in zip(seen.params, seen.memory, strict=False)]
+        return [param for param, memory in memories if memory is not None and memory.sums_are_finite(param)]
 
     @torch._disable_dynamo  # torch.compile traces only the arithmetic, so the random draws are those of an eager step
     def _prepared(self, traced: bool) -> list[tuple[Lists, dict[str, Any]]]:

@@ -2,6 +2,8 @@
 
 #include "random.h"
 
+#define AHEAD 512 /* numbers from those that are read to those that are asked for meanwhile */
+
 /* A parameter: its tensors, of n elements, and how many steps it has taken. updates.py has this and Settings, too. */
 typedef struct {
     float *w;
@@ -11,6 +13,7 @@ typedef struct {
     float *theta; /* null in Deep R that is not soft */
     float *steps;
     int64_t n;
+    int64_t moderate; /* a step sets it to whether all numbers of grad and w are, see `most` */
 } Parameter;
 
 /* The settings of its group, those of Adam first; direction is -1 to maximize. */
@@ -24,6 +27,9 @@ typedef struct {
     float prior, mu;                   /* of Grad R: alpha * eta */
     float penalty, temperature, bound; /* of Deep R: l1 * eta, T * sqrt(eta), the least theta */
 } Step;
+
+/* The largest of n numbers that are moderate: in any order, the sum of such numbers is finite in float32. */
+static float most(int64_t n) { return FLT_MAX / 2 / (float)n; }
 
 /* Begins the next step of a parameter; in double, as 1 - beta^t is small at first. */
 static Step begin(const Parameter *of, const Settings *s) {
@@ -64,11 +70,17 @@ static inline void grad_rewiring_one(float *w, float g, float *m, float *v, floa
 
 #ifdef __AVX512F__
 /* The same for sixteen weights, without weight decay and running maximum. w is written, not read: past the cache
- * (stream), that costs half the memory traffic. */
-static inline void grad_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
-                                         Step p, int stream) {
-    const __m512 zero = _mm512_setzero_ps(), prior = _mm512_set1_ps(p.prior);
+ * (stream), that costs half the memory traffic. Returns which gradients and weights are not moderate. */
+static inline int grad_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
+                                        Step p, float most, int stream) {
+    const __m512 zero = _mm512_setzero_ps(), prior = _mm512_set1_ps(p.prior), bound = _mm512_set1_ps(most);
+    __builtin_prefetch(g + AHEAD); /* the processor foresees what comes in a page, but not the next page */
+    __builtin_prefetch(m + AHEAD, 1);
+    __builtin_prefetch(v + AHEAD, 1);
+    __builtin_prefetch(theta + AHEAD, 1);
+    if (!stream) __builtin_prefetch(w + AHEAD, 1);
     __m512 G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
+    __mmask16 beyond = _mm512_cmp_ps_mask(_mm512_abs_ps(G), bound, _CMP_NLE_UQ);
     __m512 M = _mm512_mul_ps(G, _mm512_set1_ps(p.one_minus_beta1));
     __m512 V = _mm512_mul_ps(_mm512_mul_ps(G, G), _mm512_set1_ps(p.one_minus_beta2));
     M = _mm512_fmadd_ps(_mm512_loadu_ps(m), _mm512_set1_ps(p.beta1), M);
@@ -90,33 +102,39 @@ static inline void grad_rewiring_sixteen(float *w, const float *g, float *m, flo
         _mm512_stream_ps(w, W);
     else
         _mm512_storeu_ps(w, W);
+    return beyond | _mm512_cmp_ps_mask(_mm512_abs_ps(W), bound, _CMP_NLE_UQ);
 }
 #endif
 
 /* One step of Grad Rewiring. */
-void grad_rewiring_step(const Parameter *of, const Settings *settings) {
+void grad_rewiring_step(Parameter *of, const Settings *settings) {
     const Step p = begin(of, settings);
     float *w = of->w, *m = of->m, *v = of->v, *x = of->max_v ? of->max_v : v, *theta = of->theta;
     const float *grad = of->grad;
     const int8_t *sign = of->sign;
     const int64_t n = of->n;
+    const float bound = most(n);
     int64_t done = 0;
+    int beyond = 0;
 #ifdef __AVX512F__
     if (x == v && p.weight_decay == 0.0f) {
         const int stream = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
         done = n / 16 * 16;
-        _Pragma("omp parallel")
+        _Pragma("omp parallel reduction(| : beyond)")
         {
             _Pragma("omp for schedule(static) nowait")
             for (int64_t i = 0; i < done; i += 16)
-                grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, stream);
+                beyond |= grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, bound, stream);
             end_stream();
         }
     }
 #endif
-    _Pragma("omp parallel for simd schedule(static)")
-    for (int64_t i = done; i < n; i++)
+    _Pragma("omp parallel for simd schedule(static) reduction(| : beyond)")
+    for (int64_t i = done; i < n; i++) {
         grad_rewiring_one(w + i, grad[i], m + i, v + i, x + i, (float)sign[i], theta + i, p);
+        beyond |= !(fabsf(grad[i]) <= bound) | !(fabsf(w[i]) <= bound);
+    }
+    of->moderate = !beyond;
 }
 
 /* What the steps of Deep R below draw for n weights: the normal numbers of each group, in sequence, and which weights
@@ -258,7 +276,7 @@ static void reactivate(float *w, const int8_t *sign, int64_t n, uint64_t seed, d
 
 /* One step of Deep R, soft where there is theta. Afterwards at most max_s of the weights are dormant, in expectation;
  * soft Deep R ignores max_s. */
-void deep_rewiring_step(const Parameter *of, const Settings *settings, uint64_t seed) {
+void deep_rewiring_step(Parameter *of, const Settings *settings, uint64_t seed) {
     const Step p = begin(of, settings);
     float *w = of->w, *m = of->m, *v = of->v, *max_v = of->max_v, *theta = of->theta;
     const float *grad = of->grad;
@@ -266,8 +284,10 @@ void deep_rewiring_step(const Parameter *of, const Settings *settings, uint64_t 
     const int64_t n = of->n;
     const double max_s = settings->max_s;
     static const float zeros[GROUP];
+    const float bound = most(n);
     int64_t dormant = 0, candidates = 0;
-    _Pragma("omp parallel for schedule(static) reduction(+ : dormant, candidates)")
+    int beyond = !(p.eps <= bound); /* of what is re-activated */
+    _Pragma("omp parallel for schedule(static) reduction(+ : dormant, candidates) reduction(| : beyond)")
     for (int64_t start = 0; start < n; start += GROUP) {
         const int size = (int)(n - start < GROUP ? n - start : GROUP);
         float drawn[GROUP];
@@ -293,7 +313,10 @@ void deep_rewiring_step(const Parameter *of, const Settings *settings, uint64_t 
             deep_rewiring_group(W, G, M, V, 0, S, 0, noise, size, p, counts);
         dormant += counts[0];
         candidates += counts[1];
+        _Pragma("omp simd reduction(| : beyond)")
+        for (int i = 0; i < size; i++) beyond |= !(fabsf(G[i]) <= bound) | !(fabsf(W[i]) <= bound);
     }
+    of->moderate = !beyond;
     if (theta || max_s >= 1.0 || !candidates) return;
     const double probability = ((double)dormant - max_s * (double)n) / (double)candidates;
     if (probability > 0.0) reactivate(w, sign, n, seed, probability < 1.0 ? probability : 1.0, p.eps);

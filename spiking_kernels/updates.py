@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import weakref
 from bisect import bisect_right
 from typing import Any
 
@@ -19,7 +20,7 @@ class _Parameter(ctypes.Structure):
     """Parameter of updates.c."""
 
     TENSORS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sign", "theta", "step")
-    _fields_ = [*((name, ctypes.c_void_p) for name in TENSORS), ("n", ctypes.c_int64)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in TENSORS), ("n", ctypes.c_int64), ("moderate", ctypes.c_int64)]
 
 
 class Settings(ctypes.Structure):
@@ -65,6 +66,7 @@ class Memory:
         self.named, self.starts = named, sorted(tensor.data_ptr() for tensor in named.values())
         self.parameter = _Parameter(n=param.numel(), **{name: tensor.data_ptr() for name, tensor in named.items()})
         self.look: tuple[Any, ...] | None = ()  # of the gradient that was taken last
+        self.taken: tuple[Any, ...] = ()  # that gradient, and how often it and the parameter had been changed
 
     def take(self, grad: Tensor) -> Any:
         """A pointer for C to the parameter, with this gradient.
@@ -72,6 +74,7 @@ class Memory:
         Raises:
             Unfit: the gradient is not accepted, or shares memory with what is written.
         """
+        self.parameter.moderate = False
         if (look := _look(grad)) != self.look:
             check("grad", grad, torch.float32, self.named["param"].shape)
             start, size = grad.data_ptr(), grad.nbytes
@@ -79,8 +82,21 @@ class Memory:
             if near < len(self.starts) and self.starts[near] < start + size:  # no tensor is larger than the gradient
                 apart({**self.named, "grad": grad}, self.named.keys() - {"sign"})
             self.look, self.parameter.grad = look, start
-        torch.autograd.graph.increment_version(self.named["param"])  # or a graph that needs it would not know
+        param = self.named["param"]
+        torch.autograd.graph.increment_version(param)  # or a graph that needs it would not know
+        self.taken = weakref.ref(grad), grad._version, param._version
         return ctypes.byref(self.parameter)
+
+    def sums_are_finite(self, param: Tensor) -> bool:
+        """Whether the last step saw that no sum of the gradient's or the new weights' elements can overflow.
+
+        False for another parameter than this one, and where it or its gradient has been changed since, as torch counts
+        changes: with each operation in place, but not through ``.data``.
+        """
+        if not self.parameter.moderate or param is not self.named["param"]:
+            return False
+        (grad, *versions), now = self.taken, param.grad
+        return now is not None and grad() is now and versions == [now._version, param._version]
 
 
 def _look(grad: Tensor) -> tuple[Any, ...] | None:

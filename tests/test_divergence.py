@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from optim_helpers import VARIANTS
 from run_helpers import load, results, same
-from torch import nn
+from torch import Tensor, nn
 
+import spiking_kernels
 from mnist.data import MNIST
 from mnist.model import MnistNet
 from training.data import TrainingBatches
@@ -14,6 +16,7 @@ from training.divergence import FiniteCheck
 
 GRAD = ["-m", "grad", "-s", "0.95", "-lr", "1e-2", "-b", "8", "-N", "3"]
 CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(spiking_kernels.unavailable() is not None, reason="no fused kernels")
 
 
 def network():
@@ -173,3 +176,121 @@ def test_the_run_stops_at_the_next_recording(run, tmp_path, monkeypatch):
     monkeypatch.setattr(MnistNet, "forward", diverge)
     assert run(*GRAD, "-i2", "2").status == 1
     assert len(passes) == 1  # step 0 is recorded
+
+
+REWIRING = {name: VARIANTS[name] for name in ("grad", "deep", "soft deep")}
+
+
+def stepped(variant, n=83, change=None, **settings):
+    """A network of n weights after two steps of a fused optimizer; what ``change`` does comes before the second."""
+    optimizer_class, own = REWIRING[variant]
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(n, 1, bias=False))
+    weight = layers[0].weight
+    optimizer = optimizer_class([weight], lr=1e-3, fused=True, **{**own, **settings})
+    for change_it in (None, change):
+        weight.grad = torch.randn_like(weight)
+        if change_it is not None:
+            change_it(optimizer, weight)
+        optimizer.step()
+    return layers, optimizer, weight
+
+
+def seen(optimizer):
+    return [id(parameter) for parameter in optimizer.seen_finite()]
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", REWIRING)
+def test_what_a_kernel_has_seen_is_not_summed_again(variant, monkeypatch):
+    layers, optimizer, weight = stepped(variant)
+    assert seen(optimizer) == [id(weight)]
+    check = FiniteCheck(layers, CPU)
+    monkeypatch.setattr(Tensor, "sum", lambda *_: pytest.fail("there is a sum"))
+    check.update(torch.ones(()), optimizer.seen_finite())
+    assert check.found() is None
+    monkeypatch.undo()
+    check.update(torch.tensor(float("nan")), optimizer.seen_finite())  # the loss is looked at nevertheless
+    assert check.found().what == "the loss"
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 3e38])
+@pytest.mark.parametrize("place", [0, 15, 16, 79, 80, 82])  # of 83: 80 are taken by sixteen
+@pytest.mark.parametrize("variant", REWIRING)
+def test_a_kernel_sees_what_is_not_finite(variant, place, bad):
+    """A sum of two 3e38 overflows: it counts as not finite, with a kernel and without."""
+
+    def spoil(optimizer, weight):
+        weight.grad.view(-1)[place] = bad
+        weight.grad.view(-1)[(place + 7) % 83] = bad
+
+    layers, optimizer, _ = stepped(variant, change=spoil)
+    assert seen(optimizer) == []
+    checks = [FiniteCheck(layers, CPU) for _ in range(2)]
+    for check, finite in zip(checks, (optimizer.seen_finite(), []), strict=True):
+        check.update(torch.ones(()), finite)
+    assert checks[0].found() == checks[1].found()
+    assert checks[0].found().what == "the gradient of 0.weight"
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("place", [0, 15, 16, 79, 80, 82])
+@pytest.mark.parametrize("variant", REWIRING)
+def test_a_kernel_sees_weights_that_are_not_finite(variant, place, bad):
+    def spoil(optimizer, weight):
+        state = optimizer.state[weight]
+        for i in (place, (place + 7) % 83):
+            state["sign"].view(-1)[i] = 1
+            state.get("theta", weight.data).view(-1)[i] = bad
+
+    layers, optimizer, _ = stepped(variant, change=spoil)
+    assert seen(optimizer) == []
+    check = FiniteCheck(layers, CPU)
+    check.update(torch.ones(()), optimizer.seen_finite())
+    assert check.found().what == "the parameter 0.weight"
+
+
+@needs_kernels
+def test_what_deep_r_activates_may_be_too_large():
+    _, optimizer, weight = stepped("deep", eps=1e37, max_s=0.0)
+    assert seen(optimizer) == []
+    assert weight.abs().max() == 1e37
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", REWIRING)
+def test_a_kernel_has_not_seen_later_changes(variant):
+    def scaled(_, weight):
+        with torch.no_grad():
+            weight.mul_(2)
+
+    changes = {
+        "the weight": scaled,
+        "the gradient": lambda _, weight: weight.grad.mul_(2),
+        "another gradient": lambda _, weight: setattr(weight, "grad", weight.grad.clone()),
+        "no gradient": lambda _, weight: setattr(weight, "grad", None),
+    }
+    for name, change in changes.items():
+        _, optimizer, weight = stepped(variant)
+        assert seen(optimizer) == [id(weight)], name
+        change(optimizer, weight)
+        assert seen(optimizer) == [], name
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", REWIRING)
+def test_a_step_without_the_kernel_sees_nothing(variant):
+    """A gradient that is not contiguous is left to the compiled update, here to the plain one."""
+
+    def spread(optimizer, weight):
+        weight.grad = torch.randn(1, 2 * weight.numel())[:, ::2]
+        optimizer.param_groups[0]["fused"] = False
+
+    assert seen(stepped(variant, change=spread)[1]) == []
+    memory = stepped(variant)[1]._seen[0].memory[0]
+    assert memory.parameter.moderate
+    with pytest.raises(spiking_kernels.Unfit):
+        memory.take(torch.randn(1, 166)[:, ::2])
+    assert not memory.parameter.moderate

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim_helpers import PATHS, SHAPES, VARIANTS, parameters, train
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
@@ -518,3 +519,42 @@ def test_any_argument_is_taken_or_named_in_a_value_error(cls, data):
     optimizer.step()
     assert not bool((weight.detach() * sign < 0).any())
     assert weight[2] == 0 or not bool(weight.isfinite().all())
+
+
+@pytest.mark.parametrize("cls", [GradRewiring, DeepRewiring])
+@pytest.mark.parametrize("where", ["own", "of all optimizers"])
+def test_hooks_are_called_once_around_a_step(cls, where):
+    params, called = parameters(), []
+    optimizer = cls(params, **({"s": 0.9} if cls is GradRewiring else {"max_s": 0.9}))
+    hooks = [lambda o, *_: called.append(("before", o)), lambda o, *_: called.append(("after", o))]
+    if where == "own":
+        register = (optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
+    else:
+        register = (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    for i in (0, 1):  # one alone, too
+        handle, before = register[i](hooks[i]), params[0].detach().clone()
+        train(optimizer, params, steps=1)
+        handle.remove()
+        assert called == [(("before", "after")[i], optimizer)]
+        assert not torch.equal(params[0], before)
+        called.clear()
+    train(optimizer, params, steps=1)
+    assert called == []
+
+
+@pytest.mark.parametrize("cls", [GradRewiring, DeepRewiring])
+def test_a_profiler_sees_the_step(cls):
+    params = parameters()
+    optimizer = cls(params, **({"s": 0.9} if cls is GradRewiring else {"max_s": 0.9}))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        train(optimizer, params, steps=2)
+    (event,) = [event for event in profiler.key_averages() if event.key == f"Optimizer.step#{cls.__name__}.step"]
+    assert event.count == 2
+
+
+@pytest.mark.parametrize("cls", [GradRewiring, DeepRewiring])
+def test_no_step_is_recorded_for_nobody(cls, monkeypatch):
+    params = parameters()
+    optimizer = cls(params, **({"s": 0.9} if cls is GradRewiring else {"max_s": 0.9}))
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", lambda *_: pytest.fail("it is recorded"))
+    train(optimizer, params, steps=2)

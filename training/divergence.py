@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,19 +45,23 @@ class FiniteCheck:
         self.first = torch.full((len(self.names),), NEVER, dtype=torch.int64, device=device)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
 
-    @torch.no_grad()
-    def update(self, loss: Tensor) -> None:
-        """Checks a step's loss and gradients, and the parameters after it."""
-        if not (self.first.is_cpu and self._all_finite(loss)):
+    def update(self, loss: Tensor, finite: Iterable[Tensor] = ()) -> None:
+        """Checks a step's loss and gradients, and the parameters after it.
+
+        Args:
+            finite: parameters whose sums, and those of their gradients, are known to be finite.
+        """
+        if not (self.first.is_cpu and self._all_finite(loss, {*map(id, finite)})):
             self._note(loss)
-        self.steps += 1
+        self.steps.add_(1)
 
-    def _all_finite(self, loss: Tensor) -> bool:
+    def _all_finite(self, loss: Tensor, known: set[int]) -> bool:
         """Whether all is finite; on the CPU, where nothing waits, that takes few operations."""
-        parameters = [parameter for group in self.groups for parameter in group]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        return all(math.isfinite(tensor.sum()) for tensor in (loss, *gradients, *parameters))
+        parameters = [p.detach() for group in self.groups for p in group if id(p) not in known]
+        gradients = [p.grad for group in self.groups for p in group if id(p) not in known and p.grad is not None]
+        return math.isfinite(loss.detach()) and all(math.isfinite(tensor.sum()) for tensor in (*gradients, *parameters))
 
+    @torch.no_grad()
     def _note(self, loss: Tensor) -> None:
         """Notes the step for what is not finite, if it is the first one."""
         zero = torch.zeros_like(loss)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ class TrainingStep:
             loss, right = self.average(loss, right)
         for optimizer in self.optimizers:
             optimizer.step()
-        self.finite.update(loss)
+        rewiring = [optimizer for optimizer in self.optimizers if isinstance(optimizer, RewiringOptimizer)]
+        self.finite.update(loss, chain.from_iterable(optimizer.seen_finite() for optimizer in rewiring))
         return loss, right
 
     # -- on a GPU ------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class TrainingBatches:
 
     def make(self, index: Tensor, transforms: Tensor) -> tuple[Tensor, Tensor]:
         """A batch of what :meth:`parts` yields: images, float32 [B, C, H, W], and labels, int64 [B]."""
-        return self._inputs(index, transforms), self.split.labels[index]
+        return self._inputs(index, transforms), self.split.labels.index_select(0, index)
 
     def _inputs(self, index: Tensor, transforms: Tensor) -> Tensor:
         if self.fused:
