@@ -3,6 +3,7 @@
 Chen et al., "Pruning of Deep Spiking Neural Networks through Gradient Rewiring", IJCAI 2021.
 """
 
+import contextlib
 import warnings
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
-from spiking_kernels import Unfit
+from spiking_kernels import Unfit, blocks
 
 
 class LIFNode(neuron.LIFNode):
@@ -99,7 +100,10 @@ def _per_channel(x: Tensor) -> Tensor:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d, but the batch statistics of several :class:`Ranks` are those of the whole batch."""
+    """BatchNorm2d, but the batch statistics of several :class:`Ranks` are those of the whole batch.
+
+    They are also more accurate of channels-last images on the CPU, see :func:`spiking_kernels.blocks.batch_norm`.
+    """
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
@@ -107,9 +111,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises [N, C, H, W]."""
-        if self.ranks is None or not self.training:
-            return super().forward(x)
-        return self.over_ranks(x[None])[0]
+        if self.training and self.ranks is not None:
+            return self.over_ranks(x[None])[0]
+        if self.training and x.is_cpu and not x.is_contiguous() and not torch.compiler.is_compiling():
+            with contextlib.suppress(Unfit):
+                return blocks.batch_norm(x, self)
+        return super().forward(x)
 
     def over_ranks(self, x: Tensor) -> Tensor:
         """Normalises a share [T, N, C, H, W], each time step by itself; the ranks exchange their sums once."""

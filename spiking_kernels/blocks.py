@@ -191,6 +191,48 @@ def lif_block(
     return _Block.apply(y, norm.weight, norm.bias, found, shape, counts)
 
 
+def batch_norm(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """What a BatchNorm in training mode makes of images, float32 or bfloat16 [N, C, H, W], channels-last on the CPU.
+
+    It is one of torch's, but for the batch statistics: torch adds up such images in float32, one pixel after the other,
+    and misses their variance by 1e-5 of it. The kernels do so in float64.
+
+    Raises:
+        Unfit: y or a tensor of the BatchNorm is not accepted.
+    """
+    if reason := _flaw(y) or build.unavailable():
+        raise Unfit(f"y {reason}")
+    if not y.is_cpu or not y.is_contiguous(memory_format=torch.channels_last) or norm.momentum is None:
+        raise Unfit("only channels-last images on the CPU and a moving average are accepted")
+    _check_norm(norm, y, Shape(1))
+    with torch.no_grad():
+        found = blocks_c.statistics(y, norm, 1)
+    return _Norm.apply(y, norm.weight, norm.bias, found.mean[0], found.variance[0], norm.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """torch's batch normalisation of images by their statistics, which are given."""
+
+    @staticmethod
+    def forward(ctx, y, weight, bias, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(y, weight, bias, mean, variance)
+        ctx.eps = eps
+        return nn.functional.batch_norm(y, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, mean, variance = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # for gradients of gradients
+            normalised = nn.functional.batch_norm(y, None, None, weight, bias, training=True, eps=ctx.eps)
+            inputs = [x for x, need in zip((y, weight, bias), needed, strict=True) if need]
+            found = iter(torch.autograd.grad(normalised, inputs, grad, create_graph=True))
+            return *(next(found) if need else None for need in needed), None, None, None
+        statistics = None, None, mean, (variance + ctx.eps).rsqrt(), True, ctx.eps
+        found = torch.ops.aten.native_batch_norm_backward(grad, y, weight, *statistics, needed)
+        return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None, None
+
+
 def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:
     if shape.constant:
         raise Unfit("a BatchNorm gets an input of its own at each time step, not a constant one")

@@ -132,6 +132,121 @@ def test_statistics_are_those_of_each_time_step():
     torch.testing.assert_close(found.variance.double(), exact.var((1, 3, 4), correction=0), rtol=1e-5, atol=0)
 
 
+def channels_last_batch(dtype=torch.float32):
+    """Images whose channels-last sums in float32 lose digits: many pixels, with a mean."""
+    y = torch.randn(8, 16, 64, 32, generator=torch.Generator().manual_seed(5)) * 2 + 7
+    return y.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_norm_of_channels_last_images_has_accurate_statistics(dtype):
+    y, (norm, _) = channels_last_batch(dtype), norms(16)
+    norm.step_mode = "s"
+    before, exact = copy.deepcopy(norm), y.double()
+    variance, mean = torch.var_mean(exact, (0, 2, 3), correction=0)
+    ours, other = y.clone().requires_grad_(), exact.clone().requires_grad_()
+    normalised = norm(ours)
+    double = copy.deepcopy(before).double()
+    expected = double(other)
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    normalised.backward(gradient)
+    expected.backward(gradient.double())
+    assert (normalised.dtype, ours.grad.dtype) == (dtype, dtype)
+    assert normalised.is_contiguous(memory_format=torch.channels_last)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(normalised.double(), expected, rtol=rounding, atol=max(rounding, 2e-6))
+    torch.testing.assert_close(ours.grad.double(), other.grad, rtol=rounding, atol=2 * max(rounding, 1e-6))
+    for name in ("weight", "bias"):  # torch's sums in float32 of 16384 numbers
+        torch.testing.assert_close(getattr(norm, name).grad.double(), getattr(double, name).grad, rtol=1e-4, atol=1e-2)
+    momentum, values = norm.momentum, y.numel() / 16
+    for found, old, new in (
+        (norm.running_mean, before.running_mean, mean),
+        (norm.running_var, before.running_var, variance * values / (values - 1)),
+    ):
+        exactly = old.double() * (1 - momentum) + new * momentum
+        torch.testing.assert_close(found.double(), exactly, rtol=4 * EPS, atol=4 * EPS)
+    assert norm.num_batches_tracked == before.num_batches_tracked + 1
+
+
+@needs_kernels
+def test_the_networks_first_norm_takes_them():
+    network = Cifar10Net(T=1, width=8)
+    x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    network.fused = True
+    convolution, norm = network.static_conv
+    with torch.no_grad():
+        convolution.weight.abs_()  # a mean that is larger than the deviation
+        network.static(x)
+    y = convolution.double()(x.double())
+    mean, variance = y.mean((0, 2, 3)), y.var((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * variance, rtol=2 * EPS, atol=0)
+
+
+@needs_kernels
+def test_gradients_of_gradients_of_a_batch_norm():
+    y = images(1, 3, 4, 5, 5, False).contiguous(memory_format=torch.channels_last)
+    results = []
+    for norm in norms(4):
+        norm.step_mode = "s"
+        x = y.clone(memory_format=torch.preserve_format if not results else torch.contiguous_format).requires_grad_()
+        normalised = norm(x)
+        assert (type(normalised.grad_fn).__name__ == "_NormBackward") == (not results)
+        first = torch.autograd.grad(normalised.pow(3).sum(), (x, norm.weight, norm.bias), create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), (x, norm.weight))
+        results.append([normalised, *first, *second])
+    for ours, theirs in zip(*results, strict=True):
+        assert_near(ours, theirs, 1000)
+    frozen, _ = norms(4)
+    frozen.requires_grad_(False).step_mode = "s"
+    x = y.clone().requires_grad_()
+    frozen(x).sum().backward()
+    assert frozen.weight.grad is None
+    assert x.grad is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda norm, y: setattr(norm, "momentum", None),
+        lambda norm, y: setattr(norm, "weight", None),
+        lambda norm, y: setattr(norm, "running_mean", norm.running_mean.double()),
+        lambda norm, y: norm.eval(),
+        lambda norm, y: y.data.__setitem__(slice(None), 1),
+    ],
+    ids=["cumulative average", "no weight", "statistics in double", "evaluation", "one value"],
+)
+def test_other_batch_norms_are_torchs(change):
+    y = images(1, 3, 4, 5, 5, False).contiguous(memory_format=torch.channels_last)
+    norm, other = norms(4)
+    norm.step_mode = other.step_mode = "s"
+    for each in (norm, other):
+        change(each, y)
+    try:
+        expected = nn.BatchNorm2d.forward(other, y)
+    except (RuntimeError, ValueError) as error:
+        with pytest.raises(type(error)):
+            norm(y)
+    else:
+        torch.testing.assert_close(norm(y), expected, rtol=1e-5, atol=1e-5)
+    for (name, ours), theirs in zip(norm.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+@needs_kernels
+def test_a_batch_norm_refuses_what_it_would_compute_otherwise():
+    norm, _ = norms(4)
+    for y in (torch.randn(3, 4, 5, 5), torch.randn(2, 3, 4, 5, 5), torch.randn(3, 4, 5, 5).double()):
+        with pytest.raises(spiking_kernels.Unfit):
+            blocks.batch_norm(y, norm)
+    y = torch.randn(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(spiking_kernels.Unfit, match="no variance"):
+        blocks.batch_norm(y, norm)
+
+
 @needs_kernels
 @pytest.mark.parametrize("pool", [False, True])
 def test_bfloat16_is_rounded_only_where_it_is_written(pool):
