@@ -204,6 +204,14 @@ def assert_near(one, other, steps):
     for line, same_line in zip(results(one), results(other), strict=True):
         assert abs(line["sparsity"] - same_line["sparsity"]) < 1e-3
         assert abs(line["train_accuracy"] - same_line["train_accuracy"]) < 0.02  # counts, summed over the ranks
+    rates, same_rates = (
+        {tag: values[0][1] for tag, values in scalars(folder)[0].items() if tag.startswith("avg_firing_rate")}
+        for folder in (one, other)
+    )
+    assert rates.keys() == same_rates.keys()
+    assert any(rates.values())
+    for tag, rate in rates.items():  # of the test images, which the ranks divide
+        assert abs(rate - same_rates[tag]) < 0.02 * rate + 1e-4
     a, b = load(one), load(other)
     assert a["arguments"] == b["arguments"]
     assert all(torch.equal(a["random"][key], b["random"][key]) for key in ("torch", "data"))
