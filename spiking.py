@@ -36,6 +36,11 @@ def lif() -> LIFNode:
     )
 
 
+def traced() -> bool:
+    """Whether torch records the operations, which would miss what a kernel does."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class Ranks(Protocol):
     """The processes that train a network together, each with an equal share of every batch, as a layer sees them."""
 
@@ -102,18 +107,20 @@ def _per_channel(x: Tensor) -> Tensor:
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d, but the batch statistics of several :class:`Ranks` are those of the whole batch.
 
-    They are also more accurate of channels-last images on the CPU, see :func:`spiking_kernels.blocks.batch_norm`.
+    With ``fused``, those of channels-last images on the CPU are sums in float64, see
+    :func:`spiking_kernels.blocks.batch_norm`.
     """
 
     def __init__(self, num_features: int):
         super().__init__(num_features)
         self.ranks: Ranks | None = None
+        self.fused = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises [N, C, H, W]."""
         if self.training and self.ranks is not None:
             return self.over_ranks(x[None])[0]
-        if self.training and x.is_cpu and not x.is_contiguous() and not torch.compiler.is_compiling():
+        if self.training and self.fused and x.is_cpu and not traced():
             with contextlib.suppress(Unfit):
                 return blocks.batch_norm(x, self)
         return super().forward(x)
@@ -266,7 +273,7 @@ class SpikingNetwork(nn.Module):
         """
         functional.reset_net(self)
         current, counts = self.static(images), None
-        if self.fused and isinstance(current, Tensor) and not torch.compiler.is_compiling():
+        if self.fused and isinstance(current, Tensor) and not traced():
             try:
                 counts = self.fused_counts(current)
             except Unfit as error:

@@ -202,8 +202,10 @@ def batch_norm(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """
     if reason := _flaw(y) or build.unavailable():
         raise Unfit(f"y {reason}")
-    if not y.is_cpu or not y.is_contiguous(memory_format=torch.channels_last) or norm.momentum is None:
-        raise Unfit("only channels-last images on the CPU and a moving average are accepted")
+    if not y.is_cpu or y.is_neg() or not y.is_contiguous(memory_format=torch.channels_last):
+        raise Unfit("y is not a channels-last image in the CPU's memory")
+    if not norm.track_running_stats or type(norm.momentum) is not float or not norm.eps > 0:
+        raise Unfit("the BatchNorm has no moving average, or no positive eps")
     _check_norm(norm, y, Shape(1))
     with torch.no_grad():
         found = blocks_c.statistics(y, norm, 1)

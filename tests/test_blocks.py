@@ -142,7 +142,7 @@ def channels_last_batch(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_norm_of_channels_last_images_has_accurate_statistics(dtype):
     y, (norm, _) = channels_last_batch(dtype), norms(16)
-    norm.step_mode = "s"
+    norm.step_mode, norm.fused = "s", True
     before, exact = copy.deepcopy(norm), y.double()
     variance, mean = torch.var_mean(exact, (0, 2, 3), correction=0)
     ours, other = y.clone().requires_grad_(), exact.clone().requires_grad_()
@@ -190,7 +190,7 @@ def test_gradients_of_gradients_of_a_batch_norm():
     y = images(1, 3, 4, 5, 5, False).contiguous(memory_format=torch.channels_last)
     results = []
     for norm in norms(4):
-        norm.step_mode = "s"
+        norm.step_mode, norm.fused = "s", not results
         x = y.clone(memory_format=torch.preserve_format if not results else torch.contiguous_format).requires_grad_()
         normalised = norm(x)
         assert (type(normalised.grad_fn).__name__ == "_NormBackward") == (not results)
@@ -201,6 +201,7 @@ def test_gradients_of_gradients_of_a_batch_norm():
         assert_near(ours, theirs, 1000)
     frozen, _ = norms(4)
     frozen.requires_grad_(False).step_mode = "s"
+    frozen.fused = True
     x = y.clone().requires_grad_()
     frozen(x).sum().backward()
     assert frozen.weight.grad is None
@@ -214,15 +215,17 @@ def test_gradients_of_gradients_of_a_batch_norm():
         lambda norm, y: setattr(norm, "momentum", None),
         lambda norm, y: setattr(norm, "weight", None),
         lambda norm, y: setattr(norm, "running_mean", norm.running_mean.double()),
+        lambda norm, y: setattr(norm, "track_running_stats", False),
+        lambda norm, y: setattr(norm, "eps", 0.0),
         lambda norm, y: norm.eval(),
         lambda norm, y: y.data.__setitem__(slice(None), 1),
     ],
-    ids=["cumulative average", "no weight", "statistics in double", "evaluation", "one value"],
+    ids=["cumulative average", "no weight", "statistics in double", "not tracked", "no eps", "evaluation", "one value"],
 )
 def test_other_batch_norms_are_torchs(change):
     y = images(1, 3, 4, 5, 5, False).contiguous(memory_format=torch.channels_last)
     norm, other = norms(4)
-    norm.step_mode = other.step_mode = "s"
+    norm.step_mode, norm.fused = "s", True
     for each in (norm, other):
         change(each, y)
     try:
@@ -237,9 +240,26 @@ def test_other_batch_norms_are_torchs(change):
 
 
 @needs_kernels
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_a_fused_network_runs_its_layers():
+    network, x = Cifar10Net(T=1, width=8), torch.rand(2, 3, 32, 32)
+    network.fc[1].p, network.fused = 0.0, True
+    with torch.no_grad():
+        for weight in network.fc.parameters():
+            weight *= 20
+    traced = torch.jit.trace(network, x, check_trace=False)
+    for batch in (x, x.square()):
+        network.fused = False
+        expected = network(batch)
+        assert 0 < expected.mean() < 1
+        torch.testing.assert_close(traced(batch), expected)
+
+
+@needs_kernels
 def test_a_batch_norm_refuses_what_it_would_compute_otherwise():
     norm, _ = norms(4)
-    for y in (torch.randn(3, 4, 5, 5), torch.randn(2, 3, 4, 5, 5), torch.randn(3, 4, 5, 5).double()):
+    negative = torch._neg_view(torch.randn(3, 4, 5, 5).contiguous(memory_format=torch.channels_last))
+    for y in (torch.randn(3, 4, 5, 5), torch.randn(2, 3, 4, 5, 5), torch.randn(3, 4, 5, 5).double(), negative):
         with pytest.raises(spiking_kernels.Unfit):
             blocks.batch_norm(y, norm)
     y = torch.randn(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)
