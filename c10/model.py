@@ -74,7 +74,9 @@ class Cifar10Net(SpikingNetwork):
         self.step_mode = step_mode
 
     def static(self, images: Tensor) -> Tensor:
-        self.static_conv[1].fused = self.fused
+        for module in self.static_conv.modules():
+            if isinstance(module, BatchNorm2d):
+                module.fused = self.fused
         if self.fused:  # the kernels' layout
             images = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return self.static_conv(images)  # [N, width, 32, 32]

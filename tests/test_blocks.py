@@ -185,6 +185,17 @@ def test_the_networks_first_norm_takes_them():
     torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * variance, rtol=2 * EPS, atol=0)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_first_layer_may_be_another(fused):
+    network, x = Cifar10Net(T=1, width=8), torch.rand(2, 3, 32, 32)
+    convolution, norm = network.static_conv
+    network.fused, network.static_conv = fused, convolution
+    torch.testing.assert_close(network.static(x), convolution(x))
+    network.static_conv = nn.Sequential(nn.Sequential(convolution, norm))
+    assert network.static(x).shape == (2, 8, 32, 32)
+    assert norm.fused is fused
+
+
 @needs_kernels
 def test_gradients_of_gradients_of_a_batch_norm():
     y = images(1, 3, 4, 5, 5, False).contiguous(memory_format=torch.channels_last)

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -57,9 +58,10 @@ class FiniteCheck:
 
     def _all_finite(self, loss: Tensor, known: set[int]) -> bool:
         """Whether all is finite; on the CPU, where nothing waits, that takes few operations."""
-        parameters = [p.detach() for group in self.groups for p in group if id(p) not in known]
-        gradients = [p.grad for group in self.groups for p in group if id(p) not in known and p.grad is not None]
-        return math.isfinite(loss.detach()) and all(math.isfinite(tensor.sum()) for tensor in (*gradients, *parameters))
+        parameters = [p for group in self.groups for p in group if id(p) not in known]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sums = (tensor.detach().sum() for tensor in (*gradients, *parameters))
+        return all(map(math.isfinite, chain([loss.detach()], sums)))
 
     @torch.no_grad()
     def _note(self, loss: Tensor) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -176,8 +175,8 @@ class TrainingStep:
             loss, right = self.average(loss, right)
         for optimizer in self.optimizers:
             optimizer.step()
-        rewiring = [optimizer for optimizer in self.optimizers if isinstance(optimizer, RewiringOptimizer)]
-        self.finite.update(loss, chain.from_iterable(optimizer.seen_finite() for optimizer in rewiring))
+        rewiring = (optimizer for optimizer in self.optimizers if isinstance(optimizer, RewiringOptimizer))
+        self.finite.update(loss, [parameter for optimizer in rewiring for parameter in optimizer.seen_finite()])
         return loss, right
 
     # -- on a GPU ------------------------------------------------------------------------------------
