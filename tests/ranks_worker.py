@@ -2,9 +2,11 @@
 
 RANKS_TEST is a JSON object: "scale" multiplies the initial weights of the last layers, so that the network's outputs
 spike; "signal": [number, rank, step] sends a rank a signal within a step of its process, counted from 1; "drift":
-[rank, step] changes a weight of one rank after a step; "busy" makes each step as many seconds longer.
+[rank, step] changes a weight of one rank after a step; "busy" makes each step as many seconds longer; "abort": an
+orderly end of a process aborts, as it may by itself where a thread of its group of ranks still waits.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -23,6 +25,9 @@ from training.step import TrainingStep
 
 CHANGES = json.loads(os.environ.get("RANKS_TEST", "{}"))
 RANK = int(os.environ.get("RANK", "0"))
+
+if CHANGES.get("abort"):
+    atexit.register(os.abort)
 
 
 def scaled(make):

@@ -229,7 +229,7 @@ def test_two_ranks_train_the_run_of_one(tmp_path):
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(tmp_path):
-    statuses, out, err = Processes(2, ["mnist", "-b", "15"], tmp_path).end()
+    statuses, out, err = Processes(2, ["mnist", "-b", "15"], tmp_path, {"abort": True}).end()
     assert statuses == [2, 2]
     assert (
         err[0]
@@ -365,7 +365,7 @@ def test_a_killed_rank_stops_the_others_and_the_command_goes_on(tmp_path):
 def test_ranks_that_drift_apart_are_found(tmp_path):
     pytest.importorskip("sklearn")
     argv = [*DEEP, "-N", "2"]
-    statuses, _, err = Processes(2, argv, tmp_path, {"drift": [1, 3]}).end()
+    statuses, _, err = Processes(2, argv, tmp_path, {"drift": [1, 3], "abort": True}).end()
     assert statuses == [1, 1]
     assert err[0].count("the ranks no longer have the same weights") == 1
     assert err[1] == ""

@@ -4,10 +4,12 @@ Together they train the very run of one process, within rounding: batches, augme
 on every rank, batch statistics and gradients are those of the whole batch. The first rank prints, records and saves.
 """
 
+import atexit
 import contextlib
 import io
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,17 +49,29 @@ def joined() -> Iterator["Ranks | None"]:
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _all_there():
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    with contextlib.nullcontext() if ranks.first else _silence():
-        try:
+    try:
+        with _all_there():
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        with contextlib.nullcontext() if ranks.first else _silence():
             yield ranks
-        except (Refusal, DivergedError, Interrupted) as error:
-            if ranks.first:
-                raise
+    except SystemExit:  # as --help does, on all ranks
+        dist.destroy_process_group()
+        raise
+    except BaseException as error:
+        if not ranks.first and isinstance(error, Refusal | DivergedError | Interrupted):
             ranks.outlast_the_first()
-            os._exit(error.status)  # an orderly end would abort where a thread of the process group still waits
-        dist.destroy_process_group()  # not after a failure: what the group still waits for may never come
+            os._exit(error.status)
+        atexit.register(_end, getattr(error, "status", 1))  # once the failure is told
+        raise
+    dist.destroy_process_group()  # not after a failure: what the group still waits for may never come
+
+
+def _end(status: int) -> None:
+    """Ends the process at once. Its orderly end may abort instead, where a thread of the process group still waits."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            stream.flush()
+    os._exit(status)
 
 
 def _whole_number(name: str) -> int:
