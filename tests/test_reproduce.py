@@ -205,7 +205,7 @@ def test_the_narrow_grid_has_its_most_telling_rows_first():
         *[
             "dense",
             *["Grad R"] * 3,
-            *["Deep R"] * 3,
+            *["Deep R"] * 4,
             *["Grad R, constant penalty"] * 3,
             *["Grad R, plain gradient"] * 3,
         ],
@@ -214,7 +214,7 @@ def test_the_narrow_grid_has_its_most_telling_rows_first():
         *("Grad R, no prior", "Deep R with noise"),
     ]
     assert [row.options.connectivity for row in first if row.title == "Grad R"] == [0.1, 0.05, 0.02, 0.3, 0.01]
-    assert [row.options.sparsity for row in first if row.title == "Deep R"] == [0.9, 0.95, 0.98]
+    assert [row.options.sparsity for row in first if row.title == "Deep R"] == [0.9, 0.95, 0.98, 0.98]
     constant, plain = (
         [row.options.penalty for row in first if row.title == f"Grad R, {kind}"]
         for kind in ("constant penalty", "plain gradient")
@@ -222,7 +222,7 @@ def test_the_narrow_grid_has_its_most_telling_rows_first():
     assert constant == plain
     for seed in (1, 2):
         again = [row.command.replace(f"--seed {seed}", "--seed 2020") for row in rows if row.seed == seed]
-        assert again == [row.command for row in [*first[:7], *first[10:15]]]
+        assert again == [row.command for row in [*first[:7], *first[11:16]]]
     shared = ("recipe", "epoch", "batch_size", "learning_rate", "T", "width", "precision")
     assert len({tuple(getattr(row.options, name) for name in shared) for row in rows}) == 1
     options = rows[0].options
