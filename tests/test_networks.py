@@ -1,6 +1,8 @@
 """The networks that come with the program: each is what its card says; the command that keeps them."""
 
+import functools
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -49,14 +51,37 @@ def test_a_network_has_the_connections_of_its_card_and_of_its_name(name):
         assert abs(100 * total.connectivity - int(share[0])) < max(0.6, 0.04 * int(share[0]))
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if "/" not in name])
-def test_a_network_is_as_accurate_as_its_card_says(name, real_data):
+@pytest.fixture(scope="module")
+def datasets(real_data, tmp_path_factory):
+    """The data set of a source, with all its real test images; each is read once."""
+
+    @functools.cache
+    def load(source):
+        if source is MNIST:
+            return MNIST.load(real_data)
+        archive, folder = real_data / "cifar10-jpeg.tar.xz", tmp_path_factory.mktemp("cifar10")
+        if not archive.is_file():
+            pytest.skip(f"needs {archive.name} in the folder SPIKING_TEST_DATA")
+        with tarfile.open(archive) as tar:
+            wanted = [file for file in tar if re.search(r"(^|/)test/|/0000\.jpg$", file.name)]  # few to train
+            tar.extractall(folder, wanted, filter="data")
+        return source.load(folder)
+
+    return load
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_network_is_as_accurate_as_its_card_says(name, datasets):
+    """On every tenth test image; on all of MNIST's, which take seconds."""
     pytest.importorskip("safetensors")
-    dataset = MNIST.load(real_data)
-    card = card_of(SHIPPED[name])
-    assert card["data"] == f"mnist: {dataset.fingerprint()}"
-    seen = networks.tested(load_snapshot(name), dataset).evaluation
-    assert card["test accuracy"].startswith(f"{percent(seen.accuracy)}, {seen.right:,} of {seen.images:,} images; ")
+    card, snapshot = card_of(SHIPPED[name]), load_snapshot(name)
+    dataset = datasets(snapshot.source)
+    assert len(dataset.test) == 10_000
+    assert card["every tenth test image"] == networks.right_of_some(snapshot, dataset)
+    if snapshot.source is MNIST:
+        assert card["data"] == f"mnist: {dataset.fingerprint()}"
+        seen = networks.tested(snapshot, dataset).evaluation
+        assert card["test accuracy"].startswith(f"{percent(seen.accuracy)}, {seen.right:,} of {seen.images:,} images; ")
 
 
 def test_a_name_that_is_none_is_an_error_that_says_the_names():
@@ -106,6 +131,9 @@ def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path
         assert card["test accuracy"] == (
             f"{percent(seen.accuracy)}, {seen.right} of 20 images; after the last of 60 epochs"
         )
+        images, labels = next(iter(_batches(mnist_folder)))
+        seen = measuring.evaluate(network, [(images[::10], labels[::10])])
+        assert card["every tenth test image"] == f"{seen.right} of 2 right"
         assert card["commit"] == f"commit of {name}"
         assert card["command"] == f"`{grid.networks('mnist')[name].command}`"
         assert card["data"].startswith("mnist: 40+20 images, crc32 ")
