@@ -311,6 +311,14 @@ def test_its_results_are_those_of_the_grid(page):
         assert {"dense", "Grad R", "Deep R", "soft Deep R"} <= {row[0] for row in rows}
 
 
+def test_it_says_how_many_rows_of_the_narrow_grid_are_finished():
+    text = TEXTS["docs/reproduction.md"]
+    ((finished, asked),) = re.findall(r"(\d+) of (\d+) are finished", text)
+    assert f"{finished} of {asked} rows;" in (ROOT / "results/c10-narrow/table.md").read_text()
+    shown = re.search(r"<!-- results/c10-narrow/table.md -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert len(cells(shown[1])) - 2 == int(finished)
+
+
 def test_the_page_on_comparability_shows_the_results_of_the_grid():
     text = TEXTS["docs/comparability.md"]
     shown = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
