@@ -169,6 +169,15 @@ def test_no_tensor_is_read_only(form, tmp_path, monkeypatch):
 # -- writing ---------------------------------------------------------------------------------------
 
 
+@forms
+def test_an_export_has_the_same_bytes_every_time(form, tmp_path):
+    snapshot, contents = snapshot_of(mnist()), set()
+    for _ in range(10):
+        export(snapshot, form, tmp_path / "network")
+        contents.add((tmp_path / "network").read_bytes())
+    assert len(contents) == 1
+
+
 def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "file"
     export(snapshot_of(mnist(0.5)), "csr", path)

@@ -4,6 +4,7 @@ csr folds BatchNorm to y = scale * x + shift after its convolution. See docs/exp
 """
 
 import io
+import json
 import math
 import struct
 import zipfile
@@ -194,7 +195,13 @@ def _smaller(weight: NDArray) -> str:
 def write_safetensors(snapshot: Snapshot) -> bytes:
     save = imported("safetensors.numpy", "this format").save
     texts, arrays = pack(snapshot, _smaller)
-    return save(arrays, metadata=texts)
+    content = save(arrays, metadata=texts)
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = texts  # in this order: the package writes them in any, and so other bytes every time
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def read_safetensors(path: Path) -> Snapshot:
