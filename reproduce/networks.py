@@ -19,7 +19,7 @@ from reproduce.grid import Row
 from training.command_line import Parser, check_writable, command, folder_path
 from training.console import counted
 from training.data import TestBatches
-from training.data.dataset import Dataset
+from training.data.dataset import Dataset, Split
 from training.errors import Refusal
 from training.files import write_whole
 from training.options import REPOSITORY
@@ -31,18 +31,19 @@ def in_half(snapshot: Snapshot) -> Snapshot:
     return replace(snapshot, state=snapshot.state | rounded)
 
 
+def _batches(snapshot: Snapshot, split: Split) -> TestBatches:
+    normalisation = snapshot.source.normalisation(torch.device("cpu"))
+    return TestBatches(split, snapshot.about.test_batch_size, normalisation)
+
+
 def tested(snapshot: Snapshot, dataset: Dataset) -> measuring.report.Report:
     """The test of a network on the CPU in full precision."""
-    normalisation = snapshot.source.normalisation(torch.device("cpu"))
-    batches = TestBatches(dataset.test, snapshot.about.test_batch_size, normalisation)
-    return report_on(snapshot.network(), batches, snapshot.epoch)
+    return report_on(snapshot.network(), _batches(snapshot, dataset.test), snapshot.epoch)
 
 
 def right_of_some(snapshot: Snapshot, dataset: Dataset) -> str:
     """The correct predictions of every tenth test image, for a check that takes a tenth of the time."""
-    split = dataset.test.part(slice(None, None, 10))
-    normalisation = snapshot.source.normalisation(torch.device("cpu"))
-    seen = measuring.evaluate(snapshot.network(), TestBatches(split, snapshot.about.test_batch_size, normalisation))
+    seen = measuring.evaluate(snapshot.network(), _batches(snapshot, dataset.test.part(slice(None, None, 10))))
     return f"{seen.right:,} of {seen.images:,} right"
 
 
