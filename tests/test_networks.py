@@ -74,12 +74,20 @@ def datasets(real_data, tmp_path_factory):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_network_is_as_accurate_as_its_card_says(name, datasets):
-    """On every tenth test image; on all of MNIST's, which take seconds."""
+    """On all of MNIST's test images, which take seconds, to the image; on every tenth of CIFAR-10's.
+
+    There the arithmetic of another processor may decide an image by a spike at the threshold: one of 7,000 did.
+    """
     pytest.importorskip("safetensors")
     card, snapshot = card_of(SHIPPED[name]), load_snapshot(name)
     dataset = datasets(snapshot.source)
     assert len(dataset.test) == 10_000
-    assert card["every tenth test image"] == networks.right_of_some(snapshot, dataset)
+    (right, images), (expected, all_images) = (
+        map(int, re.fullmatch(r"([\d,]+) of ([\d,]+) right", text)[0].replace(",", "").split()[:3:2])
+        for text in (networks.right_of_some(snapshot, dataset), card["every tenth test image"])
+    )
+    assert images == all_images == 1000
+    assert abs(right - expected) <= (0 if snapshot.source is MNIST else 2)
     if snapshot.source is MNIST:
         assert card["data"] == f"mnist: {dataset.fingerprint()}"
         seen = networks.tested(snapshot, dataset).evaluation
