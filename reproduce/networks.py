@@ -42,8 +42,12 @@ def tested(snapshot: Snapshot, dataset: Dataset) -> measuring.report.Report:
 
 
 def right_of_some(snapshot: Snapshot, dataset: Dataset) -> str:
-    """The correct predictions of every tenth test image, for a check that takes a tenth of the time."""
-    seen = measuring.evaluate(snapshot.network(), _batches(snapshot, dataset.test.part(slice(None, None, 10))))
+    """The correct predictions of every fortieth test image in float64, which are the same on every processor.
+
+    In float32 rounding decides whether a potential near the threshold is a spike, and with it an image now and then.
+    """
+    some = _batches(snapshot, dataset.test.part(slice(None, None, 40)))
+    seen = measuring.evaluate(snapshot.network().double(), ((images.double(), labels) for images, labels in some))
     return f"{seen.right:,} of {seen.images:,} right"
 
 
@@ -69,7 +73,7 @@ def card(name: str, row: Row, commit: str, path: Path, dataset: Dataset, before:
         "commit": commit,
         "data": f"{snapshot.dataset}: {dataset.fingerprint()}",
         "test accuracy": f"{_right(report)}; after the last of {counted(snapshot.epoch, 'epoch')}",
-        "every tenth test image": right_of_some(snapshot, dataset),
+        "every fortieth test image in float64": right_of_some(snapshot, dataset),
         "connectivity": f"{percent(total.connectivity)}, {connections}",
         "SynOps per image": f"{synops:,.0f}",
         "energy per image": f"{energy.energy_per_image(report.operations.values()).pruned / 1000:,.1f} nJ",
