@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pretended_runs
 import pytest
 import torch
 from torch import nn
@@ -267,10 +266,9 @@ def test_all_of_it_on_the_cpu(tmp_path, cifar_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(pretended_runs.unavailable() is not None, reason=pretended_runs.unavailable() or "a pretended GPU")
-def test_all_of_it_on_a_pretended_gpu(tmp_path, cifar_folder):
-    argv = ["--small", "--minutes", "60", "--dataset-dir", str(cifar_folder), "--out", str(tmp_path / "out")]
-    run = pretended_runs.run(["-m", "benchmarks.gpu", *argv], tmp_path / "run", images=640, seconds=3600)
+def test_all_of_it_on_a_pretended_gpu(gpu, tmp_path, cifar_folder):
+    argv = ["--small", "--minutes", "60", "--dataset-dir", cifar_folder, "--out", tmp_path / "out"]
+    run = gpu("-m", "benchmarks.gpu", *argv, images=640, seconds=3600)
     assert run.status == 0, run.err
     whole(read(tmp_path / "out"), may_fail="Profile")  # there are no kernels to find
 

@@ -1,6 +1,6 @@
 """kill -9 at random moments, inside checkpoint writes and epochs after one, until the run is as if never killed.
 
-One kill by default; KILLS says how many (.ci/run: 5, make kill-test: 50).
+One kill by default; KILLS says how many (.ci/run: 3, make kill-test: 50).
 """
 
 import os

@@ -37,22 +37,26 @@ def train(gpu, tmp_path):
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # the published network's checkpoints are large
 
 
+def check_one_graph(process, epochs=1):
+    """Recorded after three of the steps, and started at each of the others."""
+    assert len(process.captures) == 1
+    assert len(process.steps) == 10 * epochs
+    assert [sum(step.replays.values()) for step in process.steps] == [0] * 3 + [1] * (10 * epochs - 3)
+    assert len(process.of("evaluation")) >= epochs
+
+
 @pytest.mark.parametrize(
     ("experiment", "mode", "precision"),
     [
         *[("mnist", mode, "tf32") for mode in MODES],
         ("mnist", "grad", "bf16"),
-        *[slow("c10", mode, "bf16") for mode in MODES],
+        *[slow("c10", mode, "bf16") for mode in MODES if mode != "grad"],  # as published, below
         slow("c10", "grad", "fp32"),
     ],
 )
 def test_every_mode_trains_in_one_graph(train, experiment, mode, precision):
     width = NARROW if experiment == "c10" else ()
-    process = train(experiment, *MODES[mode], *width, "--precision", precision, "-N", 1).only
-    assert len(process.captures) == 1
-    assert len(process.steps) == 10
-    assert [sum(step.replays.values()) for step in process.steps] == [0] * 3 + [1] * 7
-    assert process.of("evaluation")
+    check_one_graph(train(experiment, *MODES[mode], *width, "--precision", precision, "-N", 1).only)
 
 
 LAUNCHES = """
@@ -135,18 +139,19 @@ def test_a_step_is_a_graph_and_little_beside_it(train, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "gigabytes"), [("tf32", 4), ("bf16", 3)])
 def test_the_published_settings_need_little_memory_and_few_kernels(train, precision, gigabytes):
-    process = train("c10", *GRAD, "--precision", precision, "-N", 2).only
+    process = train("c10", *GRAD, "--precision", precision, "-N", 2, gigabytes=SMALL_CARD).only
     assert process.reserved() <= gigabytes
+    assert process.memory[0]["failures"] == 0
     assert process.memory[0]["allocated"] <= 2e9
     ((_, _, nodes),) = process.captures
     assert nodes <= 160
+    check_one_graph(process, epochs=2)
     check_steady(process.steps[STEADY])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["grad", "soft"])
-def test_the_published_settings_run_on_a_small_card(train, mode):
-    run = train("c10", *MODES[mode], "-N", 2, gigabytes=SMALL_CARD)
+def test_soft_deep_r_runs_on_a_small_card(train):
+    run = train("c10", *SOFT, "-N", 2, gigabytes=SMALL_CARD)
     assert run.only.memory[0]["failures"] == 0
     assert len(run.only.captures) == 1
 
