@@ -34,6 +34,7 @@ def joined() -> Iterator["Ranks | None"]:
     """The ranks of the run, once all are there; None for a run of one process.
 
     All but the first are silent. A failure that all ranks have ends them with its exit status; the first one tells it.
+    The process of a rank later ends with the status that the run had, 0 unless it failed: see :func:`_end`.
 
     Raises:
         RankLost: the ranks do not find each other.
@@ -54,8 +55,9 @@ def joined() -> Iterator["Ranks | None"]:
             dist.init_process_group(backend, timeout=TIMEOUT)
         with contextlib.nullcontext() if ranks.first else _silence():
             yield ranks
-    except SystemExit:  # as --help does, on all ranks
+    except SystemExit as end:  # as --help does, on all ranks
         dist.destroy_process_group()
+        atexit.register(_end, end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except BaseException as error:
         if not ranks.first and isinstance(error, Refusal | DivergedError | Interrupted):
@@ -64,10 +66,16 @@ def joined() -> Iterator["Ranks | None"]:
         atexit.register(_end, getattr(error, "status", 1))  # once the failure is told
         raise
     dist.destroy_process_group()  # not after a failure: what the group still waits for may never come
+    atexit.register(_end, 0)
 
 
 def _end(status: int) -> None:
-    """Ends the process at once. Its orderly end may abort instead, where a thread of the process group still waits."""
+    """Ends the process at once, at its end. An orderly end aborts now and then, after a run that went well too.
+
+    It does where a thread of the process group still waits, or asks for Python's lock once Python is on its way out.
+    """
+    if status == 0 and hasattr(sys, "last_type"):  # an error of what came after the run
+        status = 1
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
             stream.flush()
