@@ -23,6 +23,7 @@ from c10.data import CLASSES
 from spiking import BatchNorm2d, Dropout, StepwiseBatchNorm2d
 from spiking_kernels.blocks import lif_block
 from spiking_kernels.shapes import Shape
+from training import ranks
 from training.files import storage
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
@@ -246,6 +247,18 @@ def test_the_first_rank_helps(tmp_path):
     statuses, out, err = Processes(2, ["c10", "--help"], tmp_path).end()
     assert (statuses, out[1], err) == ([0, 0], "", ("", ""))
     assert out[0].startswith("usage: ranks_worker.py")
+
+
+def test_an_error_after_the_run_is_no_success(monkeypatch):
+    """Python sets sys.last_type once it has told an error that nobody caught."""
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.delattr(sys, "last_type", raising=False)
+    ranks._end(0)
+    monkeypatch.setattr(sys, "last_type", ValueError, raising=False)
+    ranks._end(0)
+    ranks._end(143)
+    assert statuses == [0, 1, 143]
 
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -57,7 +57,7 @@ def joined() -> Iterator["Ranks | None"]:
             yield ranks
     except SystemExit as end:  # as --help does, on all ranks
         dist.destroy_process_group()
-        atexit.register(_end, end.code if isinstance(end.code, int) else int(end.code is not None))
+        atexit.register(_end, end.code or 0)
         raise
     except BaseException as error:
         if not ranks.first and isinstance(error, Refusal | DivergedError | Interrupted):
@@ -72,7 +72,7 @@ def joined() -> Iterator["Ranks | None"]:
 def _end(status: int) -> None:
     """Ends the process at once, at its end. An orderly end aborts now and then, after a run that went well too.
 
-    It does where a thread of the process group still waits, or asks for Python's lock once Python is on its way out.
+    Probably where a thread of the process group still waits, or asks for Python's lock once Python is on its way out.
     """
     if status == 0 and hasattr(sys, "last_type"):  # an error of what came after the run
         status = 1
