@@ -26,7 +26,7 @@ from benchmarks.tables import Row, Tables, in_turns, mnist_images, noise, parser
 from training import data
 from training.command_line import command
 from training.data.dataset import one_line
-from training.device import keep_freed_memory
+from training.device import keep_freed_memory, precisions
 from training.methods import METHODS
 from training.options import read
 from training.step import TrainingStep, autocast, set_precision
@@ -104,10 +104,9 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> Tab
         "step by step, eager; data in memory": Execution(MNIST, dataset, device, eager, "s"),
         "layer by layer, eager; data in memory": Execution(MNIST, dataset, device, eager),
         "layer by layer, fused (--compile)": Execution(MNIST, dataset, device),
-        "the same, bf16 products": Execution(MNIST, dataset, device, "--precision bf16"),
     }
-    if device.type == "cuda":
-        executions["the same, tf32 products"] = Execution(MNIST, dataset, device, "--precision tf32")
+    for precision in precisions(device)[1:]:
+        executions[f"the same, {precision} products"] = Execution(MNIST, dataset, device, f"--precision {precision}")
     x, w, g = (torch.randn(*shape, device=device) for shape in ((batch, 784), (800, 784), (batch, 800)))
 
     def products(n: int) -> None:
@@ -247,7 +246,7 @@ def bench_cifar10(device: torch.device, rounds: int, batch: int, width: int) -> 
         "step by step, eager, fp32": dict(line=f"{sizes} --no-compile", step_mode="s"),
         "layer by layer, eager, fp32": dict(line=f"{sizes} --no-compile"),
     }
-    for precision in ("fp32", "tf32", "bf16") if on_gpu else ("fp32", "bf16"):
+    for precision in precisions(device):
         executions[f"layer by layer, fused, {precision}"] = dict(line=f"{sizes} --precision {precision}")
     rows = list(step_rows(C10, dataset, device, executions, rounds, 100 if on_gpu else 1))
     yield table("CIFAR-10 training (medians)", (f"Grad R, width {width}, batch {batch}, T 8", *STEP_HEAD), rows)
@@ -256,6 +255,8 @@ def bench_cifar10(device: torch.device, rounds: int, batch: int, width: int) -> 
 def ceiling(device: torch.device) -> Tables:
     rows = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if name not in precisions(device):
+            continue
         a = torch.randn(2048, 2048, device=device).to(dtype)
         seconds = in_turns({"": lambda a=a: a @ a}, 7, device, take=min)[""]
         rows.append((f"2048x2048 product, {name}", f"{2 * 2048**3 / seconds / 1e9:.0f}"))

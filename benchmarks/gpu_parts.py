@@ -24,6 +24,7 @@ from spiking import StepwiseBatchNorm2d, lif
 from training import data
 from training.command_line import Parser, command, folder_path
 from training.data.dataset import one_line
+from training.device import precisions
 from training.step import set_precision
 
 FAST = "compiled and captured, batch of the fast recipe"
@@ -94,15 +95,14 @@ def bench_equality(device: torch.device, small: bool) -> Tables:
     # Not the same random numbers: dropout lets all pass, and Deep R's temperature is 0.
     nn.functional.dropout = lambda x, *args, **kwargs: x
     lines = {"c10": f"-lr 1e-3 --width {8 if small else 16} -b 16", "mnist": "-lr 1e-3 -b 128"}
-    precisions = ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16")
     head = ("mode", "precision", "first loss", "all losses", "weights", "connected, CPU", "here", "captured", "equal")
-    bounds = "; ".join(f"{name}: {' / '.join(f'{b:g}' for b in BOUNDS[name])}" for name in precisions)
+    bounds = "; ".join(f"{name}: {' / '.join(f'{b:g}' for b in BOUNDS[name])}" for name in precisions(device))
     rows = []
     for mode, options in list(MODES.items())[: 2 if small else None]:
         for experiment in (C10, MNIST):
             line, dataset = lines[experiment.name] + (" -T 2" if small else ""), images(experiment, 160)
             reference = trained(experiment, dataset, torch.device("cpu"), options, f"{line} --no-compile")
-            for precision in precisions:
+            for precision in precisions(device):
                 name = (f"{experiment.name}, {mode}", precision)
                 try:
                     found = trained(experiment, dataset, device, options, f"{line} --precision {precision}")
@@ -189,10 +189,10 @@ def ways(experiment, precision: str, small: bool) -> dict[str, dict]:
     return found
 
 
-def bench_steps(experiment, precisions: tuple[str, ...], device: torch.device, small: bool) -> Tables:
+def bench_steps(experiment, chosen: tuple[str, ...], device: torch.device, small: bool) -> Tables:
     n, tests, steps, rounds = (160, 10, 2, 1) if small else (12_800, 1000, 20, 3)
     dataset = images(experiment, n, tests)
-    for precision in precisions:
+    for precision in chosen:
         rows = []
         for row in step_rows(experiment, dataset, device, ways(experiment, precision, small), rounds, steps):
             rows.append(row)

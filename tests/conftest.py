@@ -25,6 +25,7 @@ from c10 import c10
 from c10.data import CLASSES
 from c10.model import Cifar10Net
 from mnist import mnist
+from training import device
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,6 +43,12 @@ def compiled_for_this_arithmetic(tmp_path_factory):
     """torch.compile keeps what it made for one ATEN_CPU_CAPABILITY and takes it for another, where it does not fit."""
     if "ATEN_CPU_CAPABILITY" in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def bf16_anywhere(monkeypatch):
+    """Lets runs use --precision bf16 on a CPU without instructions for it: small ones, as it is slow there."""
+    monkeypatch.setattr(device, "precisions", lambda device: ("fp32", "tf32", "bf16"))
 
 
 @pytest.fixture

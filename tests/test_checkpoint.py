@@ -598,7 +598,7 @@ def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
     assert mnist.EXPERIMENT.name == said["experiment"]
 
 
-def test_run_json_says_how_a_gpu_computes(run, tmp_path, monkeypatch):
+def test_run_json_says_how_a_gpu_computes(run, tmp_path, bf16_anywhere, monkeypatch):
     run(*GRAD, "-N", "1", "--precision", "bf16")
     (path,) = tmp_path.glob("logs/*/run.json")
     said = json.loads(path.read_text())

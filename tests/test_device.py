@@ -129,6 +129,20 @@ def test_the_precision_is_one_that_the_gpu_has(machine, run_options, capsys, cap
     assert options.precision == (None if precision == "tf32" else precision)
 
 
+@pytest.mark.parametrize(("onednn", "multiplies"), [(True, True), (True, False), (False, None)])
+def test_bf16_on_a_cpu_without_instructions_for_it(run_options, monkeypatch, capsys, onednn, multiplies):
+    """torch would take many times fp32's time."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    operations = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: multiplies) if onednn else SimpleNamespace()
+    monkeypatch.setattr(torch.ops, "mkldnn", operations)
+    options = run_options("--precision", "bf16")
+    assert options.precision == "bf16"
+    assert options.precision_used == ("bf16" if multiplies else "fp32")
+    said = ["No bf16, as this CPU has no instructions for it: running in fp32."]
+    assert [line for line in capsys.readouterr().out.splitlines() if "bf16" in line] == ([] if multiplies else said)
+
+
 COMPILER = subprocess.CalledProcessError(1, ["gcc", "launcher.c"])
 FAULTS = {
     "no compiler": (

@@ -215,7 +215,7 @@ def test_firing_rates_and_silent_neurons_by_hand(tmp_path):
         ),
     ],
 )
-def test_every_option_of_the_outcome_changes_it(run, tmp_path, one, other):
+def test_every_option_of_the_outcome_changes_it(run, tmp_path, bf16_anywhere, one, other):
     ends = []
     for argv in (one.split(), other.split()):
         folder = tmp_path / str(len(ends))

@@ -131,12 +131,24 @@ def runs_on(capability: tuple[int, int], made_for: Sequence[str]) -> bool:
     return not targets  # names of another kind
 
 
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Those of ``--precision`` that a device has instructions for; in another one it takes many times fp32's time."""
+    if device.type == "cuda":
+        return ("fp32", "tf32", "bf16") if torch.cuda.get_device_capability(device) >= (8, 0) else ("fp32",)
+    # a torch without oneDNN has no such operation
+    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ("fp32", "bf16") if bf16 else ("fp32",)
+
+
 def _possible(precision: str, device: torch.device) -> str:
-    """The precision that is used; fp32 where a GPU has no other."""
-    if device.type != "cuda" or precision == "fp32" or torch.cuda.get_device_capability(device) >= (8, 0):
+    """The precision that is used; fp32 where a device has no other."""
+    if precision in precisions(device):
         return precision
     if precision == "bf16":
-        print(f"No bf16, as {name(device)} has a compute capability below 8.0: running in fp32.", flush=True)
+        reason = "this CPU has no instructions for it"
+        if device.type == "cuda":
+            reason = f"{name(device)} has a compute capability below 8.0"
+        print(f"No bf16, as {reason}: running in fp32.", flush=True)
     return "fp32"
 
 
