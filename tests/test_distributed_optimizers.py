@@ -84,9 +84,12 @@ def assert_as_one_process(results, name):
     """The same weights on both ranks, to the bit, and those of one process; some are 0, and not all."""
     for_kernels = "fused" in name
     kind, method, path, *feature = name.split(", ")
-    if for_kernels and kind == "fsdp" and "deep" in method:
-        path = "plain"  # the kernels draw other numbers; they give way where each rank has a part
     expected = worker.training("one", method, path, *feature, exact=for_kernels)
+    if for_kernels and kind == "fsdp" and "deep" in method:
+        # the kernels draw other numbers, and give way where each rank has a part; torch's fused Adam, which rounds in
+        # its own way, does not, and the biases' gradients do not depend on the weights
+        plain = worker.training("one", method, "plain", exact=True)
+        expected = [p if p.dim() == 1 else q for p, q in zip(expected, plain, strict=True)]
     first, second = (found[name] for found in results)
     assert_same(first, expected, 0 if for_kernels else BOUND)
     assert_same(second, first)
