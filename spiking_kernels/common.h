@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -17,7 +17,7 @@ static inline int smaller(int a, int b) { return a < b ? a : b; }
 
 /* Each thread that has written past the cache calls this before others read that: it orders the writes of its own. */
 static inline void end_stream(void) {
-#ifdef __AVX512F__
+#ifdef __AVX2__
     _mm_sfence();
 #endif
 }

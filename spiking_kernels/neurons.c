@@ -18,7 +18,11 @@
 #endif
 
 #define BLOCK 64  /* neurons at a time: their state stays in the first-level cache */
-#define WIDE 32   /* neurons whose gradients are made at a time, so that one waits less for its last step */
+#ifdef __AVX512F__
+#define WIDE 32 /* neurons whose gradients are made at a time, so that one waits less for its last step */
+#else
+#define WIDE 16 /* as above; more would need more registers than there are */
+#endif
 #define STEPS 8   /* time steps at a time */
 #define SAMPLES 4 /* at a time: their additions need not wait for each other */
 #define SHORT 30  /* up to so many steps, the sums by period of so many samples fit the cache */

@@ -2,7 +2,7 @@
  * whatever the number of threads. Weights are taken in groups. Each group has a sequence of as many normal numbers, made
  * BATCH at a time; hard Deep R, where only active connections feel noise, makes no more than it needs. */
 
-#include "common.h"
+#include "vectors.h"
 
 #define GROUP 512
 #define CHUNK 4096 /* weights from which a sequence of uniform numbers chooses */
@@ -15,34 +15,35 @@ enum { NORMAL, UNIFORM };
 #define PHILOX_M1 0xCD9E8D57u
 #define PHILOX_W0 0x9E3779B9u
 #define PHILOX_W1 0xBB67AE85u
-#ifdef __AVX512F__
-/* One round for eight counters, each word in the lower half of 64 bits; the upper halves hold what nobody reads. */
-static INLINE void philox_round(__m512i c[4], __m512i k0, __m512i k1) {
-    const __m512i a = _mm512_mul_epu32(c[0], _mm512_set1_epi64(PHILOX_M0));
-    const __m512i b = _mm512_mul_epu32(c[2], _mm512_set1_epi64(PHILOX_M1));
-    c[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c[1], k0, 0x96); /* exclusive or of the three */
-    c[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c[3], k1, 0x96);
+#ifdef WIDTH
+/* One round for some counters, each word in the lower half of 64 bits; the upper halves hold what nobody reads. */
+static INLINE void philox_round(Words c[4], Words k0, Words k1) {
+    const Words a = OPERATION(mul_epu32)(c[0], v_all64(PHILOX_M0)), b = OPERATION(mul_epu32)(c[2], v_all64(PHILOX_M1));
+    c[0] = v_xor3(OPERATION(srli_epi64)(b, 32), c[1], k0);
+    c[2] = v_xor3(OPERATION(srli_epi64)(a, 32), c[3], k1);
     c[1] = b;
     c[3] = a;
 }
 
 static INLINE void philox(uint64_t seed, int64_t first, uint32_t stream, uint32_t x[4][LANES]) {
-    __m512i even[4], odd[4];
-    even[0] = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
-    odd[0] = _mm512_add_epi64(even[0], _mm512_set1_epi64(1));
-    even[1] = _mm512_srli_epi64(even[0], 32);
-    odd[1] = _mm512_srli_epi64(odd[0], 32);
-    even[2] = odd[2] = _mm512_set1_epi64(stream);
-    even[3] = odd[3] = _mm512_setzero_si512();
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    _Pragma("GCC unroll 10")
-    for (int round = 0; round < 10; round++) {
-        philox_round(even, _mm512_set1_epi64(k0), _mm512_set1_epi64(k1));
-        philox_round(odd, _mm512_set1_epi64(k0), _mm512_set1_epi64(k1));
-        k0 += PHILOX_W0, k1 += PHILOX_W1;
+    for (int at = 0; at < LANES; at += WIDTH) {
+        Words even[4], odd[4];
+        even[0] = OPERATION(add_epi64)(v_all64((uint64_t)first + (uint64_t)at), v_even64());
+        odd[0] = OPERATION(add_epi64)(even[0], v_all64(1));
+        even[1] = OPERATION(srli_epi64)(even[0], 32);
+        odd[1] = OPERATION(srli_epi64)(odd[0], 32);
+        even[2] = odd[2] = v_all64(stream);
+        even[3] = odd[3] = v_all64(0);
+        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        _Pragma("GCC unroll 10")
+        for (int round = 0; round < 10; round++) {
+            philox_round(even, v_all64(k0), v_all64(k1));
+            philox_round(odd, v_all64(k0), v_all64(k1));
+            k0 += PHILOX_W0, k1 += PHILOX_W1;
+        }
+        for (int word = 0; word < 4; word++)
+            OF_WORDS(storeu)((void *)(x[word] + at), v_alternate(even[word], OPERATION(slli_epi64)(odd[word], 32)));
     }
-    for (int word = 0; word < 4; word++)
-        _mm512_storeu_si512(x[word], _mm512_mask_blend_epi32(0xAAAA, even[word], _mm512_slli_epi64(odd[word], 32)));
 }
 #else
 static INLINE void philox(uint64_t seed, int64_t first, uint32_t stream, uint32_t x[4][LANES]) {

@@ -68,41 +68,40 @@ static inline void grad_rewiring_one(float *w, float g, float *m, float *v, floa
     *w = (t < 0.0f ? 0.0f : t) * s; /* NaN stays NaN */
 }
 
-#ifdef __AVX512F__
+#ifdef WIDTH
 /* The same for sixteen weights, without weight decay and running maximum. w is written, not read: past the cache
- * (stream), that costs half the memory traffic. Returns which gradients and weights are not moderate. */
-static inline int grad_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
-                                        Step p, float most, int stream) {
-    const __m512 zero = _mm512_setzero_ps(), prior = _mm512_set1_ps(p.prior), bound = _mm512_set1_ps(most);
-    __builtin_prefetch(g + AHEAD); /* the processor foresees what comes in a page, but not the next page */
-    __builtin_prefetch(m + AHEAD, 1);
-    __builtin_prefetch(v + AHEAD, 1);
-    __builtin_prefetch(theta + AHEAD, 1);
-    if (!stream) __builtin_prefetch(w + AHEAD, 1);
-    __m512 G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
-    __mmask16 beyond = _mm512_cmp_ps_mask(_mm512_abs_ps(G), bound, _CMP_NLE_UQ);
-    __m512 M = _mm512_mul_ps(G, _mm512_set1_ps(p.one_minus_beta1));
-    __m512 V = _mm512_mul_ps(_mm512_mul_ps(G, G), _mm512_set1_ps(p.one_minus_beta2));
-    M = _mm512_fmadd_ps(_mm512_loadu_ps(m), _mm512_set1_ps(p.beta1), M);
-    V = _mm512_fmadd_ps(_mm512_loadu_ps(v), _mm512_set1_ps(p.beta2), V);
-    _mm512_storeu_ps(m, M);
-    _mm512_storeu_ps(v, V);
-    __m512 denominator = _mm512_fmadd_ps(_mm512_sqrt_ps(V), _mm512_set1_ps(p.scale), _mm512_set1_ps(p.eps));
-    __m512 change = _mm512_div_ps(_mm512_mul_ps(M, _mm512_set1_ps(p.eta)), denominator);
-    __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
-    __m512 T = _mm512_loadu_ps(theta);
-    __m512 above = _mm512_sub_ps(T, _mm512_set1_ps(p.mu));
-    __m512 push = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(above, zero, _CMP_GT_OQ), prior);
-    push = _mm512_mask_sub_ps(push, _mm512_cmp_ps_mask(above, zero, _CMP_LT_OQ), zero, prior);
-    __m512 h = _mm512_sub_ps(_mm512_sub_ps(_mm512_mul_ps(T, S), change), _mm512_mul_ps(push, S));
-    T = _mm512_mul_ps(h, S);
-    _mm512_storeu_ps(theta, T);
-    __m512 W = _mm512_mul_ps(_mm512_max_ps(zero, T), S); /* max returns its second operand if one is NaN */
-    if (stream)
-        _mm512_stream_ps(w, W);
-    else
-        _mm512_storeu_ps(w, W);
-    return beyond | _mm512_cmp_ps_mask(_mm512_abs_ps(W), bound, _CMP_NLE_UQ);
+ * (streamed), that costs half the memory traffic. Returns whether a gradient or a weight is not moderate. */
+static INLINE int grad_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
+                                        Step p, float most, int streamed) {
+    const Vector zero = v_all(0.0f), prior = v_all(p.prior), bound = v_all(most);
+    unsigned found = 0;
+    if (WIDTH == 16) { /* processors with AVX-512 foresee what comes in a page, but not the next page */
+        __builtin_prefetch(g + AHEAD);
+        __builtin_prefetch(m + AHEAD, 1);
+        __builtin_prefetch(v + AHEAD, 1);
+        __builtin_prefetch(theta + AHEAD, 1);
+        if (!streamed) __builtin_prefetch(w + AHEAD, 1);
+    }
+    for (int i = 0; i < 16; i += WIDTH) {
+        const Vector G = v_mul(v_load(g + i), v_all(p.direction)), S = v_signs(sign + i);
+        const Vector M = v_fma(v_load(m + i), v_all(p.beta1), v_mul(G, v_all(p.one_minus_beta1)));
+        const Vector V = v_fma(v_load(v + i), v_all(p.beta2), v_mul(v_mul(G, G), v_all(p.one_minus_beta2)));
+        v_store(m + i, M);
+        v_store(v + i, V);
+        const Vector change = v_div(v_mul(M, v_all(p.eta)), v_fma(v_sqrt(V), v_all(p.scale), v_all(p.eps)));
+        Vector T = v_load(theta + i);
+        const Vector over_mu = v_sub(T, v_all(p.mu));
+        const Vector push = v_sub(v_where(v_greater(over_mu, zero), prior), v_where(v_greater(zero, over_mu), prior));
+        T = v_mul(v_sub(v_sub(v_mul(T, S), change), v_mul(push, S)), S);
+        v_store(theta + i, T);
+        const Vector W = v_mul(v_max(zero, T), S);
+        if (streamed)
+            v_stream(w + i, W);
+        else
+            v_store(w + i, W);
+        found |= v_bits(v_beyond(G, bound)) | v_bits(v_beyond(W, bound));
+    }
+    return found != 0;
 }
 #endif
 
@@ -116,15 +115,15 @@ void grad_rewiring_step(Parameter *of, const Settings *settings) {
     const float bound = most(n);
     int64_t done = 0;
     int beyond = 0;
-#ifdef __AVX512F__
+#ifdef WIDTH
     if (x == v && p.weight_decay == 0.0f) {
-        const int stream = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
+        const int streamed = n >= (1 << 22) && ((uintptr_t)w & 63) == 0;
         done = n / 16 * 16;
         _Pragma("omp parallel reduction(| : beyond)")
         {
             _Pragma("omp for schedule(static) nowait")
             for (int64_t i = 0; i < done; i += 16)
-                beyond |= grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, bound, stream);
+                beyond |= grad_rewiring_sixteen(w + i, grad + i, m + i, v + i, sign + i, theta + i, p, bound, streamed);
             end_stream();
         }
     }
@@ -154,40 +153,35 @@ void deep_rewiring_draws(float *normal, uint8_t *chosen, int64_t n, uint64_t see
     }
 }
 
-#ifdef __AVX512F__
-/* Sixteen weights of Deep R, without weight decay and running maximum; for the rest see deep_rewiring_group. */
-static INLINE void deep_rewiring_sixteen(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
-                                         const float *noise, Step p, int32_t counts[2]) {
-    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1.0f);
-    const __m512 S = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)sign)));
-    const __m512 W = _mm512_loadu_ps(w), G = _mm512_mul_ps(_mm512_loadu_ps(g), _mm512_set1_ps(p.direction));
-    __m512 M = _mm512_mul_ps(_mm512_loadu_ps(m), _mm512_set1_ps(p.beta1));
-    __m512 V = _mm512_mul_ps(_mm512_loadu_ps(v), _mm512_set1_ps(p.beta2));
-    M = _mm512_fmadd_ps(G, _mm512_set1_ps(p.one_minus_beta1), M);
-    V = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(p.one_minus_beta2), G), G, V);
-    _mm512_storeu_ps(m, M);
-    _mm512_storeu_ps(v, V);
-    __m512 change = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(V), _mm512_set1_ps(p.correction)), _mm512_set1_ps(p.eps));
-    change = _mm512_div_ps(_mm512_mul_ps(M, _mm512_set1_ps(p.eta)), change);
-    const __mmask16 active = _mm512_cmp_ps_mask(W, zero, _CMP_NEQ_UQ);
-    const __m512 ones = _mm512_maskz_mov_ps(active, one); /* products with it are exact, and hide no NaN */
-    __m512 h = theta ? _mm512_mul_ps(_mm512_loadu_ps(theta), S) : W;
-    h = _mm512_sub_ps(h, _mm512_mul_ps(change, ones));
-    h = _mm512_sub_ps(h, _mm512_mul_ps(_mm512_mul_ps(S, _mm512_set1_ps(p.penalty)), ones));
-    h = _mm512_add_ps(h, _mm512_loadu_ps(noise));
-    const __m512 T = _mm512_mul_ps(h, S);
+#ifdef WIDTH
+/* WIDTH weights of Deep R, without weight decay and running maximum; for the rest see deep_rewiring_group. */
+static INLINE void deep_rewiring_vector(float *w, const float *g, float *m, float *v, const int8_t *sign, float *theta,
+                                        const float *noise, Step p, int32_t counts[2]) {
+    const Vector zero = v_all(0.0f), one = v_all(1.0f);
+    const Vector S = v_signs(sign), W = v_load(w), G = v_mul(v_load(g), v_all(p.direction));
+    const Vector M = v_fma(G, v_all(p.one_minus_beta1), v_mul(v_load(m), v_all(p.beta1)));
+    const Vector V = v_fma(v_mul(v_all(p.one_minus_beta2), G), G, v_mul(v_load(v), v_all(p.beta2)));
+    v_store(m, M);
+    v_store(v, V);
+    const Vector change = v_div(v_mul(M, v_all(p.eta)), v_add(v_div(v_sqrt(V), v_all(p.correction)), v_all(p.eps)));
+    const Mask active = v_differ(W, zero);
+    const Vector ones = v_where(active, one); /* products with it are exact, and hide no NaN */
+    Vector h = theta ? v_mul(v_load(theta), S) : W;
+    h = v_sub(h, v_mul(change, ones));
+    h = v_sub(h, v_mul(v_mul(S, v_all(p.penalty)), ones));
+    h = v_add(h, v_load(noise));
+    const Vector T = v_mul(h, S);
     if (theta) {
-        const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(p.bound), T); /* the second operand if one is NaN */
-        _mm512_storeu_ps(theta, bounded);
-        _mm512_storeu_ps(w, _mm512_mul_ps(_mm512_max_ps(zero, bounded), S));
+        const Vector bounded = v_max(v_all(p.bound), T);
+        v_store(theta, bounded);
+        v_store(w, v_mul(v_max(zero, bounded), S));
         return;
     }
-    const __mmask16 kept = _mm512_mask_cmp_ps_mask(active, T, zero, _CMP_GT_OQ);
-    h = _mm512_mul_ps(h, _mm512_maskz_mov_ps(kept, one));
-    _mm512_storeu_ps(w, h);
-    const __mmask16 dormant = _mm512_cmp_ps_mask(h, zero, _CMP_EQ_OQ);
-    counts[0] += __builtin_popcount(dormant);
-    counts[1] += __builtin_popcount(_mm512_mask_cmp_ps_mask(dormant, S, zero, _CMP_NEQ_OQ));
+    h = v_mul(h, v_where(v_both(active, v_greater(T, zero)), one));
+    v_store(w, h);
+    const Mask dormant = v_equal(h, zero);
+    counts[0] += __builtin_popcount(v_bits(dormant));
+    counts[1] += __builtin_popcount(v_bits(v_both(dormant, v_differ(S, zero))));
 }
 #endif
 
@@ -198,11 +192,11 @@ static INLINE void deep_rewiring_group(float *w, const float *grad, float *m, fl
                                        const int8_t *sign, float *theta, const float *noise, int n, Step p,
                                        int32_t counts[2]) {
     int done = 0;
-#ifdef __AVX512F__
+#ifdef WIDTH
     if (!max_v && p.weight_decay == 0.0f)
-        for (; done + 16 <= n; done += 16)
-            deep_rewiring_sixteen(w + done, grad + done, m + done, v + done, sign + done, theta ? theta + done : 0,
-                                  noise + done, p, counts);
+        for (; done + WIDTH <= n; done += WIDTH)
+            deep_rewiring_vector(w + done, grad + done, m + done, v + done, sign + done, theta ? theta + done : 0,
+                                 noise + done, p, counts);
 #endif
     float signs[GROUP]; /* apart, so that the loops below take as many weights at a time as fit a vector of floats */
     SIMD
@@ -247,11 +241,11 @@ static void noise_of_the_active(const float *w, int n, uint64_t seed, int64_t gr
     for (int i = 0; i < n; i++) active += w[i] != 0.0f;
     normals(seed, group, active, scale, z);
     int taken = 0, i = 0;
-#ifdef __AVX512F__
-    for (; i + 16 <= n; i += 16) {
-        const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(w + i), _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        _mm512_storeu_ps(noise + i, _mm512_maskz_expandloadu_ps(mask, z + taken));
-        taken += __builtin_popcount(mask);
+#ifdef WIDTH
+    for (; i + WIDTH <= n; i += WIDTH) {
+        const Mask mask = v_differ(v_load(w + i), v_all(0.0f));
+        v_store(noise + i, v_spread(mask, z + taken));
+        taken += __builtin_popcount(v_bits(mask));
     }
 #endif
     for (; i < n; i++) {

@@ -15,7 +15,9 @@ from spiking_kernels import build
 FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 ROOT = Path(__file__).parents[1]
-VARIANTS = {"native": ["-DSTREAMED=1"], "portable": ["-U__AVX512F__"]}
+# options of the compiler by the vectors that the kernels use, of those that the processor has
+VARIANTS = {"native": [], "AVX2": ["-U__AVX512F__"], "portable": ["-U__AVX512F__", "-U__AVX2__"]}
+STREAMED = "-DSTREAMED=1"  # small outputs are written past the cache, too
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -53,7 +55,7 @@ class Sanitizer:
         Returns:
             Their exit status, and what the sanitizers say.
         """
-        library, last, flags = self.folder / "cpu.so", self.folder / "last", [*self.flags, *VARIANTS[variant]]
+        library, last, flags = self.folder / "cpu.so", self.folder / "last", [*self.flags, STREAMED, *VARIANTS[variant]]
         library.write_bytes(build.compile_files(self.command, build.sources(folder=sources), flags, self.folder))
         found = subprocess.run(
             [sys.executable, "-m", "tests.random_calls", library, "--last", last, *arguments],

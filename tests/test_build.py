@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sanitize import VARIANTS
 
 import spiking_kernels
 from spiking_kernels import build, kept
@@ -432,7 +433,7 @@ def test_without_openmp_one_line_says_so_until_there_is_some(compiler, places, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["gcc", "clang"])
-@pytest.mark.parametrize("options", [(), ("-U__AVX512F__",)], ids=["native", "portable"])
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_every_compiler_makes_the_same_steps_of_deep_rewiring(places, monkeypatch, command, options):
     if not shutil.which(command):
         pytest.skip(f"no {command}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from optim_helpers import parameters, train
+from sanitize import VARIANTS
 from scipy import stats
 from spikingjelly.activation_based import functional, layer
 from test_models import spiking_mnist
@@ -172,10 +173,19 @@ def test_the_fused_network_leaves_other_tensors_to_the_modules():
     assert network(torch.randn(2, 1, 28, 28, dtype=torch.float64)).dtype == torch.float64
 
 
+@pytest.fixture(params=VARIANTS)
+def kernels(request, monkeypatch):
+    """The kernels as built for this processor, and those for AVX2, if it has that, and in plain C."""
+    if options := VARIANTS[request.param]:
+        library = build.library(*options)
+        monkeypatch.setattr(build, "library", lambda: library)
+    return spiking_kernels
+
+
 @needs_kernels
 @pytest.mark.parametrize("settings", [{}, dict(alpha=0.0), dict(amsgrad=True, weight_decay=0.02, maximize=True)])
 @pytest.mark.parametrize("size", [1, 15, 16, 1000, 5000])
-def test_fused_grad_rewiring(settings, size, monkeypatch):
+def test_fused_grad_rewiring(settings, size, kernels, monkeypatch):
     calls, kernel = [], spiking_kernels.grad_rewiring_step
     monkeypatch.setattr(spiking_kernels, "grad_rewiring_step", lambda *a, **k: calls.append(1) or kernel(*a, **k))
     runs = []
@@ -195,7 +205,7 @@ def test_fused_grad_rewiring(settings, size, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("n", [(1 << 22) + 1000, 1000])
-def test_fused_grad_rewiring_of_many_weights(n):
+def test_fused_grad_rewiring_of_many_weights(n, kernels):
     """Beyond 4 million weights the kernel writes past the cache: another branch."""
     w = torch.linspace(-0.1, 0.1, n)
     runs = []
@@ -213,7 +223,7 @@ def test_fused_grad_rewiring_of_many_weights(n):
 @needs_kernels
 @pytest.mark.parametrize("size", [3, 40])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_fused_grad_rewiring_hides_no_nan(size, amsgrad):
+def test_fused_grad_rewiring_hides_no_nan(size, amsgrad, kernels):
     p = nn.Parameter(torch.ones(size))
     optimizer = GradRewiring([p], alpha=0.1, s=0.9, fused=True, amsgrad=amsgrad)
     p.grad = torch.ones(size)
@@ -223,15 +233,6 @@ def test_fused_grad_rewiring_hides_no_nan(size, amsgrad):
 
 
 # -- Deep R: its random numbers ----------------------------------------------------------------------
-
-
-@pytest.fixture(params=["native", "portable"])
-def kernels(request, monkeypatch):
-    """The kernels as built for this processor, and the plain C that they have without AVX-512."""
-    if request.param == "portable":
-        library = build.library("-U__AVX512F__")
-        monkeypatch.setattr(build, "library", lambda: library)
-    return spiking_kernels
 
 
 def philox(counters, key):
