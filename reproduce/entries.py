@@ -73,11 +73,14 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     Raises:
         Refusal: the file is not one that :func:`rows_csv` made.
     """
-    return _lines(folder / ROWS, ["row", "command", *MADE], list(_numbers({}, [])))
+    return _lines(folder / ROWS, ["row", "command", *MADE], list(_numbers({}, [])), added=["precision"])
 
 
-def _lines(path: Path, texts: Sequence[str], numbers: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of a CSV file, which must have these columns; an empty number is NaN."""
+def _lines(path: Path, texts: Sequence[str], numbers: Sequence[str], added: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a CSV file, which must have these columns, but for those that were ``added`` to them later.
+
+    An empty number is NaN.
+    """
     try:
         text = read_file(path, LARGEST_RESULTS).decode()
         lines: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
@@ -86,6 +89,7 @@ def _lines(path: Path, texts: Sequence[str], numbers: Sequence[str]) -> list[dic
     except (OSError, ValueError, csv.Error) as error:
         raise Refusal(f"{path}: cannot be read: {error}") from None
     for line in lines:
+        line.update({column: "" for column in added if column not in line})
         if missing := [column for column in (*texts, *numbers) if line.get(column) is None]:
             raise Refusal(f"{path}: a line has no {missing[0]}")
         line.update({key: _value(path, line[key]) for key in numbers})

@@ -65,8 +65,8 @@ def write(dump: Path, rows: Sequence[Row], folder: Path) -> list[Path]:
 def _commands(entries: Sequence[Entry], left: Sequence[Row]) -> str:
     machines = defaultdict(list)
     for entry in entries:
-        cpu, device, versions, commit = (entry.made[key] or "not known" for key in MADE)
-        machines[f"{cpu}; {device}; {versions}; commit {commit}"].append(entry)
+        cpu, device, precision, versions, commit = (entry.made[key] or "not known" for key in MADE)
+        machines[f"{cpu}; {device}; precision {precision}; {versions}; commit {commit}"].append(entry)
     text = "# How the rows were made\n"
     for machine, some in machines.items():
         hours = np.nansum([entry.numbers["train_seconds"] for entry in some]) / 3600

@@ -19,7 +19,7 @@ from training.files import json_files
 from training.logs import RESULTS
 from training.metrics import FILES, TEST
 
-MADE = ("cpu", "device", "versions", "git_commit")  # what a record says of how its row was made
+MADE = ("cpu", "device", "precision", "versions", "git_commit")  # what a record says of how its row was made
 
 
 def path_of(dump: Path, row: Row) -> Path:

@@ -92,7 +92,7 @@ else:
             line |= {"pruned": 2, "regrown": 6}
             line |= {"train_seconds": 3.0, "test_seconds": 0.5, "checkpoint_seconds": 0.5}
             print(json.dumps(line), file=file)
-    info = {"versions": {"torch": "9"}, "device": "stub", "cpu": "6502", "git_commit": "c0ffee"}
+    info = {"cpu": "6502", "device": "stub", "precision": "fp8", "versions": {"torch": "9"}, "git_commit": "c0ffee"}
     (logs / "run.json").write_text(json.dumps(info))
 with open(dump / "calls", "a") as calls:
     print("end", name, file=calls)
@@ -293,7 +293,8 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
     assert record["result"]["test_accuracy"] == 0.6
     assert record["test"] == {"epoch": 1, "accuracy": 0.5}
     assert (record["command"], record["seed"], record["epochs"]) == (rows[0].command, 2020, 1)
-    assert record["run"] == {"versions": {"torch": "9"}, "device": "stub", "cpu": "6502", "git_commit": "c0ffee"}
+    where = {"cpu": "6502", "device": "stub", "precision": "fp8"}
+    assert record["run"] == {**where, "versions": {"torch": "9"}, "git_commit": "c0ffee"}
     assert records.finished(stub, rows[3])["result"]["test_accuracy"] == 0.7
     out = capsys.readouterr().out
     assert f"{rows[0].key} finished: test accuracy 60.00 %, connectivity 25.00 %" in out
@@ -623,7 +624,21 @@ def test_texts_that_cannot_be_written_do_not_break_an_outcome(tmp_path, rows, st
     path.write_text(json.dumps({"row": rows[0].key, "epochs": 1, **RECORD, "run": made}))
     (tmp_path / "rows.csv").write_text(entries.rows_csv(entries.collect(stub, rows[:1], tmp_path)))
     (line,) = entries.recorded(tmp_path)
-    assert [line[key] for key in ("cpu", "device", "versions", "git_commit")] == ["��", "", "� 9", ""]
+    assert [line[key] for key in records.MADE] == ["��", "", "", "� 9", ""]
+
+
+def test_an_outcome_from_before_the_precision_was_in_it_is_read(tmp_path, rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:1])
+    lines = list(csv.DictReader(entries.rows_csv(entries.collect(stub, rows[:1], tmp_path)).splitlines()))
+    assert lines[0].pop("precision") == "fp8"
+    with open(tmp_path / "rows.csv", "w") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    (line,) = entries.recorded(tmp_path)
+    assert (line["precision"], line["device"]) == ("", "stub")
+    (entry,) = entries.collect(tmp_path / "empty", rows[:1], tmp_path)
+    assert (entry.made["precision"], entry.made["device"]) == ("", "stub")
 
 
 def test_a_lost_line_does_not_shift_the_epochs_behind_it(tmp_path, rows, stub):
@@ -830,7 +845,7 @@ def test_a_row_runs_by_the_real_script(tmp_path, monkeypatch, ranks):
     assert record["run"]["versions"]["torch"]
     assert record["run"]["cpu"] == processor()
     info = json.loads((records.state(tmp_path, row).logs / "run.json").read_text())
-    assert record["run"] == {key: info[key] for key in ("versions", "device", "cpu", "git_commit")}
+    assert record["run"] == {key: info[key] for key in records.MADE}
     assert info["ranks"] == ranks
 
 
@@ -866,7 +881,7 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     assert [line["command"] for line in lines] == [row.command for row in done]
     assert (lines[1]["test_accuracy"], lines[1]["macs"], lines[1]["seed"]) == ("0.95", "", "2020")
     made, left = (folder / "commands.md").read_text().split("Not run yet")
-    assert "6502; stub; torch 9; commit c0ffee" in made
+    assert "6502; stub; precision fp8; torch 9; commit c0ffee" in made
     assert all(row.command in made for row in done)
     assert all(row.command in left for row in (rows[3], rows[7]))
     for name in pictures:
