@@ -50,6 +50,21 @@ def test_the_plain_way_gives_batches_of_the_same_form():
     assert (images.shape, images.dtype, labels.shape) == ((8, 1, 28, 28), torch.float32, (8,))
 
 
+@pytest.mark.parametrize("has", [("fp32",), ("fp32", "bf16"), ("fp32", "tf32", "bf16")])
+def test_only_what_the_device_has_instructions_for_is_measured(monkeypatch, has):
+    monkeypatch.setattr(bench, "precisions", lambda device: has)
+    monkeypatch.setattr(bench, "in_turns", lambda functions, *args, **settings: dict.fromkeys(functions, 1.0))
+    ran = []
+    monkeypatch.setattr(bench, "step_rows", lambda e, d, device, executions, *args: ran.extend(executions) or [])
+    (products,) = bench.ceiling(CPU)
+    assert [row[0] for row in products["rows"]] == [f"2048x2048 product, {p}" for p in has if p != "tf32"]
+    training, _ = bench.bench_mnist(tiny(150), CPU, 1)
+    names = [row[0] for row in training["rows"] if row[0].startswith("the same")]
+    assert names == [f"the same, {p} products" for p in has[1:]]
+    list(bench.bench_cifar10(CPU, 1, 2, 8))
+    assert [name for name in ran if "fused" in name] == [f"layer by layer, fused, {p}" for p in has]
+
+
 def test_tables_are_markdown_and_machine_readable(capsys):
     made = tables.table("title", ("a", "b"), [("1", "2")])
     assert capsys.readouterr().out == "\n### title\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
