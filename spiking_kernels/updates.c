@@ -75,7 +75,7 @@ static INLINE int grad_rewiring_sixteen(float *w, const float *g, float *m, floa
                                         Step p, float most, int streamed) {
     const Vector zero = v_all(0.0f), prior = v_all(p.prior), bound = v_all(most);
     unsigned found = 0;
-    if (WIDTH == 16) { /* processors with AVX-512 foresee what comes in a page, but not the next page */
+    if (WIDTH == 16) { /* not every processor foresees the next page; with AVX2 it costs more: see docs/kernels.md */
         __builtin_prefetch(g + AHEAD);
         __builtin_prefetch(m + AHEAD, 1);
         __builtin_prefetch(v + AHEAD, 1);
@@ -244,7 +244,7 @@ static void noise_of_the_active(const float *w, int n, uint64_t seed, int64_t gr
 #ifdef WIDTH
     for (; i + WIDTH <= n; i += WIDTH) {
         const Mask mask = v_differ(v_load(w + i), v_all(0.0f));
-        v_store(noise + i, v_spread(mask, z + taken));
+        v_store(noise + i, v_spread(mask, z + taken)); /* reads within z, as taken <= i */
         taken += __builtin_popcount(v_bits(mask));
     }
 #endif
