@@ -257,6 +257,17 @@ class SpikingNetwork(nn.Module):
         """
         return None
 
+    def fused_gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The loss of training and the number of correct predictions, both without axes, by a kernel if there is one.
+
+        It puts into the parameters' ``grad`` what a backward pass of that loss would (see
+        :func:`measuring.loss_function`).
+
+        Raises:
+            Unfit: as :meth:`fused_counts`.
+        """
+        return None
+
     def counts_for(self, hook: Any) -> bool:
         """Whether a hook gets its numbers from :attr:`spike_counts`."""
         return any(getattr(hook, "spike_counts", None) is counts for counts in self.spike_counts)
@@ -266,12 +277,18 @@ class SpikingNetwork(nn.Module):
             for name in counts.keys() & spikes.keys():
                 counts[name] = counts[name] + spikes[name]
 
+    def _reset(self) -> None:
+        """Resets all layers. SpikingJelly's reset_net keeps a list of them, and misses one that replaces another."""
+        for module in self.modules():
+            if hasattr(type(module), "reset"):
+                module.reset()
+
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images [N, C, H, W] to spike counts [N, classes] from T time steps.
 
         Membrane potentials and dropout masks are reset before and after.
         """
-        functional.reset_net(self)
+        self._reset()
         current, counts = self.static(images), None
         if self.fused and isinstance(current, Tensor) and not traced():
             try:
@@ -283,5 +300,5 @@ class SpikingNetwork(nn.Module):
                     warnings.warn(warning, stacklevel=1)
         if counts is None:
             counts = self._counts(current)
-            functional.reset_net(self)  # otherwise their graph keeps the activations until the next batch
+            self._reset()  # otherwise their graph keeps the activations until the next batch
         return counts

@@ -93,6 +93,20 @@ def test_lif_by_hand():
     assert [float(node(torch.tensor([x]))) for x in inputs] == expected
 
 
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_neurons_that_replace_others_start_at_rest_too(step_mode):
+    """SpikingJelly's reset_net keeps a list of the layers of a network, as long as all of them exist."""
+    images = torch.randn(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    network = spiking_mnist(6, step_mode)
+    expected, replaced = network(images), network.fc[0]
+    network.fc[0] = lif()
+    network.step_mode = step_mode
+    for _ in range(3):
+        assert torch.equal(network(images), expected)
+    assert expected.sum() > 0
+    assert (network.fc[0].v, replaced.v) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("bad", [dict(T=0), dict(T=-1), dict(T=2.0), dict(T=True), dict(step_mode="x")])
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*must be"):
