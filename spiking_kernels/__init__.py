@@ -12,7 +12,7 @@ A file for each thing computed holds its interface, and beside it lies its C cod
 
 from spiking_kernels.build import Unavailable, unavailable
 from spiking_kernels.images import affine_lookup
-from spiking_kernels.neurons import MAX_T, lif_linear_lif
+from spiking_kernels.neurons import MAX_T, lif_linear_lif, lif_linear_lif_learn
 from spiking_kernels.tensors import Unfit
 from spiking_kernels.updates import (
     NOISE_GROUP,

@@ -33,6 +33,7 @@ _double = ctypes.c_double
 ARGUMENTS = {  # of each function in C that Python calls
     "constant_lif_linear_forward": [_pointer] * 7 + [_int] * 5,
     "constant_lif_linear_backward": [_pointer] * 8 + [_int] * 5,
+    "constant_lif_linear_learn": [_pointer] * 11 + [_int] * 5,
     "lif_count_forward": [_pointer] * 2 + [_int64, _int],
     "lif_count_backward": [_pointer] * 3 + [_int64, _int],
     "block_statistics": [_pointer] * 4 + [_int] * 5,
@@ -44,7 +45,11 @@ ARGUMENTS = {  # of each function in C that Python calls
     "deep_rewiring_draws": [_pointer] * 2 + [_int64, _uint64, _double],
     "deep_rewiring_step": [_pointer] * 2 + [_uint64],
 }
-REFUSING = {"constant_lif_linear_forward", "affine_lookup"}  # return 1, having written nothing, for what they refuse
+REFUSING = {
+    "constant_lif_linear_forward",
+    "constant_lif_linear_learn",
+    "affine_lookup",
+}  # return 1, having written nothing, for what they refuse
 
 
 class Unavailable(RuntimeError):

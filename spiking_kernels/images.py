@@ -25,11 +25,10 @@ def affine_lookup(images: Tensor, index: Tensor, matrices: Tensor, table: Tensor
     on_gpu = getattr(getattr(images, "device", CPU), "type", None) == "cuda"
     device = images.device if on_gpu else CPU
     check("index", index, torch.int64, contiguous=False, device=device)
-    check("matrices", matrices, torch.int32, contiguous=False, device=device)
-    index, matrices = laid_out(index), laid_out(matrices)
     if index.dim() != 1:
         raise Unfit(f"index has the shape {list(index.shape)}, not [N]")
-    check("matrices", matrices, torch.int32, (len(index), 6), device=device)
+    check("matrices", matrices, torch.int32, (len(index), 6), contiguous=False, device=device)
+    index, matrices = laid_out(index), laid_out(matrices)
     check("images", images, torch.uint8, device=device)
     if images.dim() != 4 or (images.shape[1] != 1 and not on_gpu):
         raise Unfit(f"images has the shape {list(images.shape)}, not [D, {'C' if on_gpu else 1}, H, W]")

@@ -20,8 +20,10 @@
 #define BLOCK 64  /* neurons at a time: their state stays in the first-level cache */
 #ifdef __AVX512F__
 #define WIDE 32 /* neurons whose gradients are made at a time, so that one waits less for its last step */
+#define SUMMED 32 /* of these, as many have the gradients of their spikes of STEPS steps in registers */
 #else
-#define WIDE 16 /* as above; more would need more registers than there are */
+#define WIDE 16
+#define SUMMED 8
 #endif
 #define STEPS 8   /* time steps at a time */
 #define SAMPLES 4 /* at a time: their additions need not wait for each other */
@@ -85,6 +87,37 @@ static INLINE void sum_by_period(const uint16_t *k, const float *wt, float *sums
                     (lanes[i][0][j][o] + lanes[i][1][j][o]) + (lanes[i][2][j][o] + lanes[i][3][j][o]);
 }
 
+/* Periods k [samples][H] of some samples, at most SAMPLES, with constant currents, and their sums [samples][T + 2][P] of
+ * the weights wt [H][P] from the neurons with each period. */
+static void sum_weights(const float *current, const float *wt, uint16_t *k, float *sums, int samples, int H, int P, int T) {
+    find_periods(current, k, (size_t)samples * H, T);
+    if (P == LANES && T <= SHORT && samples == SAMPLES) {
+        sum_by_period(k, wt, sums, SAMPLES, H, T);
+    } else if (P == LANES && T <= LONG) {
+        for (int i = 0; i < samples; i++)
+            sum_by_period(k + (size_t)i * H, wt, sums + (size_t)i * (T + 2) * P, 1, H, T);
+    } else {
+        memset(sums, 0, sizeof(float) * samples * (T + 2) * P);
+        for (int i = 0; i < samples; i++)
+            for (int h = 0; h < H; h++) {
+                float *to = sums + ((size_t)i * (T + 2) + k[(size_t)i * H + h]) * P;
+                SIMD
+                for (int o = 0; o < P; o++) to[o] += wt[(size_t)h * P + o];
+            }
+    }
+}
+
+/* The next layer's inputs x, T rows of O, from a sample's sums [T + 2][P]; a row begins every `row` numbers. */
+static void inputs_from_sums(const float *sum, float *x, size_t row, int O, int P, int T) {
+    memcpy(x, sum, sizeof(float) * O); /* period 0 */
+    for (int t = 2; t <= T; t++) memset(x + (size_t)(t - 1) * row, 0, sizeof(float) * O);
+    for (int j = 1; j <= T; j++)
+        for (int t = j; t <= T; t += j) {
+            float *to = x + (size_t)(t - 1) * row;
+            for (int o = 0; o < O; o++) to[o] += sum[(size_t)j * P + o];
+        }
+}
+
 /* Spikes of N x H neurons with constant currents, through weights [O][H], for T steps (at most 65534).
  * wt [H][P] and sums [N][T + 2][P] are scratch; period [N][H] (uint16) is kept for the backward pass;
  * out [T][N][O]; spikes [H] (int64), unless null, is increased by each neuron's spikes.
@@ -94,37 +127,12 @@ int constant_lif_linear_forward(const float *current, const float *w, float *wt,
     if (!all_finite(w, (size_t)O * H)) return 1;
     transpose(w, wt, H, O, P);
     THREADED
-    for (int first = 0; first < N; first += SAMPLES) {
-        const int samples = smaller(SAMPLES, N - first);
-        uint16_t *k = period + (size_t)first * H;
-        float *sum = sums + (size_t)first * (T + 2) * P;
-        find_periods(current + (size_t)first * H, k, (size_t)samples * H, T);
-        if (P == LANES && T <= SHORT && samples == SAMPLES) {
-            sum_by_period(k, wt, sum, SAMPLES, H, T);
-        } else if (P == LANES && T <= LONG) {
-            for (int i = 0; i < samples; i++)
-                sum_by_period(k + (size_t)i * H, wt, sum + (size_t)i * (T + 2) * P, 1, H, T);
-        } else {
-            memset(sum, 0, sizeof(float) * samples * (T + 2) * P);
-            for (int i = 0; i < samples; i++)
-                for (int h = 0; h < H; h++) {
-                    float *to = sum + ((size_t)i * (T + 2) + k[(size_t)i * H + h]) * P;
-                    SIMD
-                    for (int o = 0; o < P; o++) to[o] += wt[(size_t)h * P + o];
-                }
-        }
-    }
+    for (int first = 0; first < N; first += SAMPLES)
+        sum_weights(current + (size_t)first * H, wt, period + (size_t)first * H, sums + (size_t)first * (T + 2) * P,
+                    smaller(SAMPLES, N - first), H, P, T);
     THREADED
-    for (int n = 0; n < N; n++) {
-        const float *sum = sums + (size_t)n * (T + 2) * P;
-        memcpy(out + (size_t)n * O, sum, sizeof(float) * O); /* period 0 */
-        for (int t = 2; t <= T; t++) memset(out + ((size_t)(t - 1) * N + n) * O, 0, sizeof(float) * O);
-        for (int j = 1; j <= T; j++)
-            for (int t = j; t <= T; t += j) {
-                float *to = out + ((size_t)(t - 1) * N + n) * O;
-                for (int o = 0; o < O; o++) to[o] += sum[(size_t)j * P + o];
-            }
-    }
+    for (int n = 0; n < N; n++)
+        inputs_from_sums(sums + (size_t)n * (T + 2) * P, out + (size_t)n * O, (size_t)N * O, O, P, T);
     if (spikes) {
         THREADED
         for (int h = 0; h < H; h++) {
@@ -144,15 +152,23 @@ int constant_lif_linear_forward(const float *current, const float *w, float *wt,
 static INLINE void constant_lif_gradient(const float *grad, const float *w, const float *x, float *v, float *trace,
                                          float *total, int m, int steps, size_t row, int H, int O) {
     const float pi = 3.14159265358979f;
-    float g[STEPS][WIDE] = {{0}}; /* the gradients of the spikes */
-    for (int o = 0; o < O; o++) {
-        const float *weights = w + (size_t)o * H;
-        _Pragma("GCC unroll 8")
-        for (int t = 0; t < steps; t++) {
-            float factor = grad[t * row + o];
-            SIMD
-            for (int i = 0; i < m; i++) g[t][i] += factor * weights[i];
+    float g[STEPS][WIDE]; /* the gradients of the spikes */
+    _Pragma("GCC unroll 4")
+    for (int part = 0; part < m; part += SUMMED) {
+        const int some = smaller(SUMMED, m - part);
+        float sum[STEPS][SUMMED] = {{0}};
+        for (int o = 0; o < O; o++) {
+            const float *weights = w + (size_t)o * H + part;
+            _Pragma("GCC unroll 8")
+            for (int t = 0; t < steps; t++) {
+                float factor = grad[t * row + o];
+                SIMD
+                for (int i = 0; i < some; i++) sum[t][i] += factor * weights[i];
+            }
         }
+        _Pragma("GCC unroll 8")
+        for (int t = 0; t < steps; t++)
+            for (int i = 0; i < some; i++) g[t][part + i] = sum[t][i];
     }
     _Pragma("GCC unroll 8")
     for (int t = 0; t < steps; t++) {
@@ -181,45 +197,45 @@ static INLINE void add_sums(float *gwt, const float *sums, const uint16_t *k, in
     }
 }
 
-/* After the spike of an infinite current x, v is NaN, and so is all that depends on it: the gradients of H currents. */
-static void after_infinity(const float *x, float *grad, int H) {
+/* After the spike of an infinite current x, v is NaN, and so is all that depends on it: the gradients of m currents. */
+static INLINE void after_infinity(const float *x, float *grad, int m) {
     int found = 0;
-    _Pragma("omp simd reduction(+ : found)")
-    for (int h = 0; h < H; h++) found += x[h] > FLT_MAX;
-    for (int h = 0; found && h < H; h++)
-        if (x[h] > FLT_MAX) grad[h] = NAN;
+    for (int i = 0; i < m; i++) found |= x[i] > FLT_MAX;
+    for (int i = 0; found && i < m; i++)
+        if (x[i] > FLT_MAX) grad[i] = NAN;
 }
 
-/* The gradients of current [N][H] and w [O][H] from that of out, grad [T][N][O].
- * sums [N][T + 2][P] and gwt [H][P] are scratch. */
-void constant_lif_linear_backward(const float *grad, const float *current, const uint16_t *period, const float *w,
-                                  float *sums, float *gwt, float *grad_current, float *grad_w, int N, int H, int O,
-                                  int P, int T) {
-    THREADED
-    for (int n = 0; n < N; n++) {
-        /* what each neuron of period j passes to its weights: the gradients at its spikes' steps */
-        float *sum = sums + (size_t)n * (T + 2) * P;
-        memset(sum, 0, sizeof(float) * (T + 2) * P);
-        memcpy(sum, grad + (size_t)n * O, sizeof(float) * O); /* period 0 */
-        for (int j = 1; j <= T; j++)
-            for (int t = j; t <= T; t += j)
-                for (int o = 0; o < O; o++) sum[(size_t)j * P + o] += grad[((size_t)(t - 1) * N + n) * O + o];
-        for (int start = 0; start < H; start += WIDE) {
-            int m = smaller(WIDE, H - start);
-            float x[WIDE] = {0}, v[WIDE] = {0}, trace[WIDE] = {0}, total[WIDE] = {0};
-            memcpy(x, current + (size_t)n * H + start, sizeof(float) * m);
-            for (int first = 0; first < T; first += STEPS) {
-                const float *rows = grad + ((size_t)first * N + n) * O;
-                if (m == WIDE && T - first >= STEPS)
-                    constant_lif_gradient(rows, w + start, x, v, trace, total, WIDE, STEPS, (size_t)N * O, H, O);
-                else
-                    constant_lif_gradient(rows, w + start, x, v, trace, total, m, smaller(STEPS, T - first),
-                                          (size_t)N * O, H, O);
-            }
-            memcpy(grad_current + (size_t)n * H + start, total, sizeof(float) * m);
-        }
-        if (T > 1) after_infinity(current + (size_t)n * H, grad_current + (size_t)n * H, H);
-    }
+/* The gradients of m currents from those of the next layer's inputs, which may take the currents' place. */
+static INLINE void some_gradients(const float *grad, const float *current, const float *w, float *grad_current, int m,
+                                  size_t row, int H, int O, int T) {
+    float x[WIDE], v[WIDE], trace[WIDE], total[WIDE];
+    for (int i = 0; i < m; i++) x[i] = current[i], v[i] = trace[i] = total[i] = 0.0f;
+    int first = 0;
+    for (; first + STEPS <= T; first += STEPS)
+        constant_lif_gradient(grad + (size_t)first * row, w, x, v, trace, total, m, STEPS, row, H, O);
+    if (first < T) constant_lif_gradient(grad + (size_t)first * row, w, x, v, trace, total, m, T - first, row, H, O);
+    if (T > 1) after_infinity(x, total, m);
+    for (int i = 0; i < m; i++) grad_current[i] = total[i];
+}
+
+/* A sample's sums [T + 2][P] of what each neuron of period j passes to its weights, the gradients grad of the next
+ * layer's inputs at its spikes' steps; and the gradients of its currents [H], which may take the currents' place. */
+static void sample_gradients(const float *grad, const float *current, const float *w, float *sum, float *grad_current,
+                             size_t row, int H, int O, int P, int T) {
+    memset(sum, 0, sizeof(float) * (T + 2) * P);
+    memcpy(sum, grad, sizeof(float) * O); /* period 0 */
+    for (int j = 1; j <= T; j++)
+        for (int t = j; t <= T; t += j)
+            for (int o = 0; o < O; o++) sum[(size_t)j * P + o] += grad[(size_t)(t - 1) * row + o];
+    int start = 0;
+    for (; start + WIDE <= H; start += WIDE)
+        some_gradients(grad, current + start, w + start, grad_current + start, WIDE, row, H, O, T);
+    if (start < H) some_gradients(grad, current + start, w + start, grad_current + start, H - start, row, H, O, T);
+}
+
+/* The gradients of w [O][H] from the samples' sums [N][T + 2][P] and periods [N][H]; gwt [H][P] is scratch. */
+static void weight_gradients(const float *sums, const uint16_t *period, float *gwt, float *grad_w, int N, int H, int O,
+                             int P, int T) {
     THREADED
     for (int start = 0; start < H; start += BLOCK) {
         int m = smaller(BLOCK, H - start);
@@ -237,51 +253,119 @@ void constant_lif_linear_backward(const float *grad, const float *current, const
     }
 }
 
+/* The gradients of current [N][H] and w [O][H] from that of out, grad [T][N][O].
+ * sums [N][T + 2][P] and gwt [H][P] are scratch. */
+void constant_lif_linear_backward(const float *grad, const float *current, const uint16_t *period, const float *w,
+                                  float *sums, float *gwt, float *grad_current, float *grad_w, int N, int H, int O,
+                                  int P, int T) {
+    THREADED
+    for (int n = 0; n < N; n++)
+        sample_gradients(grad + (size_t)n * O, current + (size_t)n * H, w, sums + (size_t)n * (T + 2) * P,
+                         grad_current + (size_t)n * H, (size_t)N * O, H, O, P, T);
+    weight_gradients(sums, period, gwt, grad_w, N, H, O, P, T);
+}
+
+/* Spike counts of m neurons, at most BLOCK, with inputs x: T rows, one every `row` numbers. */
+static INLINE void count_spikes(const float *x, float *counts, int m, size_t row, int T) {
+    float v[BLOCK], count[BLOCK];
+    for (int i = 0; i < BLOCK; i++) v[i] = count[i] = 0.0f;
+    for (int t = 0; t < T; t++, x += row) {
+        SIMD
+        for (int i = 0; i < m; i++) {
+            float h = v[i] + (x[i] - v[i]) * 0.5f;
+            count[i] += h >= 1.0f ? 1.0f : 0.0f;
+            v[i] = h >= 1.0f ? h - h : h;
+        }
+    }
+    memcpy(counts, count, sizeof(float) * m);
+}
+
+/* The gradients of these inputs from those of the counts, grad [m]. They may take the inputs' place. */
+static INLINE void count_gradients(const float *grad, const float *x, float *grad_x, int m, size_t row, int T) {
+    const float pi = 3.14159265358979f;
+    float v[BLOCK], g[BLOCK];
+    for (int i = 0; i < BLOCK; i++) v[i] = g[i] = 0.0f;
+    for (int t = 0; t < T; t++) {
+        const float *from = x + (size_t)t * row;
+        float *h = grad_x + (size_t)t * row; /* kept where the gradient comes to stand */
+        SIMD
+        for (int i = 0; i < m; i++) {
+            h[i] = v[i] + (from[i] - v[i]) * 0.5f;
+            v[i] = h[i] >= 1.0f ? h[i] - h[i] : h[i];
+        }
+    }
+    for (int t = T - 1; t >= 0; t--) {
+        float *to = grad_x + (size_t)t * row;
+        SIMD
+        for (int i = 0; i < m; i++) {
+            float h = to[i], u = pi * (h - 1.0f);
+            float gh = grad[i] / (1.0f + u * u) + (h >= 1.0f ? 0.0f : g[i]);
+            to[i] = g[i] = 0.5f * gh; /* half to the input, half to the potential before */
+        }
+    }
+}
+
 /* Spike counts [M] of M neurons with input x [T][M]. */
 void lif_count_forward(const float *x, float *counts, int64_t M, int T) {
     THREADED
-    for (int64_t start = 0; start < M; start += BLOCK) {
-        int m = (int)(M - start < BLOCK ? M - start : BLOCK);
-        float v[BLOCK], count[BLOCK];
-        for (int i = 0; i < BLOCK; i++) v[i] = count[i] = 0.0f;
-        for (int t = 0; t < T; t++) {
-            const float *row = x + t * M + start;
-            SIMD
-            for (int i = 0; i < m; i++) {
-                float h = v[i] + (row[i] - v[i]) * 0.5f;
-                count[i] += h >= 1.0f ? 1.0f : 0.0f;
-                v[i] = h >= 1.0f ? h - h : h;
-            }
-        }
-        memcpy(counts + start, count, sizeof(float) * m);
-    }
+    for (int64_t start = 0; start < M; start += BLOCK)
+        count_spikes(x + start, counts + start, (int)(M - start < BLOCK ? M - start : BLOCK), M, T);
 }
 
 /* The gradient of x [T][M] from that of the counts, grad [M]. */
 void lif_count_backward(const float *grad, const float *x, float *grad_x, int64_t M, int T) {
-    const float pi = 3.14159265358979f;
     THREADED
-    for (int64_t start = 0; start < M; start += BLOCK) {
-        int m = (int)(M - start < BLOCK ? M - start : BLOCK);
-        float v[BLOCK], g[BLOCK];
-        for (int i = 0; i < BLOCK; i++) v[i] = g[i] = 0.0f;
-        for (int t = 0; t < T; t++) {
-            const float *row = x + t * M + start;
-            float *h = grad_x + t * M + start; /* kept where the gradient comes to stand */
-            SIMD
-            for (int i = 0; i < m; i++) {
-                h[i] = v[i] + (row[i] - v[i]) * 0.5f;
-                v[i] = h[i] >= 1.0f ? h[i] - h[i] : h[i];
+    for (int64_t start = 0; start < M; start += BLOCK)
+        count_gradients(grad + start, x + start, grad_x + start, (int)(M - start < BLOCK ? M - start : BLOCK), M, T);
+}
+
+/* All but the products of a training step: the neurons of constant_lif_linear_forward, LIF neurons behind them, the mean
+ * squared error between their firing rates and the one-hot labels [N], and the gradients of it. Each group of samples goes
+ * through all of this while it is in the cache.
+ *
+ * current [N][H] becomes its gradient; grad_w [O][H]; loss and right, the number of correct predictions, are one number
+ * each. wt [H][P], sums [N][T + 2][P], inputs [N][T][O], counts [N][O] and period [N][H] are scratch.
+ * Returns 1, having written nothing, if a weight is not finite or a label is not from 0 to O - 1. Else 0. */
+int constant_lif_linear_learn(float *current, const float *w, const int64_t *labels, float *wt, float *sums, float *inputs,
+                              float *counts, uint16_t *period, float *grad_w, float *loss, int64_t *right, int N, int H,
+                              int O, int P, int T) {
+    if (!all_finite(w, (size_t)O * H)) return 1;
+    for (int n = 0; n < N; n++)
+        if (labels[n] < 0 || labels[n] >= O) return 1;
+    const float slope = (float)(2.0 / ((double)N * O));
+    transpose(w, wt, H, O, P);
+    THREADED
+    for (int first = 0; first < N; first += SAMPLES) {
+        const int samples = smaller(SAMPLES, N - first);
+        sum_weights(current + (size_t)first * H, wt, period + (size_t)first * H, sums + (size_t)first * (T + 2) * P, samples,
+                    H, P, T);
+        for (int n = first; n < first + samples; n++) {
+            float *sum = sums + (size_t)n * (T + 2) * P, *x = inputs + (size_t)n * T * O, *count = counts + (size_t)n * O;
+            inputs_from_sums(sum, x, O, O, P, T);
+            for (int start = 0; start < O; start += BLOCK) {
+                const int m = smaller(BLOCK, O - start);
+                float grad[BLOCK];
+                count_spikes(x + start, count + start, m, O, T);
+                for (int i = 0; i < m; i++)
+                    grad[i] = slope * (count[start + i] / T - (start + i == labels[n] ? 1.0f : 0.0f)) / T;
+                count_gradients(grad, x + start, x + start, m, O, T);
             }
-        }
-        for (int t = T - 1; t >= 0; t--) {
-            float *row = grad_x + t * M + start;
-            SIMD
-            for (int i = 0; i < m; i++) {
-                float h = row[i], u = pi * (h - 1.0f);
-                float gh = grad[start + i] / (1.0f + u * u) + (h >= 1.0f ? 0.0f : g[i]);
-                row[i] = g[i] = 0.5f * gh; /* half to the input, half to the potential before */
-            }
+            sample_gradients(x, current + (size_t)n * H, w, sum, current + (size_t)n * H, O, H, O, P, T);
         }
     }
+    weight_gradients(sums, period, wt, grad_w, N, H, O, P, T);
+    double squares = 0.0;
+    *right = 0;
+    for (int n = 0; n < N; n++) {
+        const float *count = counts + (size_t)n * O;
+        int most = 0;
+        for (int o = 0; o < O; o++) {
+            const double error = count[o] / T - (o == labels[n] ? 1.0f : 0.0f);
+            squares += error * error;
+            if (count[o] > count[most]) most = o; /* the first one of several */
+        }
+        *right += most == labels[n];
+    }
+    *loss = (float)(squares / ((double)N * O));
+    return 0;
 }

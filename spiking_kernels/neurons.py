@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_kernels import build
-from spiking_kernels.tensors import LARGEST, Unfit, apart, check, empty, flaw, laid_out, pointer, whole
+from spiking_kernels.tensors import LARGEST, Unfit, apart, check, empty, flaw, laid_out, pointer, scratch, whole
 
 MAX_T = 65534  # a period, or T + 1 where there is none, takes 16 bits
 LANES = 16
@@ -47,8 +47,8 @@ class _LifLinearLif(torch.autograd.Function):
         (n, h), (o, _) = current.shape, weight.shape
         p = _padded(o)
         period = empty(n, h, dtype=torch.uint16)
-        scratch, sums, inputs, counts = empty(h, p), empty(n, T + 2, p), empty(T, n, o), empty(n, o)
-        tensors, library = (current, _rounded(weight, rounding), scratch, sums, period, inputs), build.library()
+        transposed, sums, inputs, counts = empty(h, p), empty(n, T + 2, p), empty(T, n, o), empty(n, o)
+        tensors, library = (current, _rounded(weight, rounding), transposed, sums, period, inputs), build.library()
         if library.constant_lif_linear_forward(*map(Tensor.data_ptr, tensors), pointer(spikes), n, h, o, p, T):
             raise Unfit("weight is not finite")
         inputs = _rounded(inputs, rounding)
@@ -74,14 +74,25 @@ class _LifLinearLif(torch.autograd.Function):
             found = iter(torch.autograd.grad(counts, needed, grad, create_graph=torch.is_grad_enabled()))
             return tuple(next(found) if need else None for need in needs)
         p = _padded(o)
-        sums, scratch, grad_inputs = empty(n, T + 2, p), empty(h, p), empty(T, n, o)
+        sums, transposed, grad_inputs = empty(n, T + 2, p), empty(h, p), empty(T, n, o)
         grad_current, grad_weight = empty(n, h), empty(o, h)
         library = build.library()
         library.lif_count_backward(grad.data_ptr(), inputs.data_ptr(), grad_inputs.data_ptr(), n * o, T)
         grad_inputs, weight = _rounded(grad_inputs, rounding), _rounded(weight, rounding)
-        tensors = (grad_inputs, current, period, weight, sums, scratch, grad_current, grad_weight)
+        tensors = (grad_inputs, current, period, weight, sums, transposed, grad_current, grad_weight)
         library.constant_lif_linear_backward(*map(Tensor.data_ptr, tensors), n, h, o, p, T)
         return grad_current, _rounded(grad_weight, rounding), None, None, None
+
+
+def _check(current: Tensor, weight: Tensor, T: int, contiguous: bool) -> None:
+    whole("T", T, 1, MAX_T)
+    check("current", current, torch.float32, contiguous=contiguous)
+    check("weight", weight, torch.float32, contiguous=contiguous)
+    if current.dim() != 2 or weight.dim() != 2 or current.shape[1] != weight.shape[1]:
+        raise Unfit(f"current {list(current.shape)} and weight {list(weight.shape)} must be [N, H] and [O, H]")
+    (n, h), (o, _) = current.shape, weight.shape
+    for name, size, least in (("N", n, 0), ("H", h, 1), ("O", o, 1)):
+        whole(name, size, least, LARGEST)
 
 
 def lif_linear_lif(
@@ -103,16 +114,44 @@ def lif_linear_lif(
     Raises:
         Unfit: a tensor or T is not accepted, or a weight is not finite; a ValueError, whose text names it.
     """
-    whole("T", T, 1, MAX_T)
-    check("current", current, torch.float32, contiguous=False)
-    check("weight", weight, torch.float32, contiguous=False)
-    if current.dim() != 2 or weight.dim() != 2 or current.shape[1] != weight.shape[1]:
-        raise Unfit(f"current {list(current.shape)} and weight {list(weight.shape)} must be [N, H] and [O, H]")
-    (n, h), (o, _) = current.shape, weight.shape
-    for name, size, least in (("N", n, 0), ("H", h, 1), ("O", o, 1)):
-        whole(name, size, least, LARGEST)
+    _check(current, weight, T, contiguous=False)
     current, weight = laid_out(current), laid_out(weight)
     if spikes is not None:
-        check("spikes", spikes, torch.int64, (h,))
+        check("spikes", spikes, torch.int64, (weight.shape[1],))
         apart({"spikes": spikes, "current": current, "weight": weight}, {"spikes"})
     return _LifLinearLif.apply(current, weight, T, spikes, rounding)
+
+
+def lif_linear_lif_learn(current: Tensor, weight: Tensor, labels: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of :func:`lif_linear_lif`'s spike counts, and its gradients: all but the products of a training step.
+
+    The loss is the mean squared error between firing rates, counts / T, and one-hot labels. Nothing is recorded for
+    autograd.
+
+    Args:
+        current: the first neurons' input at every step, float32 [N, H], contiguous; its gradient takes its place.
+        weight: of the linear layer, float32 [O, H], contiguous.
+        labels: int64 [N], from 0 to O - 1, contiguous.
+        T: number of time steps, from 1 to MAX_T.
+
+    Returns:
+        The loss, float32, and the number of samples whose label has the most spikes, the first one of several, int64,
+        both without axes; the gradient of the weights, float32 [O, H].
+
+    Raises:
+        Unfit: a tensor or T is not accepted, a weight is not finite, or a label is not one; nothing has been changed.
+    """
+    _check(current, weight, T, contiguous=True)
+    check("labels", labels, torch.int64, current.shape[:1])
+    apart({"current": current, "weight": weight, "labels": labels}, {"current"})
+    (n, h), (o, _) = current.shape, weight.shape
+    p = _padded(o)
+    loss, right, grad_weight = empty(), empty(dtype=torch.int64), empty(o, h)
+    # transposed weights, sums, inputs, counts, and the periods, of half a float each
+    _kept, parts = scratch(h * p, n * (T + 2) * p, n * T * o, n * o, -(-n * h // 2))
+    tensors, outputs = (current, weight, labels), (grad_weight, loss, right)
+    pointers = (*map(Tensor.data_ptr, tensors), *parts, *map(Tensor.data_ptr, outputs))
+    if build.library().constant_lif_linear_learn(*pointers, n, h, o, p, T):
+        raise Unfit("weight is not finite, or labels has one that is none")
+    torch.autograd.graph.increment_version(current)  # or a graph that needs it would not know
+    return loss, right, grad_weight

@@ -1,7 +1,7 @@
 """The proof that a kernel computes what a network's layers do: compared setting by setting, not assumed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from numbers import Number
 from operator import is_
@@ -206,17 +206,48 @@ def check_network(network: nn.Module, kind: type[nn.Module]) -> None:
         raise Unfit(f"{type(network).__name__} is not {kind.__name__} itself")
     if own := overridden(network):
         raise Unfit(f"it has a {own} of its own")
-    function_modes = {*map(type, _get_current_function_mode_stack())} - {DeviceContext}  # which a default device is
+    check_unwatched()
+    if network.step_mode != "m":
+        raise Unfit("it runs step by step")
+
+
+def check_unwatched() -> None:
+    """Proves that nothing sees operations but autograd.
+
+    Raises:
+        Unfit: a kernel would hide operations from what watches them.
+    """
     for obstacle, found in (
         ("there are hooks on all modules", _has_any_global_hook()),
         ("torch.jit traces the network", is_tracing()),
         ("a transform of torch.func is active", torch._C._are_functorch_transforms_active()),
         ("a mode of torch's dispatcher is active", torch._C._len_torch_dispatch_stack()),
-        ("a mode of torch's functions is active", function_modes),
-        ("it runs step by step", network.step_mode != "m"),
+        ("a mode of torch's functions is active", _other_modes(_get_current_function_mode_stack())),
     ):
         if found:
             raise Unfit(obstacle)
+
+
+def _other_modes(stack: list[Any]) -> bool:
+    return any(type(mode) is not DeviceContext for mode in stack)  # which a default device is
+
+
+def check_learns(parameters: Iterable[nn.Parameter]) -> None:
+    """Proves that a backward pass would do nothing with the gradients of parameters but put them in ``grad``.
+
+    Raises:
+        Unfit: one gets no gradient, or adds to one, or something sees it.
+    """
+    parameters = list(parameters)
+    if not torch.is_grad_enabled() or torch.is_anomaly_enabled():
+        raise Unfit("autograd is off, or looks for anomalies")
+    if len({*map(id, parameters)}) < len(parameters):
+        raise Unfit("one tensor has two places in it")
+    for parameter in parameters:
+        if not (parameter.requires_grad and parameter.is_leaf) or parameter.grad is not None:
+            raise Unfit("a parameter gets no gradient, or has one")
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise Unfit("a parameter has hooks")
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -1,6 +1,7 @@
 """What a tensor must be before C works on its memory. Every tensor that C gets is checked here."""
 
 from collections.abc import Collection
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if type(made) is not Tensor:  # a mode of torch's dispatcher is active
         raise Unfit(f"torch.empty makes a {type(made).__name__}, not a plain tensor")
     return made
+
+
+def scratch(*sizes: int) -> tuple[object, list[int]]:
+    """Memory for so many floats each, in one tensor, as each takes time; and where they begin, while that is kept."""
+    memory = empty(sum(sizes))
+    start = memory.data_ptr()
+    return memory, [start + 4 * place for place in accumulate(sizes[:-1], initial=0)]
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -128,7 +128,7 @@ void grad_rewiring_step(Parameter *of, const Settings *settings) {
         }
     }
 #endif
-    _Pragma("omp parallel for simd schedule(static) reduction(| : beyond)")
+    _Pragma("omp parallel for simd schedule(static) reduction(| : beyond) if (done < n)")
     for (int64_t i = done; i < n; i++) {
         grad_rewiring_one(w + i, grad[i], m + i, v + i, x + i, (float)sign[i], theta + i, p);
         beyond |= !(fabsf(grad[i]) <= bound) | !(fabsf(w[i]) <= bound);

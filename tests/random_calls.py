@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spiking_kernels
-from spiking_kernels import blocks, build
+from spiking_kernels import blocks, build, neurons
 from spiking_kernels.shapes import Shape
 
 EDGES = (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097)
@@ -70,6 +70,25 @@ def lif_linear_lif(data):
         weight = weight.detach().nan_to_num().clamp(-6e4, 6e4).requires_grad_()  # finite in every precision
         counts = spiking_kernels.lif_linear_lif(current, weight, T, spikes, rounding)
     counts.backward(data.draw(floats(n, o)))
+
+
+def apart(*sizes):
+    """In the place of tensors.scratch: memory of its own for each, so that nothing stands behind it."""
+    parts = [torch.empty(size) for size in sizes]
+    return parts, [part.data_ptr() for part in parts]
+
+
+def lif_linear_lif_learn(data):
+    T, n = data.draw(st.integers(1, 20) | st.integers(1, 300)), data.draw(sizes(9))
+    h, o = data.draw(sizes(140, 1)), data.draw(sizes(70, 1))
+    current, weight, labels = (data.draw(x) for x in (floats(n, h), floats(o, h), integers(np.int64, 0, o - 1, n)))
+    foreign = data.draw(st.sampled_from([0, -1, o, -(2**63), 2**63 - 1]))
+    if foreign and n:
+        labels[data.draw(st.integers(0, n - 1))] = foreign
+    try:
+        spiking_kernels.lif_linear_lif_learn(current, weight, labels, T)
+    except spiking_kernels.Unfit:
+        assert foreign or not weight.isfinite().all()
 
 
 def affine_lookup(data):
@@ -138,6 +157,7 @@ def lif_block(data):
 
 CALLS = (
     lif_linear_lif,
+    lif_linear_lif_learn,
     lif_block,
     affine_lookup,
     grad_rewiring_step,
@@ -169,7 +189,7 @@ def main() -> int:
     parser.add_argument("--last", type=Path, default=os.devnull, help="file in which the last call stands")
     options = parser.parse_args()
     counted = Counted(build.declared(ctypes.CDLL(options.library)), options.last)
-    build.library = lambda: counted
+    build.library, neurons.scratch = lambda: counted, apart
     for function in CALLS:
         if options.only in (None, function.__name__):
             limits = settings(

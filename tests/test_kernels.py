@@ -70,6 +70,47 @@ def test_lif_linear_lif(T, n, h, o):
 
 
 @needs_kernels
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 30, 31, 254, 255, 300])
+@pytest.mark.parametrize(
+    ("n", "h", "o"),
+    [(1, 1, 1), (3, 800, 10), (128, 70, 10), (5, 65, 16), (2, 130, 17), (4, 63, 33), (7, 40, 130), (0, 3, 2)],
+)
+def test_a_whole_step_has_bitwise_the_gradients_of_its_parts(T, n, h, o):
+    """And, but for the order of the loss's sum, the loss; of several classes with the most spikes the first counts."""
+    generator = torch.Generator().manual_seed(1)
+    current, weight = currents(n, h), torch.randn(o, h, generator=generator)
+    current.flatten()[: n * h // 20] = torch.inf
+    labels = torch.randint(0, o, (n,), generator=generator)
+    x, w = current.clone().requires_grad_(), weight.clone().requires_grad_()
+    counts = spiking_kernels.lif_linear_lif(x, w, T)
+    expected = measuring.loss_function(counts, labels, T)
+    expected.backward()
+    loss, right, grad_weight = spiking_kernels.lif_linear_lif_learn(current, weight, labels, T)
+    assert n * h < 10 or T == 1 or (counts.sum() > 0 and w.grad.nan_to_num().abs().sum() > 0)
+    assert loss.shape == right.shape == ()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0, equal_nan=True)
+    assert right.dtype == torch.int64
+    assert n == 0 or torch.equal(right, measuring.correct(counts.detach(), labels))
+    for ours, theirs in ((current, x.grad), (grad_weight, w.grad)):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@needs_kernels
+def test_a_step_with_what_the_layers_refuse_changes_nothing():
+    for labels, bad in (([0, 3], None), ([0, -1], None), ([0, 2**40], None), ([0, 1], torch.inf), ([0, 1], torch.nan)):
+        current, weight = currents(2, 6), torch.ones(3, 6)
+        before = current.clone()
+        if bad is not None:
+            weight[1, 2] = bad
+        with pytest.raises(spiking_kernels.Unfit, match=r"^weight is not finite, or labels has one that is none$"):
+            spiking_kernels.lif_linear_lif_learn(current, weight, torch.tensor(labels), 8)
+        assert torch.equal(current, before)
+    with pytest.raises(spiking_kernels.Unfit, match=r"^(weight|current) shares memory with (weight|current)$"):
+        spiking_kernels.lif_linear_lif_learn(current, current[:1], torch.tensor([0, 0]), 8)
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", [28, 17, 70])
 def test_affine_lookup_is_bitwise_the_plain_path(size):
     images = torch.randint(0, 256, (300, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -596,6 +637,10 @@ def arguments_of(name):
         tensors = {"current": currents(4, 6), "weight": torch.randn(3, 6, generator=generator)}
         tensors["spikes"] = torch.zeros(6, dtype=torch.int64)
         return tensors, lambda t: spiking_kernels.lif_linear_lif(t["current"], t["weight"], 8, t["spikes"])
+    if name == "lif_linear_lif_learn":
+        tensors = {"current": currents(4, 6), "weight": torch.randn(3, 6, generator=generator)}
+        tensors["labels"] = torch.tensor([2, 0, 1, 2])
+        return tensors, lambda t: spiking_kernels.lif_linear_lif_learn(t["current"], t["weight"], t["labels"], 8)
     if name == "affine_lookup":
         images = torch.randint(0, 256, (5, 1, 4, 4), generator=generator, dtype=torch.uint8)
         tensors = {"images": images, "index": torch.tensor([3, 0]), "table": torch.arange(256.0)}
@@ -641,7 +686,7 @@ SPOILT = {
     "freed": resized,
     "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
 }
-KERNELS = ("lif_linear_lif", "affine_lookup", "grad_rewiring_step", "deep_rewiring_step")
+KERNELS = ("lif_linear_lif", "lif_linear_lif_learn", "affine_lookup", "grad_rewiring_step", "deep_rewiring_step")
 
 
 @needs_kernels
@@ -801,8 +846,11 @@ def test_the_kernels_do_not_depend_on_torchs_defaults(kernel, kind):
 
     def results():
         tensors, call = made
-        given = {key: tensor.clone().requires_grad_(key in ("current", "weight")) for key, tensor in tensors.items()}
+        learns = ("current", "weight") if kernel == "lif_linear_lif" else ()
+        given = {key: tensor.clone().requires_grad_(key in learns) for key, tensor in tensors.items()}
         out = call(given)
+        if kernel == "lif_linear_lif_learn":
+            return [*out, given["current"]]
         if kernel == "lif_linear_lif":
             out.sum().backward()
             return [out.detach(), given["current"].grad, given["weight"].grad, given["spikes"]]
@@ -929,7 +977,7 @@ def test_without_a_compiler_the_plain_layers_run(monkeypatch, capsys, tmp_path):
 )
 def test_no_compile_runs_none_of_them(tmp_path, mnist_folder, monkeypatch, mode, update):
     used = []
-    for name in ("lif_linear_lif", "affine_lookup", "grad_rewiring_step", "deep_rewiring_step"):
+    for name in KERNELS:
         kernel = getattr(spiking_kernels, name)
         monkeypatch.setattr(
             spiking_kernels, name, lambda *a, name=name, kernel=kernel, **k: used.append(name) or kernel(*a, **k)
@@ -938,4 +986,4 @@ def test_no_compile_runs_none_of_them(tmp_path, mnist_folder, monkeypatch, mode,
     assert mnist.main([*argv, str(tmp_path / "a"), "--no-compile"]) == 0
     assert used == []
     assert mnist.main([*argv, str(tmp_path / "b")]) == 0
-    assert set(used) == {"lif_linear_lif", "affine_lookup", update}
+    assert set(used) == {"lif_linear_lif", "lif_linear_lif_learn", "affine_lookup", update}

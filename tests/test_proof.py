@@ -16,7 +16,10 @@ import measuring
 import spiking_kernels
 from mnist.model import MnistNet
 from spiking import LIFNode, lif
+from spiking_kernels import Unfit, build
+from training.step import TrainingStep
 
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     spiking_kernels.unavailable() is not None, reason=f"no fused kernels: {spiking_kernels.unavailable()}"
 )
@@ -364,6 +367,176 @@ def test_a_tensor_in_two_places_gets_the_gradient_of_both(calls):
     assert calls == [1]
     assert_same(plain, fused)
     assert len(list(network.parameters())) == 1
+
+
+# -- a whole training step -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """A list that grows with each training step that the kernel does not refuse."""
+    learned, kernel = [], spiking_kernels.lif_linear_lif_learn
+
+    def counted(*arguments):
+        found = kernel(*arguments)
+        learned.append(1)
+        return found
+
+    monkeypatch.setattr(spiking_kernels, "lif_linear_lif_learn", counted)
+    return learned
+
+
+def learnt(network, fused, precision="fp32"):
+    """Loss, correct predictions and gradients of a training step of one batch; or what is raised."""
+    network.fused, images = fused, images_of().to(network.static_fc[1].weight.dtype)
+    for parameter in network.parameters():
+        parameter.grad = None
+    torch.manual_seed(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss, right = TrainingStep(network, [], precision, CPU, graph=False)(images, torch.arange(6) % 5)
+        found = {"loss": loss, "right": right}
+        return found | {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    except Exception as error:
+        return {"error": (type(error), str(error))}
+
+
+@pytest.mark.parametrize("T", [1, 4, 255])
+@pytest.mark.parametrize(("hidden", "classes"), [(24, 10), (65, 17), (800, 10)])
+def test_a_step_by_the_kernel_is_that_of_the_layers_at_every_size(hidden, classes, T, learned, calls):
+    network = small(T, hidden, classes)
+    network.fc[0].v, network.note, network.fc[0].tau = torch.ones(3), "mine", 2
+    plain = learnt(network, False)
+    assert learned == []
+    fused = learnt(network, True)
+    assert (learned, calls) == ([1], [])
+    assert_same(plain, fused)
+    assert {"loss", "right", "static_fc.1.weight", "fc.1.weight"} == fused.keys()
+    assert all(T == 1 or value.abs().sum() > 0 for value in fused.values())
+    assert not any(value.requires_grad for value in fused.values())
+
+
+def hook_of(key, place):
+    """A hook of a weight's own that doubles its gradient, as an optimizer within the backward pass might."""
+
+    def double(parameter):
+        parameter.grad *= 2
+
+    def change(network):
+        weight = getattr(network, place)[1].weight
+        weight.register_hook(lambda grad: 2 * grad) if key == "tensor" else (
+            weight.register_post_accumulate_grad_hook(double)
+        )
+
+    return change
+
+
+def static_of(made):
+    return lambda network: network.static_fc.__setitem__(1, made(network.static_fc[1]))
+
+
+def with_static_bias(linear):
+    biased = nn.Linear(16, 24)
+    biased.weight = linear.weight
+    return biased
+
+
+def in_two_places(network):
+    network.static_fc[1], network.fc[1] = (
+        nn.Linear(16, 16, bias=False),
+        layer.Linear(16, 16, bias=False, step_mode="m"),
+    )
+    with torch.no_grad():
+        network.static_fc[1].weight.copy_((torch.arange(256) % 13 - 4).view(16, 16) / 16)
+    network.fc[1].weight = network.static_fc[1].weight
+
+
+# What only the whole step has to look at.
+OF_A_STEP = {
+    **{f"a hook of the weight of {place}": hook_of("tensor", place) for place in ("static_fc", "fc")},
+    **{f"a hook after {place} has its gradient": hook_of("after", place) for place in ("static_fc", "fc")},
+    **{
+        f"weights of {place} that stay": lambda network, place=place: getattr(network, place).requires_grad_(False)
+        for place in ("static_fc", "fc")
+    },
+    "a hook of the network": lambda network: network.register_forward_hook(lambda m, i, counts: 2 * counts),
+    "a hook before the network": lambda network: network.register_forward_pre_hook(lambda m, i: (i[0] * 2,)),
+    "a hook of the first layer": lambda network: network.static_fc[1].register_forward_hook(lambda m, i, o: 2 * o),
+    "a hook of what flattens": lambda network: network.static_fc[0].register_forward_hook(lambda m, i, o: 2 * o),
+    "a bias of the first layer": static_of(with_static_bias),
+    "a layer after the first": lambda network: network.static_fc.append(nn.Threshold(0.5, 0.0)),
+    "a subclass of the first layer": lambda network: setattr(network, "static_fc", Doubling(*network.static_fc)),
+    "a static of its own": lambda network: setattr(network, "static", lambda x: 2 * network.static_fc(x)),
+    "a forward of the network's own": lambda network: setattr(
+        network, "forward", lambda x: 2 * MnistNet.forward(network, x)
+    ),
+    "a layer more than the network has": lambda network: setattr(network, "extra", nn.Linear(2, 2)),
+    "one weight in two places": in_two_places,
+    "step by step": lambda network: setattr(network, "step_mode", "s"),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *OTHERS, *OF_A_STEP])
+def test_a_step_of_a_changed_network_is_that_of_its_layers(change, learned):
+    network = small()
+    assert_same(learnt(network, False), learnt(network, True))  # what was proven of it does not hold any more
+    assert learned == [1]
+    (CHANGES | OTHERS | OF_A_STEP)[change](network)
+    plain, fused = learnt(network, False), learnt(network, True)
+    assert learned == [1]
+    assert "error" not in plain
+    assert_same(plain, fused)
+
+
+def test_in_bf16_the_layers_behind_the_first_are_the_kernels(learned, calls):
+    network = small()
+    plain, fused = learnt(network, False, "bf16"), learnt(network, True, "bf16")
+    assert (learned, calls) == ([], [1])
+    assert plain.keys() == fused.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=0, atol=0.02 * float(value.abs().max()))
+
+
+def test_a_step_leaves_gradients_to_autograd_where_more_is_asked_of_it(learned):
+    """Images that need gradients, gradients to add to, anomalies to look for, none to compute, what spikes to count."""
+    network, images, labels = small(), images_of(), torch.arange(6)
+    network.fused = True
+    assert network.fused_gradients(images.clone().requires_grad_(), labels) is None
+    assert network.fused_gradients(images.to("meta"), labels) is None
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(Unfit, match="anomalies"):
+        network.fused_gradients(images, labels)
+    with torch.no_grad(), pytest.raises(Unfit, match="autograd is off"):
+        network.fused_gradients(images, labels)
+    with measuring.SpikeCounter(network), pytest.raises(Unfit, match="hooks"):
+        network.fused_gradients(images, labels)
+    with pytest.raises(Unfit, match=r"^labels has the shape"):
+        network.fused_gradients(images, labels[:5])
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert learned == []
+    network.fused_gradients(images, labels)
+    with pytest.raises(Unfit, match="or has one"):
+        network.fused_gradients(images, labels)
+    assert learned == [1]
+
+
+def test_a_label_that_is_none_is_refused_as_by_the_layers():
+    errors = []
+    for fused in (False, True):
+        network = small()
+        network.fused = fused
+        with pytest.raises(RuntimeError, match="out of bounds") as caught:
+            TrainingStep(network, [], "fp32", CPU, graph=False)(images_of(), torch.tensor([0, 1, 2, 3, 4, 10]))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_without_a_compiler_a_step_is_that_of_the_layers(monkeypatch):
+    network = small()
+    plain = learnt(network, False)
+    monkeypatch.setattr(spiking_kernels, "unavailable", lambda: "there is none")
+    monkeypatch.setattr(build, "library", lambda: pytest.fail("is there none?"))
+    assert_same(plain, learnt(network, True))
 
 
 def test_the_state_left_behind_is_that_of_the_layers():

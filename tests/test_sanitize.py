@@ -29,11 +29,17 @@ def sanitizer(tmp_path_factory):
         ),
         (
             "lif_linear_lif",
-            "memcpy(counts + start, count, sizeof(float) * m)",
-            "memcpy(counts + start, count, 4 * BLOCK)",
+            "memcpy(counts, count, sizeof(float) * m)",
+            "memcpy(counts, count, 4 * BLOCK)",
             "heap-buffer",
         ),
         ("lif_linear_lif", "k[i] = T + 1;", "k[i] = T + 2;", "buffer-overflow"),
+        (
+            "lif_linear_lif_learn",
+            "*x = inputs + (size_t)n * T * O",
+            "*x = inputs + (size_t)n * T * O + 1",
+            "heap-buffer",
+        ),
         ("lif_block", "float v[TILE], h[TILE];", "float v[TILE], h[TILE - 1];", "stack-buffer"),
         (
             "lif_block",

@@ -61,7 +61,7 @@ class FiniteCheck:
         parameters = [p for group in self.groups for p in group if id(p) not in known]
         gradients = [p.grad for p in parameters if p.grad is not None]
         sums = (tensor.detach().sum() for tensor in (*gradients, *parameters))
-        return all(map(math.isfinite, chain([loss.detach()], sums)))
+        return all(map(math.isfinite, chain([loss.detach() if loss.requires_grad else loss], sums)))
 
     @torch.no_grad()
     def _note(self, loss: Tensor) -> None:

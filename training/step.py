@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 import measuring
 from rewiring import RewiringOptimizer
 from spiking import SpikingNetwork
+from spiking_kernels import Unfit
 from training.divergence import FiniteCheck
 from training.errors import Refusal
 from training.first_step import Saved, Taken, try_out
@@ -166,11 +167,7 @@ class TrainingStep:
         images, labels = self.make(*batch)
         for parameter in self.parameters:
             parameter.grad = None
-        with autocast(self.precision, self.device):
-            counts = self.network(images)
-        loss = measuring.loss_function(counts, labels, self.network.T)
-        loss.backward()
-        loss, right = loss.detach(), measuring.correct(counts.detach(), labels)
+        loss, right = self._gradients(images, labels)
         if self.average is not None:
             loss, right = self.average(loss, right)
         for optimizer in self.optimizers:
@@ -178,6 +175,18 @@ class TrainingStep:
         rewiring = (optimizer for optimizer in self.optimizers if isinstance(optimizer, RewiringOptimizer))
         self.finite.update(loss, [parameter for optimizer in rewiring for parameter in optimizer.seen_finite()])
         return loss, right
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> Taken:
+        """The loss and the number of correct predictions; the gradients are in the parameters."""
+        with autocast(self.precision, self.device):
+            if self.network.fused:
+                with contextlib.suppress(Unfit):
+                    if (found := self.network.fused_gradients(images, labels)) is not None:
+                        return found
+            counts = self.network(images)
+        loss = measuring.loss_function(counts, labels, self.network.T)
+        loss.backward()
+        return loss.detach(), measuring.correct(counts.detach(), labels)
 
     # -- on a GPU ------------------------------------------------------------------------------------
 

@@ -101,10 +101,10 @@ class TrainingBatches:
         transforms = self.augmentation.draw(self.split.images, self.generator)
         if self.fused:
             transforms = self.augmentation.matrices(transforms, self.split.images.shape[3])
-        transforms = transforms.to(device)
-        for step in range(start, len(self)):
-            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            yield order[batch][self.share], transforms[batch][self.share]
+        # the views of all batches at once, as each would take time in its step
+        whole = slice(len(self) * self.batch_size)
+        batches = [x[whole].unflatten(0, (-1, self.batch_size)) for x in (order, transforms.to(device))]
+        yield from zip(*(x[start:, self.share].unbind() for x in batches), strict=True)
 
     def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields an epoch's (images, labels) from batch ``start``: float32 [B, C, H, W] and int64 [B]."""
