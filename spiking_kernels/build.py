@@ -33,7 +33,7 @@ _double = ctypes.c_double
 ARGUMENTS = {  # of each function in C that Python calls
     "constant_lif_linear_forward": [_pointer] * 7 + [_int] * 5,
     "constant_lif_linear_backward": [_pointer] * 8 + [_int] * 5,
-    "constant_lif_linear_learn": [_pointer] * 11 + [_int] * 5,
+    "constant_lif_linear_learn": [_pointer] * 12 + [_int] * 6,
     "lif_count_forward": [_pointer] * 2 + [_int64, _int],
     "lif_count_backward": [_pointer] * 3 + [_int64, _int],
     "block_statistics": [_pointer] * 4 + [_int] * 5,

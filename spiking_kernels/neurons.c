@@ -87,9 +87,10 @@ static INLINE void sum_by_period(const uint16_t *k, const float *wt, float *sums
                     (lanes[i][0][j][o] + lanes[i][1][j][o]) + (lanes[i][2][j][o] + lanes[i][3][j][o]);
 }
 
-/* Periods k [samples][H] of some samples, at most SAMPLES, with constant currents, and their sums [samples][T + 2][P] of
- * the weights wt [H][P] from the neurons with each period. */
-static void sum_weights(const float *current, const float *wt, uint16_t *k, float *sums, int samples, int H, int P, int T) {
+/* Periods k [samples][H] of some samples, at most SAMPLES, with constant currents, and their sums [samples][T + 2][P]
+ * of the weights wt [H][P] from the neurons with each period. */
+static void sum_weights(const float *current, const float *wt, uint16_t *k, float *sums, int samples, int H, int P,
+                        int T) {
     find_periods(current, k, (size_t)samples * H, T);
     if (P == LANES && T <= SHORT && samples == SAMPLES) {
         sum_by_period(k, wt, sums, SAMPLES, H, T);
@@ -320,15 +321,15 @@ void lif_count_backward(const float *grad, const float *x, float *grad_x, int64_
 }
 
 /* All but the products of a training step: the neurons of constant_lif_linear_forward, LIF neurons behind them, the mean
- * squared error between their firing rates and the one-hot labels [N], and the gradients of it. Each group of samples goes
+ * squared error between their firing rates and the one-hot labels [N], and its gradients. Each group of samples goes
  * through all of this while it is in the cache.
  *
- * current [N][H] becomes its gradient; grad_w [O][H]; loss and right, the number of correct predictions, are one number
- * each. wt [H][P], sums [N][T + 2][P], inputs [N][T][O], counts [N][O] and period [N][H] are scratch.
- * Returns 1, having written nothing, if a weight is not finite or a label is not from 0 to O - 1. Else 0. */
-int constant_lif_linear_learn(float *current, const float *w, const int64_t *labels, float *wt, float *sums, float *inputs,
-                              float *counts, uint16_t *period, float *grad_w, float *loss, int64_t *right, int N, int H,
-                              int O, int P, int T) {
+ * current [N][H], or [H][N] if it is turned. grad_current [N][H], grad_w [O][H]; loss and right, the number of correct
+ * predictions, are one number each. wt [H][P], sums [N][T + 2][P], inputs [N][T][O], counts [N][O], period [N][H] are
+ * scratch. Returns 1, having written nothing, if a weight is not finite or a label is not from 0 to O - 1. Else 0. */
+int constant_lif_linear_learn(const float *current, const float *w, const int64_t *labels, float *wt, float *sums,
+                              float *inputs, float *counts, uint16_t *period, float *grad_current, float *grad_w,
+                              float *loss, int64_t *right, int N, int H, int O, int P, int T, int turned) {
     if (!all_finite(w, (size_t)O * H)) return 1;
     for (int n = 0; n < N; n++)
         if (labels[n] < 0 || labels[n] >= O) return 1;
@@ -337,20 +338,29 @@ int constant_lif_linear_learn(float *current, const float *w, const int64_t *lab
     THREADED
     for (int first = 0; first < N; first += SAMPLES) {
         const int samples = smaller(SAMPLES, N - first);
-        sum_weights(current + (size_t)first * H, wt, period + (size_t)first * H, sums + (size_t)first * (T + 2) * P, samples,
-                    H, P, T);
+        float *own = grad_current + (size_t)first * H; /* their currents, until these make room for the gradients */
+        if (!turned)
+            memcpy(own, current + (size_t)first * H, sizeof(float) * samples * H);
+        else if (samples == SAMPLES)
+            for (int h = 0; h < H; h++)
+                for (int i = 0; i < SAMPLES; i++) own[(size_t)i * H + h] = current[(size_t)h * N + first + i];
+        else
+            for (int h = 0; h < H; h++)
+                for (int i = 0; i < samples; i++) own[(size_t)i * H + h] = current[(size_t)h * N + first + i];
+        sum_weights(own, wt, period + (size_t)first * H, sums + (size_t)first * (T + 2) * P, samples, H, P, T);
         for (int n = first; n < first + samples; n++) {
-            float *sum = sums + (size_t)n * (T + 2) * P, *x = inputs + (size_t)n * T * O, *count = counts + (size_t)n * O;
+            float *sum = sums + (size_t)n * (T + 2) * P, *x = inputs + (size_t)n * T * O;
             inputs_from_sums(sum, x, O, O, P, T);
             for (int start = 0; start < O; start += BLOCK) {
                 const int m = smaller(BLOCK, O - start);
-                float grad[BLOCK];
-                count_spikes(x + start, count + start, m, O, T);
+                float *count = counts + (size_t)n * O + start, grad[BLOCK];
+                count_spikes(x + start, count, m, O, T);
                 for (int i = 0; i < m; i++)
-                    grad[i] = slope * (count[start + i] / T - (start + i == labels[n] ? 1.0f : 0.0f)) / T;
+                    grad[i] = slope * (count[i] / T - (start + i == labels[n] ? 1.0f : 0.0f)) / T;
                 count_gradients(grad, x + start, x + start, m, O, T);
             }
-            sample_gradients(x, current + (size_t)n * H, w, sum, current + (size_t)n * H, O, H, O, P, T);
+            own = grad_current + (size_t)n * H;
+            sample_gradients(x, own, w, sum, own, O, H, O, P, T);
         }
     }
     weight_gradients(sums, period, wt, grad_w, N, H, O, P, T);

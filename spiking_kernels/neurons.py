@@ -84,10 +84,7 @@ class _LifLinearLif(torch.autograd.Function):
         return grad_current, _rounded(grad_weight, rounding), None, None, None
 
 
-def _check(current: Tensor, weight: Tensor, T: int, contiguous: bool) -> None:
-    whole("T", T, 1, MAX_T)
-    check("current", current, torch.float32, contiguous=contiguous)
-    check("weight", weight, torch.float32, contiguous=contiguous)
+def _check_sizes(current: Tensor, weight: Tensor) -> None:
     if current.dim() != 2 or weight.dim() != 2 or current.shape[1] != weight.shape[1]:
         raise Unfit(f"current {list(current.shape)} and weight {list(weight.shape)} must be [N, H] and [O, H]")
     (n, h), (o, _) = current.shape, weight.shape
@@ -114,7 +111,10 @@ def lif_linear_lif(
     Raises:
         Unfit: a tensor or T is not accepted, or a weight is not finite; a ValueError, whose text names it.
     """
-    _check(current, weight, T, contiguous=False)
+    whole("T", T, 1, MAX_T)
+    check("current", current, torch.float32, contiguous=False)
+    check("weight", weight, torch.float32, contiguous=False)
+    _check_sizes(current, weight)
     current, weight = laid_out(current), laid_out(weight)
     if spikes is not None:
         check("spikes", spikes, torch.int64, (weight.shape[1],))
@@ -122,36 +122,43 @@ def lif_linear_lif(
     return _LifLinearLif.apply(current, weight, T, spikes, rounding)
 
 
-def lif_linear_lif_learn(current: Tensor, weight: Tensor, labels: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+def lif_linear_lif_learn(
+    current: Tensor, weight: Tensor, labels: Tensor, T: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of :func:`lif_linear_lif`'s spike counts, and its gradients: all but the products of a training step.
 
     The loss is the mean squared error between firing rates, counts / T, and one-hot labels. Nothing is recorded for
     autograd.
 
     Args:
-        current: the first neurons' input at every step, float32 [N, H], contiguous; its gradient takes its place.
+        current: the first neurons' input at every step, float32 [N, H], contiguous as it is or transposed.
         weight: of the linear layer, float32 [O, H], contiguous.
         labels: int64 [N], from 0 to O - 1, contiguous.
         T: number of time steps, from 1 to MAX_T.
 
     Returns:
         The loss, float32, and the number of samples whose label has the most spikes, the first one of several, int64,
-        both without axes; the gradient of the weights, float32 [O, H].
+        both without axes; the gradients of the current, float32 [N, H], and of the weights, float32 [O, H].
 
     Raises:
-        Unfit: a tensor or T is not accepted, a weight is not finite, or a label is not one; nothing has been changed.
+        Unfit: a tensor or T is not accepted, a weight is not finite, or a label is not one.
     """
-    _check(current, weight, T, contiguous=True)
+    whole("T", T, 1, MAX_T)
+    reason = flaw(current, torch.float32)
+    if turned := reason is not None and flaw(current, torch.float32, contiguous=False) is None and current.dim() == 2:
+        reason = flaw(current.t(), torch.float32)
+    if reason:
+        raise Unfit(f"current {reason}")
+    check("weight", weight, torch.float32)
+    _check_sizes(current, weight)
     check("labels", labels, torch.int64, current.shape[:1])
-    apart({"current": current, "weight": weight, "labels": labels}, {"current"})
     (n, h), (o, _) = current.shape, weight.shape
     p = _padded(o)
-    loss, right, grad_weight = empty(), empty(dtype=torch.int64), empty(o, h)
+    loss, right, grad_current, grad_weight = empty(), empty(dtype=torch.int64), empty(n, h), empty(o, h)
     # transposed weights, sums, inputs, counts, and the periods, of half a float each
     _kept, parts = scratch(h * p, n * (T + 2) * p, n * T * o, n * o, -(-n * h // 2))
-    tensors, outputs = (current, weight, labels), (grad_weight, loss, right)
+    tensors, outputs = (current, weight, labels), (grad_current, grad_weight, loss, right)
     pointers = (*map(Tensor.data_ptr, tensors), *parts, *map(Tensor.data_ptr, outputs))
-    if build.library().constant_lif_linear_learn(*pointers, n, h, o, p, T):
+    if build.library().constant_lif_linear_learn(*pointers, n, h, o, p, T, turned):
         raise Unfit("weight is not finite, or labels has one that is none")
-    torch.autograd.graph.increment_version(current)  # or a graph that needs it would not know
-    return loss, right, grad_weight
+    return loss, right, grad_current, grad_weight

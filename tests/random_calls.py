@@ -81,7 +81,8 @@ def apart(*sizes):
 def lif_linear_lif_learn(data):
     T, n = data.draw(st.integers(1, 20) | st.integers(1, 300)), data.draw(sizes(9))
     h, o = data.draw(sizes(140, 1)), data.draw(sizes(70, 1))
-    current, weight, labels = (data.draw(x) for x in (floats(n, h), floats(o, h), integers(np.int64, 0, o - 1, n)))
+    current = data.draw(floats(n, h)) if data.draw(st.booleans()) else data.draw(floats(h, n)).t()
+    weight, labels = data.draw(floats(o, h)), data.draw(integers(np.int64, 0, o - 1, n))
     foreign = data.draw(st.sampled_from([0, -1, o, -(2**63), 2**63 - 1]))
     if foreign and n:
         labels[data.draw(st.integers(0, n - 1))] = foreign

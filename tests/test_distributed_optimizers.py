@@ -97,9 +97,12 @@ def assert_as_one_process(results, name):
     assert 0 < sum(int((p == 0).sum()) for p in weights) < sum(p.numel() for p in weights)
 
 
-def test_two_ranks_train_as_one_process(tmp_path):
-    """A short choice of the cases below."""
-    results = on_two_ranks(tmp_path, QUICK)
+def test_two_ranks_train_as_one_process(request, tmp_path):
+    """A short choice of the cases below; it has its own processes where those are left out."""
+    if any("slow_results" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        results = request.getfixturevalue("slow_results")
+    else:
+        results = on_two_ranks(tmp_path, QUICK)
     for name in QUICK[:-1]:
         assert_as_one_process(results, name)
     assert_refused(results, QUICK[-1], "weights differ between ranks 0 and 1: parameter 0 of group 0. Load")

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import itertools
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import measuring
 import spiking_kernels
 from mnist.model import MnistNet
 from spiking import LIFNode, lif
-from spiking_kernels import Unfit, build
+from spiking_kernels import Unfit, build, products
 from training.step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -415,6 +417,59 @@ def test_a_step_by_the_kernel_is_that_of_the_layers_at_every_size(hidden, classe
     assert {"loss", "right", "static_fc.1.weight", "fc.1.weight"} == fused.keys()
     assert all(T == 1 or value.abs().sum() > 0 for value in fused.values())
     assert not any(value.requires_grad for value in fused.values())
+
+
+def test_a_step_may_multiply_transposed_matrices(monkeypatch, learned):
+    steps = []
+    for transposed in (False, True):
+        monkeypatch.setattr(products, "transposed_is_faster", lambda *sizes, transposed=transposed: transposed)
+        steps.append(learnt(small(), True))
+    assert learned == [1, 1]
+    assert_same(*steps)
+    assert steps[0]["static_fc.1.weight"].stride() == steps[1]["static_fc.1.weight"].stride() == (16, 1)
+
+
+def test_the_transposed_product_is_taken_where_it_is_faster_and_the_same(monkeypatch):
+    now, rounds = 0.0, 0
+    monkeypatch.setattr(products, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def lasting(*seconds, numbers=(0.0, 0.0)):
+        turns = itertools.cycle(seconds)
+
+        def function():
+            nonlocal now, rounds
+            now, rounds = now + next(turns), rounds + 1
+            return torch.tensor(numbers)
+
+        return function
+
+    assert products.clearly_faster(lasting(0.0009), lasting(0.001))
+    assert rounds == 2 * (1 + 20)
+    assert products.clearly_faster(lasting(0.9), lasting(1.0))
+    assert rounds == 2 * (1 + 20) + 2 * (1 + 3)  # large ones
+    assert products.clearly_faster(lasting(0.9, 1.5), lasting(1.0, 1.2))  # what else runs takes time now and then
+    assert not products.clearly_faster(lasting(0.97), lasting(1.0))
+    assert not products.clearly_faster(lasting(1.0), lasting(0.9))
+    assert not products.clearly_faster(lasting(0.1, numbers=(0.0, 1e-30)), lasting(1.0))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_product_is_that_of_a_linear_layer(monkeypatch, transposed):
+    """It draws no random numbers that others would draw, and tries both ways once for all calls of some sizes."""
+    asked = []
+    monkeypatch.setattr(products, "clearly_faster", lambda *ways: asked.append(ways) or transposed)
+    products.transposed_is_faster.cache_clear()
+    images, layer = torch.randn(5, 7), nn.Linear(7, 3, bias=False)
+    state = torch.get_rng_state()
+    for _ in range(3):
+        product = products.linear(images, layer.weight)
+        torch.testing.assert_close(product, layer(images))
+        assert product.t().is_contiguous() is transposed
+    assert torch.equal(torch.get_rng_state(), state)
+    ((one, other),) = asked
+    torch.testing.assert_close(one(), other())
+    assert one().shape == (5, 3)
+    products.transposed_is_faster.cache_clear()
 
 
 def hook_of(key, place):
