@@ -261,7 +261,9 @@ class SpikingNetwork(nn.Module):
         """The loss of training and the number of correct predictions, both without axes, by a kernel if there is one.
 
         It puts into the parameters' ``grad`` what a backward pass of that loss would (see
-        :func:`measuring.loss_function`).
+        :func:`measuring.loss_function`). It is None, or raises Unfit, where more than that is asked of a step, too: to
+        keep gradients from frozen weights, say, or to call hooks. Then :meth:`forward` and autograd take the step, and
+        no warning is due, unless the forward pass has one.
 
         Raises:
             Unfit: as :meth:`fused_counts`.

@@ -10,7 +10,7 @@ import spiking_kernels
 from spiking import LIFNode, SpikingNetwork, lif
 from spiking_kernels import Unfit, products, proof
 
-# what changes nothing that the network computes, or is given to the kernel
+# what changes nothing that the network computes, is given to the kernel, or is looked at beside
 FREE = proof.SIZES | {"_T", "fused", "spike_counts", "_ranks", "_warned"}
 
 
@@ -51,11 +51,13 @@ class MnistNet(SpikingNetwork):
         return counts
 
     def fused_gradients(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not images.is_cpu or images.requires_grad or proof.autocast_dtype("cpu") is not None:
+        if not images.is_cpu or images.requires_grad or images.is_inference():
+            return None
+        if self.spike_counts or self.T > spiking_kernels.MAX_T or proof.autocast_dtype("cpu") is not None:
             return None
         proof.check_unwatched()
-        if MnistNet.forward is not SpikingNetwork.forward:
-            raise Unfit("MnistNet has another forward")
+        if (MnistNet.forward, MnistNet.static) != AS_KNOWN:
+            raise Unfit("MnistNet has been given another forward or static")
         if reason := proof.difference(self, _as_published(), "it", FREE) or spiking_kernels.unavailable():
             raise Unfit(reason)
         (_, first), (neurons, second, last) = (vars(x)["_modules"].values() for x in (self.static_fc, self.fc))
@@ -69,6 +71,9 @@ class MnistNet(SpikingNetwork):
             loss, right, grad, second_grad = spiking_kernels.lif_linear_lif_learn(current, second, labels, self.T)
             first.grad, second.grad = grad.t() @ images, second_grad
         return loss, right
+
+
+AS_KNOWN = MnistNet.forward, MnistNet.static
 
 
 @functools.cache

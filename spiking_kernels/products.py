@@ -7,19 +7,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LARGE = 1 << 24  # multiplications: less is not divided among threads in a way that matters
+ALIGNED = 64  # bytes, as torch allocates: elsewhere, the order of a sum may differ
 ROUNDS = 20  # on a busy machine, fewer do not tell
 SECONDS = 0.2  # large products have fewer rounds, but three
 CLEARLY = 0.95  # of the time: less is not worth a transposed result
 
 
 def linear(images: Tensor, weight: Tensor) -> Tensor:
-    """images [N, K] times the transposed weight [H, K]: [N, H], contiguous as it is or transposed.
+    """images [N, K] times the transposed weight [H, K], on the CPU: [N, H], contiguous as it is or transposed.
 
     Libraries divide the two products among threads in different ways, and a quarter of the time may lie between them.
     The first call for some sizes tries both, and takes the transposed one only if it has the same numbers.
     """
-    sizes = (*images.shape, len(weight))
-    if images.is_cpu and transposed_is_faster(*sizes, torch.get_num_threads()):
+    n, k, h = *images.shape, len(weight)
+    fits = n * k * h >= LARGE and (images.data_ptr() | weight.data_ptr()) % ALIGNED == 0
+    if fits and transposed_is_faster(n, k, h, torch.get_num_threads()):
         return (weight @ images.t()).t()
     return torch.nn.functional.linear(images, weight)
 

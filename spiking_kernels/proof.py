@@ -1,7 +1,8 @@
 """The proof that a kernel computes what a network's layers do: compared setting by setting, not assumed."""
 
 import functools
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, MutableMapping
 from itertools import chain
 from numbers import Number
 from operator import is_
@@ -42,13 +43,12 @@ def difference(
         free: attributes that may differ.
         harmless: whether a hook is known to change nothing, and not to matter if it is not called; None: none is.
     """
-    global _last
-    last, other, allowed, unchanged = _last
-    if module is last and like is other and free == allowed and unchanged():
+    last, allowed, unchanged = _last.get(like, (None, None, None))
+    if module is last and free == allowed and unchanged():
         return None
     reason = _difference(module, like, name, free, None)
     if reason is None:
-        _last = module, like, free, _watch(module)
+        _last[like] = module, free, _watch(module)
     elif harmless is not None:
         reason = _difference(module, like, name, free, harmless)
     return reason
@@ -79,9 +79,9 @@ def _watch(module: nn.Module) -> Callable[[], bool]:
     return unchanged
 
 
-# The last module that was like another one, with that, `free` and `unchanged`; networks that take turns are compared
-# in full each time.
-_last: tuple[Any, ...] = (None, None, None, None)
+# The last module that was like another one, with `free` and `unchanged`, by the other one. It is kept until another
+# takes its place; networks that take turns are compared in full each time.
+_last: MutableMapping[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def _difference(
@@ -233,10 +233,13 @@ def _other_modes(stack: list[Any]) -> bool:
 
 
 def check_learns(parameters: Iterable[nn.Parameter]) -> None:
-    """Proves that a backward pass would do nothing with the gradients of parameters but put them in ``grad``.
+    """Proves that a backward pass would put the gradients of parameters into ``grad``, and no more.
+
+    It cannot see hooks of autograd's AccumulateGrad nodes, as DistributedDataParallel has them, nor whether
+    torch.autograd.graph.saved_tensors_hooks are at work.
 
     Raises:
-        Unfit: one gets no gradient, or adds to one, or something sees it.
+        Unfit: one gets no gradient, or adds to one, or has another layout, or something sees it.
     """
     parameters = list(parameters)
     if not torch.is_grad_enabled() or torch.is_anomaly_enabled():
@@ -248,6 +251,8 @@ def check_learns(parameters: Iterable[nn.Parameter]) -> None:
             raise Unfit("a parameter gets no gradient, or has one")
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise Unfit("a parameter has hooks")
+        if not parameter.is_contiguous():
+            raise Unfit("a parameter is not contiguous")
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:

@@ -5,6 +5,7 @@ import gc
 import itertools
 import re
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ import measuring
 import spiking_kernels
 from mnist.model import MnistNet
 from spiking import LIFNode, lif
-from spiking_kernels import Unfit, build, products
+from spiking_kernels import Unfit, build, products, proof
 from training.step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -371,6 +372,24 @@ def test_a_tensor_in_two_places_gets_the_gradient_of_both(calls):
     assert len(list(network.parameters())) == 1
 
 
+def test_parts_that_take_turns_are_compared_in_full_once(monkeypatch):
+    """And what they were compared with is not kept for that."""
+    compared, in_full = [], proof._difference
+    monkeypatch.setattr(proof, "_difference", lambda *given: compared.append(given[2]) or in_full(*given))
+    network, like, layer = small(), small(), nn.Linear(2, 2)
+    free = proof.SIZES | {"_warned", "spike_counts"}
+    for _ in range(3):
+        for part in ("fc", "static_fc"):
+            assert proof.difference(getattr(network, part), getattr(like, part), part, free) is None
+    assert [name for name in compared if "." not in name] == ["fc", "static_fc"]
+    other = nn.Linear(2, 2)
+    assert proof.difference(layer, other, "layer") is None
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+
+
 # -- a whole training step -----------------------------------------------------------------------
 
 
@@ -408,7 +427,7 @@ def learnt(network, fused, precision="fp32"):
 @pytest.mark.parametrize(("hidden", "classes"), [(24, 10), (65, 17), (800, 10)])
 def test_a_step_by_the_kernel_is_that_of_the_layers_at_every_size(hidden, classes, T, learned, calls):
     network = small(T, hidden, classes)
-    network.fc[0].v, network.note, network.fc[0].tau = torch.ones(3), "mine", 2
+    network.note, network.fc[0].tau = "mine", 2
     plain = learnt(network, False)
     assert learned == []
     fused = learnt(network, True)
@@ -419,14 +438,39 @@ def test_a_step_by_the_kernel_is_that_of_the_layers_at_every_size(hidden, classe
     assert not any(value.requires_grad for value in fused.values())
 
 
-def test_a_step_may_multiply_transposed_matrices(monkeypatch, learned):
-    steps = []
-    for transposed in (False, True):
-        monkeypatch.setattr(products, "transposed_is_faster", lambda *sizes, transposed=transposed: transposed)
-        steps.append(learnt(small(), True))
-    assert learned == [1, 1]
-    assert_same(*steps)
-    assert steps[0]["static_fc.1.weight"].stride() == steps[1]["static_fc.1.weight"].stride() == (16, 1)
+def test_a_step_after_potentials_were_left_behind(learned):
+    """Which a forward pass would reset, so that one runs."""
+    network = small()
+    plain = learnt(network, False)
+    network.fc[0].v = torch.ones(3)
+    assert_same(plain, learnt(network, True))
+    assert learned == []
+    assert network.fc[0].v == 0.0
+    assert_same(plain, learnt(network, True))
+    assert learned == [1]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_step_has_bitwise_the_gradients_of_the_kernels_and_autograd(monkeypatch, transposed):
+    """Of weights whose sums do round; the product of transposed matrices, where it has the same numbers."""
+    torch.manual_seed(0)
+    network, images, labels, steps, layouts = MnistNet(8), torch.randn(128, 1, 28, 28), torch.arange(128) % 10, [], []
+    kernel = spiking_kernels.lif_linear_lif_learn
+    monkeypatch.setattr(
+        spiking_kernels, "lif_linear_lif_learn", lambda x, *more: layouts.append(x.is_contiguous()) or kernel(x, *more)
+    )
+    monkeypatch.setattr(products, "transposed_is_faster", lambda *sizes: transposed)
+    network.fused = True
+    for gradients in (MnistNet.fused_gradients, lambda *batch: None):
+        monkeypatch.setattr(MnistNet, "fused_gradients", gradients)
+        loss, right = TrainingStep(network, [], "fp32", CPU, graph=False)(images, labels)
+        steps.append([right, *(parameter.grad for parameter in network.parameters()), loss])
+    assert layouts == [not transposed]
+    x, w = images.flatten(1), network.static_fc[1].weight.detach()
+    if not transposed or torch.equal(x @ w.t(), (w @ x.t()).t()):
+        assert all(torch.equal(one, other) for one, other in zip(steps[0][:-1], steps[1][:-1], strict=True))
+    torch.testing.assert_close(*steps, rtol=1e-6, atol=0 if not transposed else 1e-3)
+    assert all(value.abs().sum() > 0 for value in steps[0])
 
 
 def test_the_transposed_product_is_taken_where_it_is_faster_and_the_same(monkeypatch):
@@ -459,6 +503,7 @@ def test_the_product_is_that_of_a_linear_layer(monkeypatch, transposed):
     asked = []
     monkeypatch.setattr(products, "clearly_faster", lambda *ways: asked.append(ways) or transposed)
     products.transposed_is_faster.cache_clear()
+    monkeypatch.setattr(products, "LARGE", 5 * 7 * 3)
     images, layer = torch.randn(5, 7), nn.Linear(7, 3, bias=False)
     state = torch.get_rng_state()
     for _ in range(3):
@@ -469,6 +514,11 @@ def test_the_product_is_that_of_a_linear_layer(monkeypatch, transposed):
     ((one, other),) = asked
     torch.testing.assert_close(one(), other())
     assert one().shape == (5, 3)
+    # smaller ones, and those elsewhere than where torch begins
+    apart = torch.randn(36)[1:].view(5, 7)
+    for given in (images[:4], apart):
+        assert products.linear(given, layer.weight).is_contiguous()
+    assert len(asked) == 1
     products.transposed_is_faster.cache_clear()
 
 
@@ -529,6 +579,15 @@ OF_A_STEP = {
     "a layer more than the network has": lambda network: setattr(network, "extra", nn.Linear(2, 2)),
     "one weight in two places": in_two_places,
     "step by step": lambda network: setattr(network, "step_mode", "s"),
+    **{
+        f"weights of {place} in another layout": lambda network, place=place: setattr(
+            getattr(network, place)[1],
+            "weight",
+            nn.Parameter(getattr(network, place)[1].weight.detach().t().contiguous().t()),
+        )
+        for place in ("static_fc", "fc")
+    },
+    "spikes to count": lambda network: network.spike_counts.append({"fc.0": torch.zeros(24, dtype=torch.int64)}),
 }
 
 
@@ -542,6 +601,16 @@ def test_a_step_of_a_changed_network_is_that_of_its_layers(change, learned):
     assert learned == [1]
     assert "error" not in plain
     assert_same(plain, fused)
+    for name, parameter in network.named_parameters():
+        assert name not in plain or plain[name].stride() == fused[name].stride() == parameter.stride()
+    assert all(counts["fc.0"].sum() > 0 for counts in network.spike_counts)
+
+
+def test_a_step_of_a_changed_class_is_that_of_its_layers(monkeypatch, learned):
+    static = MnistNet.static
+    monkeypatch.setattr(MnistNet, "static", lambda self, images: 2 * static(self, images))
+    assert_same(learnt(small(), False), learnt(small(), True))
+    assert learned == []
 
 
 def test_in_bf16_the_layers_behind_the_first_are_the_kernels(learned, calls):
@@ -559,12 +628,16 @@ def test_a_step_leaves_gradients_to_autograd_where_more_is_asked_of_it(learned):
     network.fused = True
     assert network.fused_gradients(images.clone().requires_grad_(), labels) is None
     assert network.fused_gradients(images.to("meta"), labels) is None
+    with torch.inference_mode():
+        of_inference = images_of()
+    assert network.fused_gradients(of_inference, labels) is None
+    assert small(65535).fused_gradients(images, labels) is None
     with torch.autograd.set_detect_anomaly(True), pytest.raises(Unfit, match="anomalies"):
         network.fused_gradients(images, labels)
     with torch.no_grad(), pytest.raises(Unfit, match="autograd is off"):
         network.fused_gradients(images, labels)
-    with measuring.SpikeCounter(network), pytest.raises(Unfit, match="hooks"):
-        network.fused_gradients(images, labels)
+    with measuring.SpikeCounter(network):
+        assert network.fused_gradients(images, labels) is None
     with pytest.raises(Unfit, match=r"^labels has the shape"):
         network.fused_gradients(images, labels[:5])
     assert all(parameter.grad is None for parameter in network.parameters())

@@ -12,6 +12,8 @@ from training.data.dataset import Split
 from training.data.transforms import Normalisation, RandomAffine, RandomCropFlip
 from training.errors import Refusal
 
+VIEWS = 512  # of batches are made at a time: in a step, each would take longer
+
 
 class TrainingBatches:
     """The batches of a training epoch: shuffled, augmented and normalised, without the last incomplete batch.
@@ -101,10 +103,12 @@ class TrainingBatches:
         transforms = self.augmentation.draw(self.split.images, self.generator)
         if self.fused:
             transforms = self.augmentation.matrices(transforms, self.split.images.shape[3])
-        # the views of all batches at once, as each would take time in its step
-        whole = slice(len(self) * self.batch_size)
-        batches = [x[whole].unflatten(0, (-1, self.batch_size)) for x in (order, transforms.to(device))]
-        yield from zip(*(x[start:, self.share].unbind() for x in batches), strict=True)
+        transforms = transforms.to(device)
+        for begin in range(start, len(self), VIEWS):
+            end = min(begin + VIEWS, len(self))
+            some = slice(begin * self.batch_size, end * self.batch_size)
+            batches = [x[some].unflatten(0, (-1, self.batch_size))[:, self.share] for x in (order, transforms)]
+            yield from zip(*(x.unbind() for x in batches), strict=True)
 
     def epoch(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields an epoch's (images, labels) from batch ``start``: float32 [B, C, H, W] and int64 [B]."""
