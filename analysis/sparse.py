@@ -46,8 +46,6 @@ def _obstacle(network: MnistNet) -> str | None:
     for name, layers in like.named_children():
         if reason := proof.difference(getattr(network, name), layers, name, free):
             return reason
-    if network.fc[0] is network.fc[2]:
-        return "fc has one layer of neurons in two places"
     for name, weight in measuring.prunable(network).items():
         if weight.dtype != torch.float32 or weight.layout != torch.strided:
             return f"{name} is {weight.dtype}, {weight.layout}, not torch.float32, torch.strided"

@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from itertools import chain
 from numbers import Number
 from operator import is_
@@ -112,6 +112,8 @@ def _difference(
     layers, others = own["_modules"], other["_modules"]
     if len(layers) != len(others):
         return f"{name} has {len(layers)} layers, not {len(others)}"
+    if len({*map(id, layers.values())}) < len({*map(id, others.values())}):  # neurons would keep their potentials
+        return f"{name} has one layer in two places"
     for (key, child), expected in zip(layers.items(), others.values(), strict=True):
         if reason := _difference(child, expected, f"{name}.{key}", free, harmless):
             return reason
@@ -188,11 +190,9 @@ def check_layers(
     """
     if reason := difference(layers, paper_layers(node), name, SIZES | free, harmless):
         raise Unfit(reason)
-    first, linear, last = vars(layers)["_modules"].values()
-    if first is last:  # it would keep its potentials from one place to the other
-        raise Unfit(f"{name} has one layer of neurons in two places")
     if reason := spiking_kernels.unavailable():
         raise Unfit(reason)
+    _, linear, _ = vars(layers)["_modules"].values()
     return linear
 
 
@@ -232,7 +232,7 @@ def _other_modes(stack: list[Any]) -> bool:
     return any(type(mode) is not DeviceContext for mode in stack)  # which a default device is
 
 
-def check_learns(parameters: Iterable[nn.Parameter]) -> None:
+def check_learns(*parameters: nn.Parameter) -> None:
     """Proves that a backward pass would put the gradients of parameters into ``grad``, and no more.
 
     It cannot see hooks of autograd's AccumulateGrad nodes, as DistributedDataParallel has them, nor whether
@@ -241,7 +241,6 @@ def check_learns(parameters: Iterable[nn.Parameter]) -> None:
     Raises:
         Unfit: one gets no gradient, or adds to one, or has another layout, or something sees it.
     """
-    parameters = list(parameters)
     if not torch.is_grad_enabled() or torch.is_anomaly_enabled():
         raise Unfit("autograd is off, or looks for anomalies")
     if len({*map(id, parameters)}) < len(parameters):

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomAffine, RandomCrop, functional
 
 from training import data
+from training.data import batches
 from training.errors import Refusal
 
 CPU = torch.device("cpu")
@@ -185,6 +186,23 @@ def test_a_batch_is_made_of_its_parts():
             assert torch.equal(images, expected)
             assert torch.equal(labels, expected_labels)
     assert [(part.shape[0], part.dim()) for part in next(first.parts())] == [(5, 1), (5, 2)]
+
+
+@pytest.mark.parametrize("share", [slice(None), slice(1, 3)])
+def test_batches_do_not_depend_on_how_many_views_are_made_at_a_time(monkeypatch, share):
+    epochs = []
+    for views in (1, 3, batches.VIEWS):
+        monkeypatch.setattr(batches, "VIEWS", views)
+        made = training_batches(augmentation=AFFINE)
+        made.share = share
+        epochs.append([*made.parts(0), *made.parts(1)])
+        for step, (index, _) in enumerate(epochs[-1][4:], 1):
+            assert torch.equal(index, made.indices(step)[share])
+    assert len(epochs[0]) == 4 + 3
+    assert len(epochs[0][0][0]) == len(range(5)[share])
+    for epoch in epochs[1:]:
+        for parts, expected in zip(epoch, epochs[0], strict=True):
+            assert all(map(torch.equal, parts, expected))
 
 
 def test_each_image_has_its_own_augmentation_and_a_new_one_each_epoch():

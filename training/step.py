@@ -179,10 +179,11 @@ class TrainingStep:
     def _gradients(self, images: Tensor, labels: Tensor) -> Taken:
         """The loss and the number of correct predictions; the gradients are in the parameters."""
         with autocast(self.precision, self.device):
-            if self.network.fused:
-                with contextlib.suppress(Unfit):
-                    if (found := self.network.fused_gradients(images, labels)) is not None:
-                        return found
+            found = None
+            with contextlib.suppress(Unfit):
+                found = self.network.fused_gradients(images, labels) if self.network.fused else None
+            if found is not None:
+                return found
             counts = self.network(images)
         loss = measuring.loss_function(counts, labels, self.network.T)
         loss.backward()
