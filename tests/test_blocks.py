@@ -253,6 +253,7 @@ def test_other_batch_norms_are_torchs(change):
 @needs_kernels
 @pytest.mark.filterwarnings("ignore")
 def test_a_trace_of_a_fused_network_runs_its_layers():
+    torch.manual_seed(0)  # of 272 seeds, two have a spike that falls otherwise by rounding
     network, x = Cifar10Net(T=1, width=8), torch.rand(2, 3, 32, 32)
     network.fc[1].p, network.fused = 0.0, True
     with torch.no_grad():
