@@ -21,11 +21,12 @@
 #ifdef __AVX512F__
 #define WIDE 32 /* neurons whose gradients are made at a time, so that one waits less for its last step */
 #define SUMMED 32 /* of these, as many have the gradients of their spikes of STEPS steps in registers */
+#define STEPS 8 /* time steps at a time */
 #else
 #define WIDE 16
-#define SUMMED 8
+#define SUMMED 16
+#define STEPS 4
 #endif
-#define STEPS 8   /* time steps at a time */
 #define SAMPLES 4 /* at a time: their additions need not wait for each other */
 #define SHORT 30  /* up to so many steps, the sums by period of so many samples fit the cache */
 #define LONG 254  /* and those of one */
