@@ -3,6 +3,7 @@
 CC names the compiler, which must have both: gcc and clang do.
 """
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -49,6 +50,14 @@ class Sanitizer:
                 return path
         raise build.Unavailable(f"the C compiler has no {names[0]}")
 
+    def _object(self, source: Path, flags: list[str]) -> Path:
+        """What a C file is compiled to: once for each content of it and of the headers beside it."""
+        texts = [path.read_text() for path in (source, *build.sources("*.h", source.parent))]
+        compiled = self.folder / f"{source.stem}-{hashlib.sha256(repr((texts, flags)).encode()).hexdigest()}.o"
+        if not compiled.exists():
+            compiled.write_bytes(build.compile_files(self.command, [source], [*flags, "-c"], self.folder))
+        return compiled
+
     def run(self, sources: Path, variant: str, *arguments: str, output: int | None = None) -> tuple[int, str]:
         """Makes the random calls of tests/random_calls.py to the kernels in a folder.
 
@@ -56,7 +65,8 @@ class Sanitizer:
             Their exit status, and what the sanitizers say.
         """
         library, last, flags = self.folder / "cpu.so", self.folder / "last", [*self.flags, STREAMED, *VARIANTS[variant]]
-        library.write_bytes(build.compile_files(self.command, build.sources(folder=sources), flags, self.folder))
+        objects = [self._object(source, flags) for source in build.sources(folder=sources)]
+        library.write_bytes(build.compile_files(self.command, objects, flags, self.folder))
         found = subprocess.run(
             [sys.executable, "-m", "tests.random_calls", library, "--last", last, *arguments],
             cwd=ROOT,

@@ -409,7 +409,7 @@ def test_counting_takes_all_values_of_all_tensors(monkeypatch, at_once):
     tensors += [torch.randn(5, 4, generator=generator).t(), torch.randn(9, generator=generator, dtype=torch.float64)]
     tensors.append(torch.randn(6, generator=generator).bfloat16())
     values = torch.cat([tensor.flatten().double() for tensor in tensors])
-    for k in range(1, len(values) + 1):
+    for k in range(1, len(values) + 1, 5 if at_once == 1 else 1):
         expected = float(values.kthvalue(k).values)
         assert gradrewire._smallest_by_counting(tensors, k) == gradrewire._smallest(tensors, k) == expected
 

@@ -58,11 +58,13 @@ def succeeded(result):
     return result.stdout
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("name", "narrow"),
-    [("mnist", False), ("c10", True), pytest.param("c10", False, marks=pytest.mark.slow)],
-    ids=["mnist", "narrow c10", "c10"],
+    ("mode", "name", "narrow"),
+    [
+        *[pytest.param(mode, "mnist", False, id=f"mnist-{mode}") for mode in MODES],
+        *[pytest.param(mode, "c10", True, id=f"narrow c10-{mode}") for mode in MODES],
+        pytest.param("grad", "c10", False, id="c10-grad", marks=pytest.mark.slow),
+    ],
 )
 def test_smoke(call, tmp_path, name, narrow, mode):
     argv = {"mnist": ["-b", "20"], "c10": ["-b", "5", "-T", "2"]}[name]
