@@ -74,7 +74,7 @@ def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def _points(fraction: float) -> str:
-    return f"{100 * fraction:.2f}"
+    return f"{100 * fraction:z.2f}"  # z: no -0.00
 
 
 def _thousands(count: float) -> str:

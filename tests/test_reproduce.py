@@ -1137,6 +1137,12 @@ def test_methods_are_compared_at_equal_connectivity():
     assert "alone" not in text
 
 
+def test_a_loss_of_nothing_has_no_sign():
+    """The mean of the losses against their own mean is 0 only up to rounding."""
+    assert tables.spread([-0.00761, 0.0076], tables._points) == "0.00 ± 1.08"
+    assert tables.spread([-0.0001], tables._points) == "-0.01"
+
+
 def test_results_are_counted_in_every_way():
     def entry(options, accuracy, best, connectivity, path, synops, macs, seed=1):
         argv = shlex.split(f"{options} -N 60 --seed {seed}")
