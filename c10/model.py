@@ -1,5 +1,6 @@
 """The CIFAR-10 network: six spiking convolutions and two fully connected layers, 36.7 M weights as published."""
 
+import contextlib
 import functools
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import spiking_kernels
 from spiking import BatchNorm2d, Dropout, SpikingNetwork, StepwiseBatchNorm2d, lif
-from spiking_kernels import blocks, proof
+from spiking_kernels import blocks, convolutions, proof
 from spiking_kernels.shapes import Shape
 
 CONVOLUTIONS = (1, 4, 8, 11, 14)  # where they stand in Cifar10Net.conv
@@ -110,7 +111,7 @@ class Cifar10Net(SpikingNetwork):
             convolution, norm, _, after = layers[place : place + 4]
             pool = isinstance(after, layer.MaxPool2d)
             if filters is None:
-                y = convolution(spikes).flatten(0, 1)
+                y = self._convolved(f"conv.{names[place]}", convolution, spikes)
             else:
                 y = nn.functional.conv2d(spikes.flatten(0, 1), filters[i], padding=1)
             spikes = neurons(f"conv.{names[place + 2]}", y, norm, pool=pool)
@@ -119,6 +120,17 @@ class Cifar10Net(SpikingNetwork):
         for linear, name in ((hidden, names[3]), (output, names[5])):
             x = neurons(f"fc.{name}", linear(x).flatten(0, 1)[:, :, None, None]).flatten(2)
         return self.readout(x.sum(0, dtype=torch.float32))
+
+    def _convolved(self, name: str, convolution: nn.Conv2d, spikes: Tensor) -> Tensor:
+        """What a convolution makes of spikes [T, N, C, H, W]: [T N, O, H, W], by a kernel if it takes them."""
+        if spikes.is_cpu and convolutions.are_fast():
+            images = spikes.flatten(0, 1)
+            with contextlib.suppress(spiking_kernels.Unfit):
+                y = convolutions.convolution(images, convolution.weight)
+                if any(name in counts for counts in self.spike_counts):  # for hooks, which are not called
+                    self.add_spikes({name: images.detach().sum(0, dtype=torch.float32).long()})
+                return y
+        return convolution(spikes).flatten(0, 1)
 
     def _filters(self) -> tuple[Tensor, ...] | None:
         """The weights of :data:`CONVOLUTIONS` in the layout and the dtype in which a GPU reads them.

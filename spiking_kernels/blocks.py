@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spiking_kernels import blocks_c, build
 from spiking_kernels.neurons import lif_steps
 from spiking_kernels.shapes import Shape, Statistics
-from spiking_kernels.tensors import CPU, LARGEST, Unfit, check, flaw, whole
+from spiking_kernels.tensors import CPU, LARGEST, Unfit, check, flaw, gradients, whole
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -78,15 +78,8 @@ class _Block(torch.autograd.Function):
                 raise RuntimeError("over several ranks there are no gradients of gradients, nor hooks on saved tensors")
             with torch.enable_grad():
                 spikes = _plain(y, weight, bias, found, shape)
-            return *_gradients(spikes, (y, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
+            return *gradients(spikes, (y, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
         return *_kernels(y).backward(_laid_out(y), _laid_out(grad), found, shape), None, None, None
-
-
-def _gradients(of: Tensor, inputs: Iterable[Any], needed: Iterable[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of the inputs that need one, from that of what torch has computed from them."""
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(of, wanted, grad, create_graph=torch.is_grad_enabled()))
-    return [next(found) if need else None for need in needed]
 
 
 # -- the proof on a GPU ------------------------------------------------------------------------------
@@ -234,7 +227,7 @@ class _Norm(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # for gradients of gradients
             normalised = nn.functional.batch_norm(y, None, None, weight, bias, training=True, eps=ctx.eps)
-            return *_gradients(normalised, (y, weight, bias), needed, grad), None, None, None
+            return *gradients(normalised, (y, weight, bias), needed, grad), None, None, None
         statistics = None, None, mean, (variance + ctx.eps).rsqrt(), True, ctx.eps
         found = torch.ops.aten.native_batch_norm_backward(grad, y, weight, *statistics, needed)
         return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None, None

@@ -40,6 +40,9 @@ ARGUMENTS = {  # of each function in C that Python calls
     "block_forward": [_pointer] * 5 + [_int] * 8,
     "block_backward_sums": [_pointer] * 7 + [_int] * 7,
     "block_backward": [_pointer] * 9 + [_int] * 8,
+    "convolution_fast": [],
+    "convolution_forward": [_pointer] * 3 + [_int] * 5,
+    "convolution_backward": [_pointer] * 4 + [_int] * 6,
     "affine_lookup": [_pointer] * 5 + [_int64] + [_int] * 3,
     "grad_rewiring_step": [_pointer] * 2,
     "deep_rewiring_draws": [_pointer] * 2 + [_int64, _uint64, _double],
@@ -48,8 +51,10 @@ ARGUMENTS = {  # of each function in C that Python calls
 REFUSING = {
     "constant_lif_linear_forward",
     "constant_lif_linear_learn",
+    "convolution_forward",
     "affine_lookup",
-}  # return 1, having written nothing, for what they refuse
+}  # return 1 for what they refuse, having written nothing that counts
+TELLING = {"convolution_fast"}  # returns 1 for yes
 
 
 class Unavailable(RuntimeError):
@@ -218,5 +223,5 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """The library, with the types of its functions' arguments."""
     for name, arguments in ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, _int if name in REFUSING else None
+        function.argtypes, function.restype = arguments, _int if name in REFUSING | TELLING else None
     return loaded

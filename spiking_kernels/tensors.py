@@ -1,7 +1,8 @@
 """What a tensor must be before C works on its memory. Every tensor that C gets is checked here."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,13 @@ def scratch(*sizes: int) -> tuple[object, list[int]]:
     memory = empty(sum(sizes))
     start = memory.data_ptr()
     return memory, [start + 4 * place for place in accumulate(sizes[:-1], initial=0)]
+
+
+def gradients(of: Tensor, inputs: Iterable[Any], needed: Iterable[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of the inputs that need one, from that of what torch has computed from them."""
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(of, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return [next(found) if need else None for need in needed]
 
 
 def pointer(tensor: Tensor | None) -> int | None:

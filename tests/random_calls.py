@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spiking_kernels
-from spiking_kernels import blocks, build, neurons
+from spiking_kernels import blocks, build, convolutions, neurons
 from spiking_kernels.shapes import Shape
 
 EDGES = (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097)
@@ -156,10 +156,32 @@ def lif_block(data):
         spikes.backward(gradient.to(dtype).permute(0, 3, 1, 2))
 
 
+def convolution(data):
+    m, height, width = data.draw(sizes(9, 1)), data.draw(sizes(17, 1)), data.draw(sizes(convolutions.WIDEST, 1))
+    c, o = (convolutions.GROUP * data.draw(st.integers(1, 3)) for _ in range(2))
+    rng, rate = np.random.default_rng(data.draw(seeds)), data.draw(st.sampled_from([0, 0.2, 1]))
+    lead = data.draw(st.sampled_from([0, 0, 1, 3, 16]))
+    values = (rng.random(lead + m * height * width * c) < rate).astype(np.float32)
+    foreign = data.draw(st.sampled_from([False] * 9 + [True]))
+    if foreign:
+        values[rng.integers(lead, len(values))] = 0.5
+    spikes = placed(values, lead).view(m, height, width, c).permute(0, 3, 1, 2)
+    weight = data.draw(floats(o, c, 3, 3)).requires_grad_()
+    build.library().convolution_fast()
+    try:
+        y = convolutions.convolution(spikes, weight)
+    except spiking_kernels.Unfit:
+        assert foreign or not weight.isfinite().all()
+        spikes, weight = (spikes != 0).float(), weight.detach().nan_to_num().requires_grad_()
+        y = convolutions.convolution(spikes.contiguous(memory_format=torch.channels_last), weight)
+    y.backward(data.draw(floats(m, height, width, o)).permute(0, 3, 1, 2))
+
+
 CALLS = (
     lif_linear_lif,
     lif_linear_lif_learn,
     lif_block,
+    convolution,
     affine_lookup,
     grad_rewiring_step,
     deep_rewiring_draws,

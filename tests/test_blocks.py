@@ -495,7 +495,7 @@ def batch(N):
 
 @needs_kernels
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("T", "N", "width"), [(1, 2, 8), (2, 1, 24), (8, 3, 8), (9, 2, 16)])
+@pytest.mark.parametrize(("T", "N", "width"), [(1, 2, 8), (2, 1, 24), (8, 3, 8), (9, 2, 16), (3, 2, 32), (8, 1, 64)])
 def test_the_network_is_its_layers(T, N, width):
     fused, plain = networks(T, width)
     x, y = batch(N)
