@@ -7,8 +7,8 @@ They compute what the modules of SpikingJelly and torch compute, within rounding
 bare memory: they refuse what they cannot take with :class:`Unfit`, a ValueError, before anything is changed.
 
 A file for each thing computed holds its interface, and beside it lies its C code: ``neurons``, ``images``, ``updates``,
-``blocks``. To add a kernel, add such a pair; :data:`build.ARGUMENTS` names the C functions. ``products`` has no C: it
-chooses between two ways to multiply in torch.
+``blocks``, ``convolutions``. To add a kernel, add such a pair; :data:`build.ARGUMENTS` names the C functions.
+``products`` has no C: it chooses between two ways to multiply in torch.
 """
 
 from spiking_kernels.build import Unavailable, unavailable

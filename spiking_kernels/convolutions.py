@@ -21,7 +21,7 @@ PARTS, PIXELS = 32, 1 << 12  # the gradients of so many parts of the images are 
 
 @functools.cache
 def are_fast() -> bool:
-    """Whether the kernels can be had, for a processor with AVX2 or AVX-512: there they were measured."""
+    """Whether the kernels can be had, and the processor has vectors for them: AVX2 with FMA, or AVX-512."""
     return build.unavailable() is None and bool(build.library().convolution_fast())
 
 

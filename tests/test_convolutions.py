@@ -1,5 +1,7 @@
 """The convolution of spikes in C, and the gradient of its weights, against torch's."""
 
+import platform
+
 import pytest
 import torch
 from sanitize import VARIANTS
@@ -156,6 +158,12 @@ def test_numbers_that_are_no_spikes_are_refused(value, place, variant, monkeypat
         spikes[place] = value
     with pytest.raises(spiking_kernels.Unfit, match="neither 0 nor 1"):
         convolutions.convolution(spikes, weight)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86 processor")
+def test_it_is_for_processors_with_vectors():
+    assert build.library(*VARIANTS["portable"]).convolution_fast() == 0
+    assert build.library("-mavx2", "-mfma").convolution_fast() == 1  # the question itself needs none
 
 
 def test_products_that_are_rounded_are_refused():
