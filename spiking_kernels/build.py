@@ -42,7 +42,9 @@ ARGUMENTS = {  # of each function in C that Python calls
     "block_backward": [_pointer] * 9 + [_int] * 8,
     "convolution_fast": [],
     "convolution_forward": [_pointer] * 3 + [_int] * 5,
-    "convolution_backward": [_pointer] * 4 + [_int] * 6,
+    "convolution_weights_gradient": [_pointer] * 4 + [_int] * 6,
+    "convolution_plane": [_int],
+    "convolution_spikes_gradient": [_pointer] * 7 + [_int] * 6,
     "affine_lookup": [_pointer] * 5 + [_int64] + [_int] * 3,
     "grad_rewiring_step": [_pointer] * 2,
     "deep_rewiring_draws": [_pointer] * 2 + [_int64, _uint64, _double],
@@ -54,7 +56,7 @@ REFUSING = {
     "convolution_forward",
     "affine_lookup",
 }  # return 1 for what they refuse, having written nothing that counts
-TELLING = {"convolution_fast"}  # returns 1 for yes
+TELLING = {"convolution_fast", "convolution_plane"}  # return what they are asked for
 
 
 class Unavailable(RuntimeError):

@@ -1,9 +1,10 @@
-/* A convolution of spikes: 3 x 3, stride 1, padded by 1 with zeros, without bias. And the gradient of its weights.
+/* A convolution of spikes: 3 x 3, stride 1, padded by 1 with zeros, without bias. And its gradients.
  *
  * Images are channels-last, the spikes [M][H][W][C], the output [M][H][W][O]; all is float32. A spike is 1, and most
  * neurons are silent. So the kernels list the spikes, and for each one add what it meets: its weights to the output, or
- * the output's gradients to those of its weights. Nothing is multiplied, and the sums' order does not depend on the
- * number of threads.
+ * the output's gradients to those of its weights. Nothing is multiplied. The gradient of the spikes does the same with
+ * the weights, if most are pruned: each weight that is not 0 multiplies the gradients that it meets. The order of the sums
+ * does not depend on the number of threads.
  */
 
 #include "vectors.h"
@@ -18,6 +19,7 @@ static INLINE Vector v_all(float x) { return x; }
 static INLINE Vector v_load(const float *x) { return *x; }
 static INLINE void v_store(float *x, Vector a) { *x = a; }
 static INLINE Vector v_add(Vector a, Vector b) { return a + b; }
+static INLINE Vector v_fma(Vector a, Vector b, Vector c) { return a * b + c; }
 static INLINE unsigned v_bits(int a) { return (unsigned)a; }
 static INLINE int v_both(int a, int b) { return a && b; }
 static INLINE int v_differ(Vector a, Vector b) { return a != b; }
@@ -26,6 +28,8 @@ static INLINE int v_differ(Vector a, Vector b) { return a != b; }
 #define GROUP 32              /* channels at a time: C and O are multiples of it */
 #define PER (GROUP / WIDTH)   /* vectors */
 #define ROWS 8                /* of an image at a time, for the gradient of the weights */
+#define STRIP 4               /* rows of an image at a time, for that of the spikes */
+#define RUN (8 * WIDTH)       /* of its pixels, one row behind the other, at a time */
 #define UNROLLED _Pragma("GCC unroll 32")
 
 /* Bit i is set where x[i] is not 0, of GROUP numbers; *foreign, too, where one is neither 0 nor 1. */
@@ -45,6 +49,9 @@ static INLINE void add_group(float *x, const Vector *a) {
     UNROLLED
     for (int i = 0; i < PER; i++) v_store(x + i * WIDTH, v_add(v_load(x + i * WIDTH), a[i]));
 }
+
+/* The first of the images of a part. */
+static inline int first_image(int M, int parts, int part) { return (int)((int64_t)M * part / parts); }
 
 /* Whether the processor has vectors for which these kernels are made. */
 int convolution_fast(void) { return FAST; }
@@ -171,8 +178,8 @@ static INLINE void add_met(const uint16_t *places, int many, const float *grad, 
 
 /* The gradient total [3][3][C][O] of the weights: rows and columns of the filters, inputs, outputs. partial
  * [parts][3][3][C][O] is scratch, for the sums over the images of each part. */
-void convolution_backward(const float *spikes, const float *grad, float *partial, float *total, int parts, int M, int H,
-                          int W, int C, int O) {
+void convolution_weights_gradient(const float *spikes, const float *grad, float *partial, float *total, int parts,
+                                  int M, int H, int W, int C, int O) {
     const size_t apart = (size_t)C * O, size = 9 * apart;
     const int most = ROWS * W;
     THREADED
@@ -183,7 +190,7 @@ void convolution_backward(const float *spikes, const float *grad, float *partial
         float *sums = partial + part * size;
         memset(sums, 0, sizeof(float) * size);
         memset(padded, 0, sizeof(padded));
-        for (int m = (int)((int64_t)M * part / parts); m < (int64_t)M * (part + 1) / parts; m++)
+        for (int m = first_image(M, parts, part); m < first_image(M, parts, part + 1); m++)
             for (int first = 0; first < H; first += ROWS) {
                 const int rows = smaller(ROWS, H - first);
                 list_spikes(spikes + ((size_t)m * H + first) * W * C, places, many, rows, W, C, most);
@@ -204,5 +211,123 @@ void convolution_backward(const float *spikes, const float *grad, float *partial
             const float *from = partial + part * size + (size_t)i * O;
             for (int o = 0; o < O; o++) to[o] += from[o];
         }
+    }
+}
+
+/* -- the gradient of the spikes ------------------------------------------------------------------- */
+
+#ifdef __AVX2__
+static INLINE void transpose_8(const float *from, size_t from_step, float *to, size_t to_step) {
+    __m256 a[8], b[8];
+    UNROLLED
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * from_step);
+    UNROLLED
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    UNROLLED
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xEE);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xEE);
+    }
+    UNROLLED
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_step, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+#endif
+
+/* to [columns][rows] is the transposed matrix from [rows][columns]; the steps are from one row to the next. */
+static void transpose(const float *from, size_t from_step, float *to, size_t to_step, int rows, int columns) {
+    int tiled_rows = 0, tiled_columns = 0;
+#ifdef __AVX2__
+    tiled_rows = rows & ~7, tiled_columns = columns & ~7;
+    for (int r = 0; r < tiled_rows; r += 8)
+        for (int c = 0; c < tiled_columns; c += 8)
+            transpose_8(from + r * from_step + c, from_step, to + c * to_step + r, to_step);
+#endif
+    for (int r = 0; r < rows; r++)
+        for (int c = r < tiled_rows ? tiled_columns : 0; c < columns; c++) to[c * to_step + r] = from[r * from_step + c];
+}
+
+/* Numbers of a plane: STRIP + 2 rows of W + 2 pixels of a channel, and what vectors read behind them. */
+int convolution_plane(int W) { return ((STRIP + 2) * (W + 2) + 2 + WIDTH + 15) / 16 * 16; }
+
+/* Lists the weights [O][C][3][3] that are not 0: those of input c from starts[c] on, each with the place of the gradient
+ * that it brings to pixel 0, in planes of `plane` numbers. */
+static void list_weights(const float *weights, int *starts, int *places, float *values, int plane, int W, int C, int O) {
+    int k = 0;
+    for (int c = 0; c < C; c++) {
+        starts[c] = k;
+        for (int o = 0; o < O; o++)
+            for (int i = 0; i < 9; i++) {
+                const float value = weights[((size_t)o * C + c) * 9 + i];
+                if (value == 0.0f) continue;
+                places[k] = o * plane + (2 - i / 3) * (W + 2) + 2 - i % 3;
+                values[k++] = value;
+            }
+    }
+    starts[C] = k;
+}
+
+/* The sums of `many` weights times what they meet, for n pixels; to holds a multiple of WIDTH. */
+static void add_weighted(const int *places, const float *values, int many, const float *planes, float *to, int n) {
+    int at = 0;
+    for (; at + RUN <= n; at += RUN) {
+        Vector sum[RUN / WIDTH];
+        UNROLLED
+        for (int i = 0; i < RUN / WIDTH; i++) sum[i] = v_all(0.0f);
+        for (int k = 0; k < many; k++) {
+            const float *from = planes + places[k] + at;
+            const Vector value = v_all(values[k]);
+            UNROLLED
+            for (int i = 0; i < RUN / WIDTH; i++) sum[i] = v_fma(v_load(from + i * WIDTH), value, sum[i]);
+        }
+        UNROLLED
+        for (int i = 0; i < RUN / WIDTH; i++) v_store(to + at + i * WIDTH, sum[i]);
+    }
+    for (; at < n; at += WIDTH) {
+        Vector sum = v_all(0.0f);
+        for (int k = 0; k < many; k++) sum = v_fma(v_load(planes + places[k] + at), v_all(values[k]), sum);
+        v_store(to + at, sum);
+    }
+}
+
+/* The gradient of the spikes, [M][H][W][C], from that of the output. weights [O][C][3][3]. Scratch: starts [C + 1], places
+ * and values [9 C O], and for each part of the images planes [parts][O][plane]. */
+void convolution_spikes_gradient(const float *weights, const float *grad, float *to, int *starts, int *places,
+                                 float *values, float *planes, int parts, int M, int H, int W, int C, int O) {
+    const int plane = convolution_plane(W), pitch = W + 2;
+    list_weights(weights, starts, places, values, plane, W, C, O);
+    THREADED
+    for (int part = 0; part < parts; part++) {
+        float *const own = planes + (size_t)part * O * plane;
+        float sums[8][STRIP * pitch + WIDTH];
+        memset(own, 0, sizeof(float) * O * plane); /* the columns at both ends stay zeros */
+        for (int m = first_image(M, parts, part); m < first_image(M, parts, part + 1); m++)
+            for (int first = 0; first < H; first += STRIP) {
+                const int rows = smaller(STRIP, H - first);
+                for (int i = 0; i < rows + 2; i++) {
+                    const int row = first + i - 1;
+                    float *const at = own + (size_t)i * pitch + 1;
+                    if (row >= 0 && row < H)
+                        transpose(grad + ((size_t)m * H + row) * W * O, O, at, plane, W, O);
+                    else
+                        for (int o = 0; o < O; o++) memset(at + (size_t)o * plane, 0, sizeof(float) * W);
+                }
+                for (int c = 0; c < C; c += 8) {
+                    for (int i = 0; i < 8; i++) {
+                        const int start = starts[c + i], many = starts[c + i + 1] - start;
+                        add_weighted(places + start, values + start, many, own, sums[i], rows * pitch);
+                    }
+                    for (int i = 0; i < rows; i++)
+                        transpose(sums[0] + (size_t)i * pitch, STRIP * pitch + WIDTH,
+                                  to + ((size_t)m * H + first + i) * W * C + c, C, 8, W);
+                }
+            }
     }
 }

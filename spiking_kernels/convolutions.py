@@ -1,7 +1,7 @@
 """The convolutions of a spiking network on the CPU, in float32: sums of what the spikes meet, in C.
 
-Such a convolution is 3 x 3, with stride 1, padded by 1 with zeros, and has no bias. The kernels are in
-``convolutions.c``. The gradient of the spikes, which are not sparse there, is torch's.
+Such a convolution is 3 x 3, with stride 1, padded by 1 with zeros, and has no bias. Where few weights are left, the
+gradient of the spikes has sums of what these meet; elsewhere it is torch's. The kernels are in ``convolutions.c``.
 """
 
 import functools
@@ -16,7 +16,8 @@ from spiking_kernels.tensors import LARGEST, Unfit, check, empty, flaw, gradient
 GROUP = 32  # the kernels take so many channels at a time
 ROW = 1 << 14  # of W C, at most: lists of a few rows are on the stack
 WIDEST = 128  # of W
-PARTS, PIXELS = 32, 1 << 12  # the gradients of so many parts of the images are summed apart, if each has so many pixels
+PARTS, PIXELS = 32, 1 << 12  # backward, the images are in so many parts, or fewer, each with so many pixels
+SPARSE = 0.25  # of the weights are left, at most, where the gradient of the spikes goes by the weights
 
 
 @functools.cache
@@ -82,20 +83,37 @@ class _Convolution(torch.autograd.Function):
         spikes, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
-        if torch.is_grad_enabled() or flaw(grad, torch.float32, contiguous=False) or _flaw(spikes):
+        given = (flaw(grad, torch.float32, contiguous=False), _flaw(spikes), flaw(weight, torch.float32))
+        if torch.is_grad_enabled() or any(given):
             with torch.enable_grad():
                 y = nn.functional.conv2d(spikes, weight, padding=1)
             return tuple(gradients(y, (spikes, weight), needed, grad))
         grad = grad.resolve_neg().contiguous(memory_format=torch.channels_last)
-        grad_spikes = grad_weight = None
-        if needed[0]:
-            settings = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
-            grad_spikes = torch.ops.aten.convolution_backward(grad, spikes, weight, *settings)[0]
-        if needed[1]:
-            (m, c, h, w), o = spikes.shape, len(weight)
-            parts = min(max(m * h * w // PIXELS, 1), m, PARTS)
-            partial, total = empty(parts, 9 * c * o), empty(3, 3, c, o)
-            pointers = map(pointer, (spikes, grad, partial, total))
-            build.library().convolution_backward(*pointers, parts, m, h, w, c, o)
-            grad_weight = total.permute(3, 2, 0, 1).contiguous()
-        return grad_spikes, grad_weight
+        of_spikes = _spikes_gradient(spikes, weight, grad) if needed[0] else None
+        return of_spikes, _weights_gradient(spikes, weight, grad) if needed[1] else None
+
+
+def _parts(images: Tensor) -> int:
+    m, _, h, w = images.shape
+    return min(max(m * h * w // PIXELS, 1), m, PARTS)
+
+
+def _spikes_gradient(spikes: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    if int(weight.count_nonzero()) > SPARSE * weight.numel():
+        settings = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
+        return torch.ops.aten.convolution_backward(grad, spikes, weight, *settings)[0]
+    (m, c, h, w), o, library, parts = spikes.shape, len(weight), build.library(), _parts(spikes)
+    starts, places = (empty(size, dtype=torch.int32) for size in (c + 1, 9 * c * o))
+    values, planes = empty(9 * c * o), empty(parts, o, library.convolution_plane(w))
+    found = images(m, c, h, w, like=grad)
+    pointers = map(pointer, (weight, grad, found, starts, places, values, planes))
+    library.convolution_spikes_gradient(*pointers, parts, m, h, w, c, o)
+    return found
+
+
+def _weights_gradient(spikes: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
+    (m, c, h, w), o, parts = spikes.shape, len(weight), _parts(spikes)
+    partial, total = empty(parts, 9 * c * o), empty(3, 3, c, o)
+    pointers = map(pointer, (spikes, grad, partial, total))
+    build.library().convolution_weights_gradient(*pointers, parts, m, h, w, c, o)
+    return total.permute(3, 2, 0, 1).contiguous()

@@ -21,10 +21,11 @@ CONVOLUTION = convolutions.convolution
 SIZES = [(1, 32, 1, 1, 32), (3, 32, 5, 7, 64), (2, 96, 17, 8, 32), (70, 32, 8, 16, 32), (2, 64, 3, 128, 64)]
 
 
-def spikes_and_weight(M, C, H, W, out, rate=0.2):
+def spikes_and_weight(M, C, H, W, out, rate=0.2, density=0.2):
     generator = torch.Generator().manual_seed(1)
     spikes = (torch.rand(M, C, H, W, generator=generator) < rate).float()
     weight = torch.randn(out, C, 3, 3, generator=generator)
+    weight *= torch.rand(weight.shape, generator=generator) < density
     return spikes.contiguous(memory_format=torch.channels_last).requires_grad_(), weight.requires_grad_()
 
 
@@ -43,12 +44,12 @@ def exact(spikes, weight, grad):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("rate", [0, 0.2, 1])
+@pytest.mark.parametrize(("rate", "density"), [(0, 0.1), (0.2, 0.1), (0.2, 1), (1, 1), (1, 0)])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_it_is_torchs(sizes, rate, variant, monkeypatch):
+def test_it_is_torchs(sizes, rate, density, variant, monkeypatch):
     library = build.library(*VARIANTS[variant])
     monkeypatch.setattr(build, "library", lambda: library)
-    spikes, weight = spikes_and_weight(*sizes, rate)
+    spikes, weight = spikes_and_weight(*sizes, rate, density)
     grad = gradient(*sizes)
     y = convolutions.convolution(spikes, weight)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -57,7 +58,29 @@ def test_it_is_torchs(sizes, rate, variant, monkeypatch):
     for ours, (theirs, largest) in zip((y, spikes.grad, weight.grad), exact(spikes, weight, grad), strict=True):
         assert ours.dtype is torch.float32
         assert ((ours.double() - theirs).abs() <= 32 * EPS * largest).all()
-    assert y.any() == weight.grad.any() == (rate > 0)
+    assert (bool(y.any()), bool(weight.grad.any())) == (rate * density > 0, rate > 0)
+
+
+def test_the_gradient_of_the_spikes_goes_by_few_weights(monkeypatch):
+    """A quarter of them; with one more it is torch's."""
+    sizes, calls, library = SIZES[1], [], build.library()
+
+    class Noted:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(library, name)
+
+    monkeypatch.setattr(build, "library", Noted)
+    spikes, weight = spikes_and_weight(*sizes, density=1)
+    few = int(convolutions.SPARSE * weight.numel())
+    for left in (few, few + 1):
+        with torch.no_grad():
+            weight.view(-1)[left:] = 0
+            weight.view(-1)[:left] = 1
+        calls.clear()
+        convolutions.convolution(spikes, weight).backward(gradient(*sizes))
+        assert ("convolution_spikes_gradient" in calls) == (left == few)
+        assert "convolution_weights_gradient" in calls
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
@@ -91,13 +114,15 @@ def test_what_was_saved_may_come_back_as_another_tensor():
 
 
 def test_gradients_may_lie_in_any_way():
-    (spikes, weight), grad = spikes_and_weight(*SIZES[1]), gradient(*SIZES[1])
-    y = convolutions.convolution(spikes, weight)
-    expected = torch.autograd.grad(y, weight, grad, retain_graph=True)[0]
+    tensors, grad = spikes_and_weight(*SIZES[1]), gradient(*SIZES[1])
+    y = convolutions.convolution(*tensors)
+
+    def found(grad):
+        return torch.autograd.grad(y, tensors, grad, retain_graph=True)
+
     for same in (grad.contiguous(memory_format=torch.channels_last), torch._neg_view(-grad)):
-        assert torch.equal(torch.autograd.grad(y, weight, same, retain_graph=True)[0], expected)
-    whole = torch.autograd.grad(y, weight, torch.ones(()).expand_as(y))[0]
-    assert torch.equal(whole, torch.autograd.grad(convolutions.convolution(spikes, weight).sum(), weight)[0])
+        assert all(map(torch.equal, found(same), found(grad)))
+    assert all(map(torch.equal, found(torch.ones(()).expand_as(y)), found(torch.ones(y.shape))))
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -109,7 +134,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
             spikes, weight = spikes_and_weight(*sizes)
             y = convolutions.convolution(spikes, weight)
             y.backward(gradient(*sizes))
-            results.append((y, weight.grad))
+            results.append((y, spikes.grad, weight.grad))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

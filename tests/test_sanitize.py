@@ -50,6 +50,7 @@ def sanitizer(tmp_path_factory):
         ("convolution", "uint16_t places[(size_t)C * most];", "uint16_t places[(size_t)C * most / 2];", "stack-buffer"),
         ("convolution", "if (row < 0 || row >= H) {", "if (row < 0 || row > H) {", "heap-buffer"),
         ("convolution", "if (to >= 0 && to < H)", "if (to >= 0 && to <= H)", "heap-buffer"),
+        ("convolution", "(W + 2) + 2 + WIDTH + 15) / 16 * 16", "(W + 2))", "heap-buffer"),
         ("affine_lookup", "index[n] >= D) return", "index[n] > D) return", "heap-buffer|null pointer"),
         ("affine_lookup", "m[0] * (uint32_t)x", "m[0] * x", "signed integer overflow"),
         ("deep_rewiring_draws", "uint16_t places[CHUNK];", "uint16_t places[CHUNK / 2];", "stack-buffer"),
