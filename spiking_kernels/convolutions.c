@@ -32,7 +32,7 @@ static INLINE int v_differ(Vector a, Vector b) { return a != b; }
 #define RUN (8 * WIDTH)       /* of its pixels, one row behind the other, at a time */
 #define UNROLLED _Pragma("GCC unroll 32")
 
-/* Bit i is set where x[i] is not 0, of GROUP numbers; *foreign, too, where one is neither 0 nor 1. */
+/* Bit i is set where x[i] is not 0, of GROUP numbers. *foreign is other than 0 if one is neither 0 nor 1. */
 static INLINE uint32_t spikes_of(const float *x, uint32_t *foreign) {
     uint32_t found = 0;
     UNROLLED
