@@ -76,9 +76,8 @@ class _Block(torch.autograd.Function):
         if torch.is_grad_enabled() or _flaw(grad) or _flaw(y) or grad.dtype is not y.dtype:
             if found is not None and found.ranks is not None:
                 raise RuntimeError("over several ranks there are no gradients of gradients, nor hooks on saved tensors")
-            with torch.enable_grad():
-                spikes = _plain(y, weight, bias, found, shape)
-            return *gradients(spikes, (y, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
+            plain = functools.partial(_plain, found=found, shape=shape)
+            return *gradients(plain, (y, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
         return *_kernels(y).backward(_laid_out(y), _laid_out(grad), found, shape), None, None, None
 
 
@@ -226,7 +225,10 @@ class _Norm(torch.autograd.Function):
         y, weight, bias, mean, variance = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # for gradients of gradients
-            normalised = nn.functional.batch_norm(y, None, None, weight, bias, training=True, eps=ctx.eps)
+
+            def normalised(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return nn.functional.batch_norm(y, None, None, weight, bias, training=True, eps=ctx.eps)
+
             return *gradients(normalised, (y, weight, bias), needed, grad), None, None, None
         statistics = None, None, mean, (variance + ctx.eps).rsqrt(), True, ctx.eps
         found = torch.ops.aten.native_batch_norm_backward(grad, y, weight, *statistics, needed)

@@ -54,6 +54,7 @@ REFUSING = {
     "constant_lif_linear_forward",
     "constant_lif_linear_learn",
     "convolution_forward",
+    "convolution_weights_gradient",
     "affine_lookup",
 }  # return 1 for what they refuse, having written nothing that counts
 TELLING = {"convolution_fast", "convolution_plane"}  # return what they are asked for

@@ -2,9 +2,9 @@
  *
  * Images are channels-last, the spikes [M][H][W][C], the output [M][H][W][O]; all is float32. A spike is 1, and most
  * neurons are silent. So the kernels list the spikes, and for each one add what it meets: its weights to the output, or
- * the output's gradients to those of its weights. Nothing is multiplied. The gradient of the spikes does the same with
- * the weights, if most are pruned: each weight that is not 0 multiplies the gradients that it meets. The order of the sums
- * does not depend on the number of threads.
+ * the output's gradients to those of its weights. There, nothing is multiplied. The gradient of the spikes is made from
+ * the weights that are left, if most are pruned: each multiplies the gradients that it meets. The order of the sums does
+ * not depend on the number of threads.
  */
 
 #include "vectors.h"
@@ -124,14 +124,14 @@ int convolution_forward(const float *spikes, const float *weights, float *y, int
 /* -- the gradient of the weights ------------------------------------------------------------------ */
 
 /* Lists the spikes of some rows by channel: those of channel c, `many[c]`, from places[c * most] on. A place is that of
- * a pixel in rows of W + 2. */
-static void list_spikes(const float *spikes, uint16_t *places, int *many, int rows, int W, int C, int most) {
-    uint32_t foreign = 0; /* the forward pass has looked */
+ * a pixel in rows of W + 2. *foreign is as in spikes_of. */
+static void list_spikes(const float *spikes, uint16_t *places, int *many, uint32_t *foreign, int rows, int W, int C,
+                        int most) {
     memset(many, 0, sizeof(int) * C);
     for (int row = 0; row < rows; row++)
         for (int x = 0; x < W; x++, spikes += C)
             for (int c = 0; c < C; c += GROUP)
-                for (uint32_t left = spikes_of(spikes + c, &foreign); left; left &= left - 1) {
+                for (uint32_t left = spikes_of(spikes + c, foreign); left; left &= left - 1) {
                     const int channel = c + __builtin_ctz(left);
                     places[(size_t)channel * most + many[channel]++] = (uint16_t)(row * (W + 2) + x);
                 }
@@ -177,23 +177,28 @@ static INLINE void add_met(const uint16_t *places, int many, const float *grad, 
 }
 
 /* The gradient total [3][3][C][O] of the weights: rows and columns of the filters, inputs, outputs. partial
- * [parts][3][3][C][O] is scratch, for the sums over the images of each part. */
-void convolution_weights_gradient(const float *spikes, const float *grad, float *partial, float *total, int parts,
-                                  int M, int H, int W, int C, int O) {
+ * [parts][3][3][C][O] is scratch, for the sums over the images of each part.
+ *
+ * Returns 1 if a number is no spike; then the gradient is not complete. */
+int convolution_weights_gradient(const float *spikes, const float *grad, float *partial, float *total, int parts,
+                                 int M, int H, int W, int C, int O) {
     const size_t apart = (size_t)C * O, size = 9 * apart;
     const int most = ROWS * W;
-    THREADED
+    int refused = 0;
+    _Pragma("omp parallel for schedule(static) reduction(| : refused)")
     for (int part = 0; part < parts; part++) {
         uint16_t places[(size_t)C * most];
         float padded[(size_t)(ROWS + 2) * (W + 2) * GROUP];
         int many[C];
+        uint32_t foreign = 0;
         float *sums = partial + part * size;
         memset(sums, 0, sizeof(float) * size);
         memset(padded, 0, sizeof(padded));
         for (int m = first_image(M, parts, part); m < first_image(M, parts, part + 1); m++)
             for (int first = 0; first < H; first += ROWS) {
                 const int rows = smaller(ROWS, H - first);
-                list_spikes(spikes + ((size_t)m * H + first) * W * C, places, many, rows, W, C, most);
+                list_spikes(spikes + ((size_t)m * H + first) * W * C, places, many, &foreign, rows, W, C,
+                            most);
                 for (int o = 0; o < O; o += GROUP) {
                     copy_padded(grad + (size_t)m * H * W * O + o, padded, first, rows, H, W, O);
                     for (int c = 0; c < C; c++)
@@ -202,7 +207,9 @@ void convolution_weights_gradient(const float *spikes, const float *grad, float 
                                     sums + 3 * kh * apart + (size_t)c * O + o, apart);
                 }
             }
+        refused |= foreign != 0;
     }
+    if (refused) return 1;
     THREADED
     for (int i = 0; i < 9 * C; i++) {
         float *to = total + (size_t)i * O;
@@ -212,6 +219,7 @@ void convolution_weights_gradient(const float *spikes, const float *grad, float 
             for (int o = 0; o < O; o++) to[o] += from[o];
         }
     }
+    return 0;
 }
 
 /* -- the gradient of the spikes ------------------------------------------------------------------- */

@@ -1,7 +1,7 @@
 """The convolutions of a spiking network on the CPU, in float32: sums of what the spikes meet, in C.
 
 Such a convolution is 3 x 3, with stride 1, padded by 1 with zeros, and has no bias. Where few weights are left, the
-gradient of the spikes has sums of what these meet; elsewhere it is torch's. The kernels are in ``convolutions.c``.
+gradient of the spikes is made from these alone; elsewhere it is torch's. The kernels are in ``convolutions.c``.
 """
 
 import functools
@@ -14,15 +14,15 @@ from spiking_kernels.shapes import images
 from spiking_kernels.tensors import LARGEST, Unfit, check, empty, flaw, gradients, pointer
 
 GROUP = 32  # the kernels take so many channels at a time
-ROW = 1 << 14  # of W C, at most: lists of a few rows are on the stack
-WIDEST = 128  # of W
-PARTS, PIXELS = 32, 1 << 12  # backward, the images are in so many parts, or fewer, each with so many pixels
+WIDEST, ROW = 128, 1 << 14  # of W and of W C: a thread has the lists of a few rows on its stack, 0.5 MB at most
+MOST = 1 << 20  # of O C: numbers of places in memory are ints in C
+PARTS, PIXELS = 32, 1 << 12  # backward, the images are in so many parts, or in fewer with so many pixels each
 SPARSE = 0.25  # of the weights are left, at most, where the gradient of the spikes goes by the weights
 
 
 @functools.cache
 def are_fast() -> bool:
-    """Whether the kernels can be had, and the processor has vectors for them: AVX2 with FMA, or AVX-512."""
+    """Whether the kernels are available, and the processor has vectors for them: AVX2 with FMA, or AVX-512."""
     return build.unavailable() is None and bool(build.library().convolution_fast())
 
 
@@ -45,10 +45,10 @@ def convolution(spikes: Tensor, weight: Tensor) -> Tensor:
     (m, c, h, w), o = spikes.shape, len(weight) if weight.dim() else 0
     if weight.shape != (o, c, 3, 3):
         raise Unfit(f"weight has the shape {list(weight.shape)}, not [O, {c}, 3, 3]")
-    if not o or not c or o % GROUP or c % GROUP:
-        raise Unfit(f"{c} channels and {o} are no multiples of {GROUP}")
+    if not o or not c or o % GROUP or c % GROUP or o * c > MOST:
+        raise Unfit(f"{c} channels and {o} are no multiples of {GROUP}, or too many")
     if not 0 < w <= WIDEST or w * c > ROW or not 0 < h <= LARGEST or not 0 < m * h * w * max(c, o) <= LARGEST:
-        raise Unfit(f"images of {h} x {w} with {c} channels are empty, or too large")
+        raise Unfit(f"{m} images of {h} x {w} with {c} channels, and {o} of the output, are none, or too large")
     if proof.autocast_dtype("cpu") is not None:
         raise Unfit("products are rounded")
     if not bool(weight.isfinite().all()):
@@ -85,9 +85,8 @@ class _Convolution(torch.autograd.Function):
         # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
         given = (flaw(grad, torch.float32, contiguous=False), _flaw(spikes), flaw(weight, torch.float32))
         if torch.is_grad_enabled() or any(given):
-            with torch.enable_grad():
-                y = nn.functional.conv2d(spikes, weight, padding=1)
-            return tuple(gradients(y, (spikes, weight), needed, grad))
+            plain = functools.partial(nn.functional.conv2d, padding=1)
+            return tuple(gradients(plain, (spikes, weight), needed, grad))
         grad = grad.resolve_neg().contiguous(memory_format=torch.channels_last)
         of_spikes = _spikes_gradient(spikes, weight, grad) if needed[0] else None
         return of_spikes, _weights_gradient(spikes, weight, grad) if needed[1] else None
@@ -98,10 +97,16 @@ def _parts(images: Tensor) -> int:
     return min(max(m * h * w // PIXELS, 1), m, PARTS)
 
 
+def _by_torch(spikes: Tensor, weight: Tensor, grad: Tensor, which: int) -> Tensor:
+    settings = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [which == 0, which == 1, False]
+    return torch.ops.aten.convolution_backward(grad, spikes, weight, *settings)[which].contiguous(
+        memory_format=torch.contiguous_format if which else torch.channels_last
+    )
+
+
 def _spikes_gradient(spikes: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
     if int(weight.count_nonzero()) > SPARSE * weight.numel():
-        settings = None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
-        return torch.ops.aten.convolution_backward(grad, spikes, weight, *settings)[0]
+        return _by_torch(spikes, weight, grad, 0)
     (m, c, h, w), o, library, parts = spikes.shape, len(weight), build.library(), _parts(spikes)
     starts, places = (empty(size, dtype=torch.int32) for size in (c + 1, 9 * c * o))
     values, planes = empty(9 * c * o), empty(parts, o, library.convolution_plane(w))
@@ -115,5 +120,6 @@ def _weights_gradient(spikes: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
     (m, c, h, w), o, parts = spikes.shape, len(weight), _parts(spikes)
     partial, total = empty(parts, 9 * c * o), empty(3, 3, c, o)
     pointers = map(pointer, (spikes, grad, partial, total))
-    build.library().convolution_weights_gradient(*pointers, parts, m, h, w, c, o)
+    if build.library().convolution_weights_gradient(*pointers, parts, m, h, w, c, o):  # they came back as other numbers
+        return _by_torch(spikes, weight, grad, 1)
     return total.permute(3, 2, 0, 1).contiguous()

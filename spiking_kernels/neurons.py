@@ -4,11 +4,25 @@ The neurons are the paper's: tau 2, threshold 1, hard reset to 0, ATan surrogate
 the reset. :func:`spiking_kernels.proof.check_layers` proves that a network's layers are of this kind.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from spiking_kernels import build
-from spiking_kernels.tensors import LARGEST, Unfit, apart, check, empty, flaw, laid_out, pointer, scratch, whole
+from spiking_kernels.tensors import (
+    LARGEST,
+    Unfit,
+    apart,
+    check,
+    empty,
+    flaw,
+    gradients,
+    laid_out,
+    pointer,
+    scratch,
+    whole,
+)
 
 MAX_T = 65534  # a period, or T + 1 where there is none, takes 16 bits
 LANES = 16
@@ -67,12 +81,8 @@ class _LifLinearLif(torch.autograd.Function):
         if torch.is_grad_enabled() or any(
             flaw(x, torch.uint16 if x is period else torch.float32, shape) for x, shape in shapes
         ):
-            with torch.enable_grad():
-                counts = _lif_linear_lif(current, weight, T, rounding)
-            needs = ctx.needs_input_grad
-            needed = [x for x, need in zip((current, weight), needs, strict=False) if need]
-            found = iter(torch.autograd.grad(counts, needed, grad, create_graph=torch.is_grad_enabled()))
-            return tuple(next(found) if need else None for need in needs)
+            plain = functools.partial(_lif_linear_lif, T=T, rounding=rounding)
+            return *gradients(plain, (current, weight), ctx.needs_input_grad[:2], grad), None, None, None
         p = _padded(o)
         sums, transposed, grad_inputs = empty(n, T + 2, p), empty(h, p), empty(T, n, o)
         grad_current, grad_weight = empty(n, h), empty(o, h)

@@ -1,8 +1,7 @@
 """What a tensor must be before C works on its memory. Every tensor that C gets is checked here."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +108,18 @@ def scratch(*sizes: int) -> tuple[object, list[int]]:
     return memory, [start + 4 * place for place in accumulate(sizes[:-1], initial=0)]
 
 
-def gradients(of: Tensor, inputs: Iterable[Any], needed: Iterable[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of the inputs that need one, from that of what torch has computed from them."""
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+def gradients(
+    function: Callable[..., Tensor], inputs: Iterable[Tensor | None], needed: Iterable[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients of those inputs of a function that need one, by torch, from that of what it returns.
+
+    The function gets views of the inputs: autograd calls their hooks for what these return, and would call those of the
+    inputs themselves here already.
+    """
+    with torch.enable_grad():
+        views = [x if x is None else x.view_as(x) for x in inputs]
+        of = function(*views)
+    wanted = [x for x, need in zip(views, needed, strict=True) if need]
     found = iter(torch.autograd.grad(of, wanted, grad, create_graph=torch.is_grad_enabled()))
     return [next(found) if need else None for need in needed]
 

@@ -337,6 +337,23 @@ def test_gradients_of_gradients_are_those_of_the_layers():
 
 
 @needs_kernels
+@pytest.mark.parametrize("block", [True, False])
+def test_hooks_are_called_once_where_torch_computes_the_gradients(block):
+    found = []
+    for factor in (1, 2):
+        norm, _ = norms(5)
+        x = images(3, 2, 5, 4, 6, False).contiguous(memory_format=torch.channels_last).requires_grad_()
+        out = blocks.lif_block(x, Shape(3, True), norm) if block else blocks.batch_norm(x, norm)
+        tensors = (x, norm.weight, norm.bias)
+        for tensor in tensors if factor > 1 else ():
+            tensor.register_hook(lambda g: 2 * g)
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        found.append(torch.autograd.grad(out, tensors, gradient, create_graph=True))
+    for once, doubled in zip(*found, strict=True):
+        assert torch.equal(doubled, 2 * once)
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype):
     T, N, C, H, W = 8, 3, 48, 7, 9

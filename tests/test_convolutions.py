@@ -1,5 +1,6 @@
-"""The convolution of spikes in C, and the gradient of its weights, against torch's."""
+"""The convolution of spikes in C, and its gradients, against torch's."""
 
+import contextlib
 import platform
 
 import pytest
@@ -94,6 +95,25 @@ def test_only_the_gradients_that_are_needed(needed):
         assert torch.equal(tensor.grad, expected) if need else tensor.grad is None
 
 
+@pytest.mark.parametrize("how", ["create_graph", "saved tensors"])
+def test_hooks_are_called_once(how):
+    """Also where torch computes the gradients."""
+    (spikes, weight), grad = spikes_and_weight(*SIZES[1]), gradient(*SIZES[1])
+    if how == "create_graph":
+        around = contextlib.nullcontext()
+    else:
+        around = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.contiguous())
+    found = []
+    for factor in (1, 2):
+        with around:
+            y = convolutions.convolution(spikes, weight)
+        for tensor in (spikes, weight) if factor > 1 else ():
+            tensor.register_hook(lambda g: 2 * g)
+        found.append(torch.autograd.grad(y, (spikes, weight), grad, create_graph=how == "create_graph"))
+    for once, doubled in zip(*found, strict=True):
+        assert torch.equal(doubled, 2 * once)
+
+
 def test_gradients_of_gradients_are_torchs():
     found = []
     for function in (convolutions.convolution, lambda x, w: nn.functional.conv2d(x, w, padding=1)):
@@ -111,6 +131,28 @@ def test_what_was_saved_may_come_back_as_another_tensor():
         y = convolutions.convolution(spikes, weight)
     (found,) = torch.autograd.grad(y, weight, grad)
     assert (found - expected).abs().max() <= 100 * EPS * expected.abs().max()
+
+
+def test_what_was_saved_may_come_back_as_other_numbers():
+    (spikes, weight), grad = spikes_and_weight(*SIZES[1]), gradient(*SIZES[1])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x * 0.75):
+        y = convolutions.convolution(spikes, weight)
+    found = torch.autograd.grad(y, (spikes, weight), grad)
+    theirs = torch.autograd.grad(nn.functional.conv2d(spikes, weight, padding=1), (spikes, weight), grad)
+    for ours, expected in zip(found, theirs, strict=True):
+        assert (ours - 0.75 * expected).abs().max() <= 100 * EPS * expected.abs().max()
+
+
+def test_many_parts_of_the_images_give_the_same_sums(monkeypatch):
+    sizes, found = (35, 32, 4, 4, 32), []
+    for pixels in (1, convolutions.PIXELS):
+        monkeypatch.setattr(convolutions, "PIXELS", pixels)
+        spikes, weight = spikes_and_weight(*sizes)
+        assert convolutions._parts(spikes) == (convolutions.PARTS if pixels == 1 else 1)
+        convolutions.convolution(spikes, weight).backward(gradient(*sizes))
+        found.append((spikes.grad, weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][1] - found[1][1]).abs().max() <= 32 * EPS * found[1][1].abs().max()
 
 
 def test_gradients_may_lie_in_any_way():
@@ -160,9 +202,10 @@ def channels_last(*shape, **how):
         (channels_last(1, 32, 4, 4), torch.zeros(40, 32, 3, 3), "multiples of 32"),
         (channels_last(1, 16, 4, 4), torch.zeros(32, 16, 3, 3), "multiples of 32"),
         (channels_last(1, 32, 4, 4), torch.zeros(0, 32, 3, 3), "multiples of 32"),
-        (channels_last(0, 32, 4, 4), torch.zeros(32, 32, 3, 3), "empty, or too large"),
-        (channels_last(1, 32, 4, 129), torch.zeros(32, 32, 3, 3), "empty, or too large"),
-        (channels_last(1, 288, 1, 64), torch.zeros(32, 288, 3, 3), "empty, or too large"),
+        (channels_last(0, 32, 4, 4), torch.zeros(32, 32, 3, 3), "are none, or too large"),
+        (channels_last(1, 32, 4, 129), torch.zeros(32, 32, 3, 3), "are none, or too large"),
+        (channels_last(1, 288, 1, 64), torch.zeros(32, 288, 3, 3), "are none, or too large"),
+        (channels_last(1, 1056, 1, 1), torch.zeros(()).expand(1024, 1056, 3, 3).contiguous(), "too many"),
         (channels_last(1, 32, 4, 4), torch.full((32, 32, 3, 3), torch.inf), "infinite or not a number"),
         (channels_last(1, 32, 4, 4), torch.full((32, 32, 3, 3), torch.nan), "infinite or not a number"),
     ],

@@ -889,6 +889,21 @@ def test_where_torch_makes_no_plain_tensors_the_kernels_refuse():
 
 
 @needs_kernels
+def test_hooks_are_called_once_where_torch_computes_the_gradients():
+    found = []
+    for factor in (1, 2):
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((3, 20), (7, 20))]
+        counts = spiking_kernels.lif_linear_lif(*tensors, 5)
+        for tensor in tensors if factor > 1 else ():
+            tensor.register_hook(lambda g: 2 * g)
+        found.append(torch.autograd.grad(counts.square().sum(), tensors, create_graph=True))
+    for once, doubled in zip(*found, strict=True):
+        assert once.any()
+        assert torch.equal(doubled, 2 * once)
+
+
+@needs_kernels
 @pytest.mark.parametrize("T", [3, 40])
 def test_gradients_of_gradients_are_those_of_the_layers(T):
     """Exact multiples of 1/64, as above: no spike may differ."""
