@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from spiking_kernels import blocks_c, build
 from spiking_kernels.neurons import lif_steps
+from spiking_kernels.plain import gradients
 from spiking_kernels.shapes import Shape, Statistics
-from spiking_kernels.tensors import CPU, LARGEST, Unfit, check, flaw, gradients, whole
+from spiking_kernels.tensors import CPU, LARGEST, Unfit, check, flaw, laid_out, whole
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -50,10 +51,6 @@ def _flaw(images: object) -> str | None:
     return None if images.dim() == 4 else f"has the shape {list(images.shape)}, not four axes"
 
 
-def _laid_out(images: Tensor) -> Tensor:
-    return images.resolve_neg().contiguous(memory_format=torch.channels_last)
-
-
 def _kernels(y: Tensor) -> ModuleType:
     if y.is_cpu:
         return blocks_c
@@ -78,7 +75,8 @@ class _Block(torch.autograd.Function):
                 raise RuntimeError("over several ranks there are no gradients of gradients, nor hooks on saved tensors")
             plain = functools.partial(_plain, found=found, shape=shape)
             return *gradients(plain, (y, weight, bias), ctx.needs_input_grad[:3], grad), None, None, None
-        return *_kernels(y).backward(_laid_out(y), _laid_out(grad), found, shape), None, None, None
+        y, grad = (laid_out(x, torch.channels_last) for x in (y, grad))
+        return *_kernels(y).backward(y, grad, found, shape), None, None, None
 
 
 # -- the proof on a GPU ------------------------------------------------------------------------------
@@ -171,7 +169,7 @@ def lif_block(
     if reason := _flaw(y):
         raise Unfit(f"y {reason}")
     whole("T", shape.T, 1, _kernels(y).MAX_T)
-    y = _laid_out(y)
+    y = laid_out(y, torch.channels_last)
     for name, size in zip("NCHW", y.shape, strict=True):
         whole(name, size, 2 if shape.pool and name in "HW" else 1, LARGEST)
     whole("N H W", y.numel() // y.shape[1], 1, LARGEST)

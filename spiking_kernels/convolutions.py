@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from spiking_kernels import build, proof
+from spiking_kernels.plain import gradients
 from spiking_kernels.shapes import images
-from spiking_kernels.tensors import LARGEST, Unfit, check, empty, flaw, gradients, pointer
+from spiking_kernels.tensors import LARGEST, Unfit, check, empty, flaw, laid_out, pointer
 
 GROUP = 32  # the kernels take so many channels at a time
 WIDEST, ROW = 128, 1 << 14  # of W and of W C: a thread has the lists of a few rows on its stack, 0.5 MB at most
@@ -87,7 +88,7 @@ class _Convolution(torch.autograd.Function):
         if torch.is_grad_enabled() or any(given):
             plain = functools.partial(nn.functional.conv2d, padding=1)
             return tuple(gradients(plain, (spikes, weight), needed, grad))
-        grad = grad.resolve_neg().contiguous(memory_format=torch.channels_last)
+        grad = laid_out(grad, torch.channels_last)
         of_spikes = _spikes_gradient(spikes, weight, grad) if needed[0] else None
         return of_spikes, _weights_gradient(spikes, weight, grad) if needed[1] else None
 
@@ -120,6 +121,6 @@ def _weights_gradient(spikes: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
     (m, c, h, w), o, parts = spikes.shape, len(weight), _parts(spikes)
     partial, total = empty(parts, 9 * c * o), empty(3, 3, c, o)
     pointers = map(pointer, (spikes, grad, partial, total))
-    if build.library().convolution_weights_gradient(*pointers, parts, m, h, w, c, o):  # they came back as other numbers
+    if build.library().convolution_weights_gradient(*pointers, parts, m, h, w, c, o):  # hooks changed the saved spikes
         return _by_torch(spikes, weight, grad, 1)
     return total.permute(3, 2, 0, 1).contiguous()

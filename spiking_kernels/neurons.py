@@ -10,19 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from spiking_kernels import build
-from spiking_kernels.tensors import (
-    LARGEST,
-    Unfit,
-    apart,
-    check,
-    empty,
-    flaw,
-    gradients,
-    laid_out,
-    pointer,
-    scratch,
-    whole,
-)
+from spiking_kernels.plain import gradients
+from spiking_kernels.tensors import LARGEST, Unfit, apart, check, empty, flaw, laid_out, pointer, scratch, whole
 
 MAX_T = 65534  # a period, or T + 1 where there is none, takes 16 bits
 LANES = 16

@@ -1,6 +1,6 @@
 """What a tensor must be before C works on its memory. Every tensor that C gets is checked here."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from itertools import accumulate
 
 import torch
@@ -71,9 +71,9 @@ def check(
         raise Unfit(f"{name} {reason}")
 
 
-def laid_out(tensor: Tensor) -> Tensor:
+def laid_out(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """The tensor, or a copy whose memory holds its elements one after the other."""
-    return tensor.resolve_neg().contiguous()
+    return tensor.resolve_neg().contiguous(memory_format=memory_format)
 
 
 def apart(tensors: dict[str, Tensor], written: Collection[str]) -> None:
@@ -106,22 +106,6 @@ def scratch(*sizes: int) -> tuple[object, list[int]]:
     memory = empty(sum(sizes))
     start = memory.data_ptr()
     return memory, [start + 4 * place for place in accumulate(sizes[:-1], initial=0)]
-
-
-def gradients(
-    function: Callable[..., Tensor], inputs: Iterable[Tensor | None], needed: Iterable[bool], grad: Tensor
-) -> list[Tensor | None]:
-    """The gradients of those inputs of a function that need one, by torch, from that of what it returns.
-
-    The function gets views of the inputs: autograd calls their hooks for what these return, and would call those of the
-    inputs themselves here already.
-    """
-    with torch.enable_grad():
-        views = [x if x is None else x.view_as(x) for x in inputs]
-        of = function(*views)
-    wanted = [x for x, need in zip(views, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(of, wanted, grad, create_graph=torch.is_grad_enabled()))
-    return [next(found) if need else None for need in needed]
 
 
 def pointer(tensor: Tensor | None) -> int | None:
