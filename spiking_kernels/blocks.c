@@ -4,9 +4,9 @@
  * All images are channels-last: y [T][N][H][W][C], float32 or bfloat16 as the flag says; the arithmetic is in float32,
  * sums over images in double. The neuron and its surrogate derivative are those of neurons.c.
  *
- * Nothing but y, the spikes and sums per time step and channel is read from or written to memory: the potentials of a
- * tile, some pixels of one image in some channels, stay in the cache through all time steps, and the backward passes
- * compute them anew. The results do not depend on the number of threads.
+ * Nothing but y, the spikes, gradients and sums per time step and channel is read from or written to memory: the
+ * potentials of a tile, some pixels of one image in some channels, stay in the cache through all time steps, and the
+ * backward passes compute them anew. The results do not depend on the number of threads.
  */
 
 #include "common.h"
@@ -338,15 +338,23 @@ static void first_maxima(const Shape *s, const Tile *at, int t, const void *grad
     }
 }
 
-/* What a backward pass makes of the gradients of the inputs, g; TOTAL: their sum over time, for a constant input. */
+/* What a backward pass makes of the gradients of the inputs, g; TOTAL: their sum over time, for a constant input.
+ *
+ * Behind a normalisation, dy is made of g and its sums over all images. In float32 SUMS keeps g itself, where dy comes to
+ * stand. In bfloat16, which would round it, GRADIENT computes it again. */
 enum { SUMS, GRADIENT, PLAIN_GRADIENT, TOTAL };
 
 typedef struct {
     const float *mean;                    /* [T][C], and all that follow */
-    const float *factor, *mean_g, *slope; /* GRADIENT: dy = factor * (g - mean_g - (y - mean) * slope) */
+    const float *factor, *mean_g, *slope; /* GRADIENT: see of_normalised */
     double *sums;                         /* SUMS: increased by g and g * (y - mean), [2][T][C] */
-    void *dy;                             /* but for SUMS, the gradient of y */
+    void *dy;                             /* the gradient of y; g with SUMS, which writes none in bfloat16 */
 } Use;
+
+/* The gradient of a value that is x off the mean, from that of the normalised one. */
+static INLINE float of_normalised(float g, float x, float factor, float mean_g, float slope) {
+    return factor * (g - mean_g - x * slope);
+}
 
 /* A time step of a tile backward, from the gradients of its spikes. carried are those of the potentials, g of the
  * inputs; total is increased by g with TOTAL. With pool, the gradients of the spikes are in spread. */
@@ -360,7 +368,7 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
     const int off = what == SUMS || what == GRADIENT;
     const float *mean = off ? use->mean + to : 0, *factor = what == GRADIENT ? use->factor + to : 0;
     const float *mean_g = what == GRADIENT ? use->mean_g + to : 0, *slope = what == GRADIENT ? use->slope + to : 0;
-    const int writes = what == GRADIENT || what == PLAIN_GRADIENT;
+    const int writes_g = what == PLAIN_GRADIENT || (what == SUMS && !half), writes = writes_g || what == GRADIENT;
     Pixel made;
     FOR_PIXELS(s, at, t, from) {
         void *const dy = s->stream || !writes ? (void *)&made : (char *)use->dy + from * (half ? 2 : 4);
@@ -377,8 +385,8 @@ static INLINE void retreat(const Shape *s, const Tile *at, const void *y, const 
                 second[c] += g * x;
             }
             if (what == TOTAL) total[c] += g;
-            if (what == GRADIENT) put(dy, c, factor[c] * (g - mean_g[c] - x * slope[c]), half);
-            if (what == PLAIN_GRADIENT) put(dy, c, g, half);
+            if (what == GRADIENT) put(dy, c, of_normalised(g, x, factor[c], mean_g[c], slope[c]), half);
+            if (writes_g) put(dy, c, g, half);
         }
         if (s->stream && writes) write_pixel(s, use->dy, from, &made, m);
         h += m, carried += m, total += m, spread += m;
@@ -396,7 +404,7 @@ static void retreat_tile(const Shape *s, const Tile *at, const void *y, const vo
                          int what) {
     switch (what) {
         case SUMS: RETREAT(SUMS); break;
-        case GRADIENT: RETREAT(GRADIENT); break;
+        case GRADIENT: s->pool ? RETREAT_AS(GRADIENT, 1, 1) : RETREAT_AS(GRADIENT, 0, 1); break;
         case PLAIN_GRADIENT: RETREAT(PLAIN_GRADIENT); break;
         default: RETREAT(TOTAL);
     }
@@ -448,14 +456,16 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
 }
 
 /* The sums of g and of g * (y - mean) for each time step and channel, total [2][T][C], g being the gradients of
- * the inputs; partial [N][2][T][C] is scratch. */
+ * the inputs; partial [N][2][T][C] is scratch. In float32 dy becomes g, for block_backward; in bfloat16 it stays. */
 void block_backward_sums(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
-                         double *partial, double *total, int T, int N, int H, int W, int C, int pool, int half) {
-    const Shape s = {T, N, H, W, C, pool, 0, half, 0};
+                         double *partial, double *total, void *dy, int T, int N, int H, int W, int C, int pool,
+                         int half) {
+    Shape s = {T, N, H, W, C, pool, 0, half, 0};
+    s.stream = !half && streams(dy, (size_t)T * N * H * W * C, C, half);
     const size_t size = (size_t)2 * T * C;
     THREADED
     for (int n = 0; n < N; n++) {
-        const Use use = {.mean = mean, .sums = partial + n * size};
+        const Use use = {.mean = mean, .sums = partial + n * size, .dy = dy};
         memset(use.sums, 0, sizeof(double) * size);
         for (int row = 0; row < H; row += pool ? 2 : 1) backward_rows(&s, n, row, y, scale, shift, grad, &use);
     }
@@ -464,13 +474,35 @@ void block_backward_sums(const void *y, const float *scale, const float *shift, 
         for (size_t i = 0; i < size; i++) total[i] += partial[n * size + i];
 }
 
-/* The gradient dy of y: factor * (g - mean_g - (y - mean) * slope), all [T][C]; g itself where mean is null. */
+/* Makes dy of g, which it holds. */
+static void normalise_gradient(const Shape *s, const float *y, const Use *use) {
+    const int rows = s->N * s->H; /* of pixels, at a time step */
+    THREADED
+    for (int i = 0; i < s->T * rows; i++) {
+        const size_t to = (size_t)(i / rows) * s->C, first = (size_t)i * s->W * s->C;
+        const float *mean = use->mean + to, *factor = use->factor + to, *mean_g = use->mean_g + to;
+        const float *slope = use->slope + to;
+        for (int pixel = 0; pixel < s->W; pixel++) {
+            const float *x = y + first + (size_t)pixel * s->C;
+            float *dy = (float *)use->dy + first + (size_t)pixel * s->C;
+            SIMD
+            for (int c = 0; c < s->C; c++) dy[c] = of_normalised(dy[c], x[c] - mean[c], factor[c], mean_g[c], slope[c]);
+        }
+    }
+}
+
+/* The gradient dy of y: factor * (g - mean_g - (y - mean) * slope), all [T][C]; g itself where mean is null. In float32
+ * with a mean, dy holds g, from block_backward_sums. */
 void block_backward(const void *y, const float *scale, const float *shift, const void *grad, const float *mean,
                     const float *factor, const float *mean_g, const float *slope, void *dy, int T, int N, int H, int W,
                     int C, int pool, int constant, int half) {
     Shape s = {T, N, H, W, C, pool, constant, half, 0};
     s.stream = !constant && streams(dy, (size_t)T * N * H * W * C, C, half);
     const Use use = {.mean = mean, .factor = factor, .mean_g = mean_g, .slope = slope, .dy = dy};
+    if (mean && !half) {
+        normalise_gradient(&s, y, &use);
+        return;
+    }
     const int rows = pool ? 2 : 1, groups = (H + rows - 1) / rows;
     THREADED
     for (int i = 0; i < N * groups; i++)

@@ -56,16 +56,16 @@ def backward(
     library, (T, n, h, w, c) = build.library(), shape.sizes(y)
     scale = shift = grad_weight = grad_bias = None
     factors = [None] * 4
+    grad_y = images(*y.shape, like=y)
     if found is not None:
         partial, total = (empty(k, 2, T, c, dtype=torch.float64) for k in (n, 1))
         scale, shift = found.scale, found.shift
-        pointers = map(pointer, (y, scale, shift, grad, found.mean, partial, total))
+        pointers = map(pointer, (y, scale, shift, grad, found.mean, partial, total, grad_y))
         library.block_backward_sums(*pointers, *shape.sizes(y), shape.pool, _is_half(y))
         inverse, (sum_g, sum_gy) = (found.variance.double() + found.eps).rsqrt(), total[0]
         grad_weight, grad_bias = (sum_gy * inverse).sum(0).float(), sum_g.sum(0).float()
         mean_g, mean_gy = found.through(total[0], n * h * w)
         factors = [found.mean, scale, mean_g.float(), (mean_gy * inverse.square()).float()]
-    grad_y = images(*y.shape, like=y)
     pointers = map(pointer, (y, scale, shift, grad, *factors, grad_y))
     library.block_backward(*pointers, *shape.sizes(y), shape.pool, shape.constant, _is_half(y))
     return grad_y, grad_weight, grad_bias

@@ -38,7 +38,7 @@ ARGUMENTS = {  # of each function in C that Python calls
     "lif_count_backward": [_pointer] * 3 + [_int64, _int],
     "block_statistics": [_pointer] * 4 + [_int] * 5,
     "block_forward": [_pointer] * 5 + [_int] * 8,
-    "block_backward_sums": [_pointer] * 7 + [_int] * 7,
+    "block_backward_sums": [_pointer] * 8 + [_int] * 7,
     "block_backward": [_pointer] * 9 + [_int] * 8,
     "convolution_fast": [],
     "convolution_forward": [_pointer] * 3 + [_int] * 5,
