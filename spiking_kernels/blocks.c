@@ -287,7 +287,7 @@ static void forward_rows(const Shape *s, int n, int row, const void *y, const fl
                          void *spikes, int64_t *counts) {
     float v[TILE], h[TILE];
     FOR_TILES(s, n, row) {
-        memset(v, 0, sizeof(v));
+        memset(v, 0, sizeof(float) * at.rows * at.pixels * at.channels);
         for (int t = 0; t < s->T; t++) {
             advance_tile(s, &at, y, scale, shift, t, v, h);
             write_spikes(s, &at, t, h, spikes);
@@ -435,12 +435,14 @@ static void backward_rows(const Shape *s, int n, int row, const void *y, const f
     float sums[(size_t)2 * s->T * CHANNELS]; /* [T][2][CHANNELS], of the rows' tiles in some channels */
     const int what = s->constant ? TOTAL : use->sums ? SUMS : use->mean ? GRADIENT : PLAIN_GRADIENT;
     FOR_TILES(s, n, row) {
-        if (at.pixel == 0) memset(sums, 0, sizeof(sums));
-        memset(v, 0, sizeof(v));
+        const size_t bytes = sizeof(float) * at.rows * at.pixels * at.channels;
+        for (int i = 0; i < 2 * s->T && at.pixel == 0; i++)
+            memset(sums + (size_t)i * CHANNELS, 0, sizeof(float) * at.channels);
+        memset(v, 0, bytes);
         for (int t = 0; t < s->T; t++) advance_tile(s, &at, y, scale, shift, t, v, h + (size_t)t * TILE);
-        memset(v, 0, sizeof(v));
-        memset(total, 0, sizeof(total));
-        memset(spread, 0, sizeof(spread)); /* what is in no window has no gradient */
+        memset(v, 0, bytes);
+        if (what == TOTAL) memset(total, 0, bytes);
+        if (s->pool) memset(spread, 0, bytes); /* what is in no window has no gradient */
         const Tile next = next_tile(s, &at);
         for (int t = s->T - 1; t >= 0; t--) {
             const float *now = h + (size_t)t * TILE;
