@@ -250,7 +250,7 @@ class ConnectivitySchedule:
         """The connectivity that is wanted after a share of the steps: C to a power that tends to 1 exponentially."""
         if share >= self.end:
             return self.connectivity
-        passed = max((share - self.begin) / (self.end - self.begin), 0.0)
+        passed = (share - self.begin) / (self.end - self.begin) if share > self.begin else 0.0
         return self.connectivity ** ((1 - math.exp(-5 * passed)) / (1 - math.exp(-5)))
 
     def begin_segment(self, taken: int) -> None:
@@ -313,15 +313,17 @@ class ConnectivitySchedule:
         """Continues a saved schedule. The optimizer's state may be loaded before or after.
 
         Raises:
-            ValueError: ``state_dict`` is not that of a ConnectivitySchedule of as many groups; nothing has changed.
+            ValueError: ``state_dict`` is not that of a ConnectivitySchedule, or of more groups; nothing has changed.
         """
         present = self.state_dict()
         if state_dict.keys() != present.keys():
             raise ValueError(f"a ConnectivitySchedule's state has {sorted(present)}, not {sorted(state_dict)}")
         for key, value in present.items():
             given = state_dict[key]
-            if type(value) is list and (type(given) is not list or len(given) != len(value)):
+            if type(value) is list and (type(given) is not list or len(given) > len(value)):
                 raise ValueError(f"a ConnectivitySchedule's {key} are those of {len(value)} groups, not {given}")
+        if len({len(given) for given in state_dict.values() if type(given) is list}) > 1:
+            raise ValueError("a ConnectivitySchedule's sets_s, lrs and alphas are those of as many groups")
         self._check(state_dict)
         vars(self).update(copy.deepcopy(state_dict))
         self._set_alphas()

@@ -388,7 +388,8 @@ class RewiringOptimizer(Optimizer):
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **({} if self.generator is None else {GENERATOR: self.generator})}
+        drawn = {} if self.generator is None else {GENERATOR: self.generator}
+        return {**super().__getstate__(), "check_ranks": self.check_ranks, **drawn}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" in self.__dict__:  # load_state_dict calls; nothing has been changed so far

@@ -334,6 +334,41 @@ def test_a_group_that_is_added_later_is_scheduled_too():
     assert schedule.sets_s == [True, True, True]
 
 
+def test_a_state_from_before_an_added_group_joins_is_loaded():
+    def begun(schedule):
+        torch.manual_seed(0)
+        optimizer = grad_rewiring()
+        found = ConnectivitySchedule(optimizer, 0.5, 10, segments=5) if schedule else None
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(4, 4))]})
+        return found or optimizer
+
+    schedule, optimizer = begun(True), begun(False)
+    state = schedule.state_dict()
+    assert len(state["alphas"]) == 1
+    other = ConnectivitySchedule(optimizer, 0.9, 3)
+    before = other.state_dict()
+    for key in ("sets_s", "lrs", "alphas"):
+        with pytest.raises(ValueError, match="as many groups"):
+            other.load_state_dict({**state, key: []})
+        assert other.state_dict() == before
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    optimizer.param_groups[1]["s"] = None  # which the schedule before had set
+    for _ in range(2):  # to the next segment
+        schedule.step(), other.step()
+    assert other.state_dict() == schedule.state_dict()
+    assert len(other.alphas) == 2
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
+def test_a_schedule_may_prune_at_once(at):
+    """Where begin is end, C is wanted from there on, and everything before."""
+    schedule = ConnectivitySchedule(grad_rewiring(), 0.2, 10, begin=at, end=at)
+    assert [schedule.wanted(share) for share in (0.0, 0.25, 0.3, 0.5, 1.0)] == [
+        0.2 if share >= at else 1.0 for share in (0.0, 0.25, 0.3, 0.5, 1.0)
+    ]
+
+
 def test_numbers_of_numpy_become_plain():
     share = np.float32(0.5)
     schedule = ConnectivitySchedule(grad_rewiring(), share, 10, begin=share / 2, end=share, max_alpha=share)
