@@ -302,5 +302,5 @@ class SpikingNetwork(nn.Module):
                     warnings.warn(warning, stacklevel=1)
         if counts is None:
             counts = self._counts(current)
-            self._reset()  # otherwise their graph keeps the activations until the next batch
+        self._reset()  # otherwise their graph keeps the activations until the next batch
         return counts

@@ -170,9 +170,7 @@ def lif_block(
         raise Unfit(f"y {reason}")
     whole("T", shape.T, 1, _kernels(y).MAX_T)
     y = laid_out(y, torch.channels_last)
-    for name, size in zip("NCHW", y.shape, strict=True):
-        whole(name, size, 2 if shape.pool and name in "HW" else 1, LARGEST)
-    whole("N H W", y.numel() // y.shape[1], 1, LARGEST)
+    _check_sizes(y, pool=shape.pool)
     if not shape.constant and len(y) % shape.T:
         raise Unfit(f"y has {len(y)} images, not a multiple of T={shape.T}")
     if counts is not None:
@@ -203,6 +201,7 @@ def batch_norm(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         raise Unfit(reason)
     if not norm.track_running_stats or type(norm.momentum) is not float or not norm.eps > 0:
         raise Unfit("the BatchNorm has no moving average, or no positive eps")
+    _check_sizes(y)
     _check_norm(norm, y, Shape(1))
     with torch.no_grad():
         found = blocks_c.statistics(y, norm, 1)
@@ -233,6 +232,12 @@ class _Norm(torch.autograd.Function):
         return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None, None
 
 
+def _check_sizes(y: Tensor, pool: bool = False) -> None:
+    for name, size in zip("NCHW", y.shape, strict=True):
+        whole(name, size, 2 if pool and name in "HW" else 1, LARGEST)
+    whole("N H W", y.numel() // y.shape[1], 1, LARGEST)
+
+
 def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:
     if shape.constant:
         raise Unfit("a BatchNorm gets an input of its own at each time step, not a constant one")
@@ -246,4 +251,4 @@ def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:
 def _running_statistics(norm: nn.BatchNorm2d, T: int) -> Statistics:
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     rows = (norm.running_mean, norm.running_var, scale, norm.bias - norm.running_mean * scale)
-    return Statistics(*(row.expand(T, -1).contiguous() for row in rows), norm.eps, own=False)
+    return Statistics(*(row.repeat(T, 1) for row in rows), norm.eps, own=False)  # copies, which nobody changes

@@ -277,6 +277,30 @@ def test_a_batch_norm_refuses_what_it_would_compute_otherwise():
     y = torch.randn(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)
     with pytest.raises(spiking_kernels.Unfit, match="no variance"):
         blocks.batch_norm(y, norm)
+    before = copy.deepcopy(norm.state_dict())
+    for shape, axis in (((0, 4, 5, 5), "N"), ((2, 4, 0, 5), "H"), ((2, 4, 5, 0), "W")):
+        with pytest.raises(spiking_kernels.Unfit, match=f"^{axis}=0 is not accepted"):
+            blocks.batch_norm(torch.empty(shape, memory_format=torch.channels_last), norm)
+    for name, tensor in norm.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@needs_kernels
+@pytest.mark.parametrize("T", [1, 2])
+def test_statistics_that_change_before_the_backward_pass_do_not_change_it(T):
+    torch.manual_seed(0)
+    y, gradients = torch.randn(2 * T, 4, 5, 5).contiguous(memory_format=torch.channels_last), []
+    for changed in (False, True):
+        norm, _ = norms(4)
+        norm.eval()
+        spikes = blocks.lif_block(y, Shape(T), norm)
+        if changed:
+            norm.running_mean += 5
+            norm.running_var *= 7
+        gradients.append(torch.autograd.grad(spikes.sum(), (norm.weight, norm.bias)))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    assert gradients[0][0].abs().sum() > 0
 
 
 @needs_kernels

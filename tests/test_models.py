@@ -286,6 +286,16 @@ def test_batch_norm_is_by_time_step(step_mode):
     torch.testing.assert_close(evaluated, torch.stack([reference(x_t) for x_t in x]))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_dropout_mask_is_left_behind(fused):
+    network = narrow_cifar10("m").train()
+    network.fused = fused
+    network(torch.randn(2, 3, 32, 32))
+    assert network.fc[1].mask is None
+    copied = copy.deepcopy(network)
+    copied(torch.randn(3, 3, 32, 32))  # of another size
+
+
 @modes
 def test_dropout_holds_one_mask_for_all_time_steps(step_mode):
     network = narrow_cifar10(step_mode)
