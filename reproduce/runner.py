@@ -25,10 +25,12 @@ from training.options import REPOSITORY
 
 TAKEN = "another process is training in"  # in the line of a script that finds its run locked
 STOPPING = known(("SIGTERM", "SIGINT"))
-# On Linux a row becomes its script after this, and is sent SIGTERM when the runner ends, even by SIGKILL.
+# On Linux a row becomes its script after this. It is sent SIGTERM when the runner ends, even by SIGKILL, and takes no
+# notice of SIGUSR1 before it trains.
 FOLLOW = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 PYTHON = [sys.executable, *(["-I", "-c", FOLLOW] if sys.platform == "linux" else [])]
@@ -112,6 +114,8 @@ class Runner:
         gpus = [(slot * self.ranks + rank) % self.gpus for rank in range(self.ranks)] if self.gpus else []
         argv, gpu = [*row.argv, *self.places], ["-gpu", str(gpus[0])] if gpus else []
         try:
+            if records.finished(self.dump, row) is not None:  # by another runner, since this one began
+                return "was finished by another runner"
             if records.state(self.dump, row).last.get("epoch", 0) <= row.epochs:  # else its run was extended before
                 print(f"{row.command}\n", end="", flush=True)  # in one piece: other rows start at the same time
                 for more in ([], ["-test"]):

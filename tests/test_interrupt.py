@@ -9,6 +9,7 @@ import pytest
 from run_helpers import assert_same_run, load, results
 
 from mnist.model import MnistNet
+from training import script
 from training.interrupt import Signals, StopRequested
 
 DEEP = ["-m", "deep", "-s", "0.5", "-temperature", "1e-3", "-lr", "1e-2", "-b", "8", "-i2", "1", "-N", "3"]
@@ -84,6 +85,23 @@ def test_sigusr1_saves_and_goes_on(run, tmp_path, at_forward):
     assert result.status == 0
     assert "Saved in epoch 2, after step 3 of 5, as requested by SIGUSR1; continuing." in result.out
     assert_same_run(tmp_path / "one", tmp_path / "warned")
+
+
+@pytest.mark.parametrize("option", [[], ["-test"]])
+def test_sigusr1_does_not_end_a_run_that_has_nothing_to_save(run, tmp_path, monkeypatch, option):
+    """Before it trains, or for a test."""
+    run(*DEEP, dump=tmp_path / "a")
+    seed, sent = script.seed, []
+
+    def seed_warned(*args):
+        sent.append(os.kill(os.getpid(), signal.SIGUSR1))
+        return seed(*args)
+
+    monkeypatch.setattr(script, "seed", seed_warned)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert run(*DEEP, *option, dump=tmp_path / "a").status == 0
+    assert sent == [None]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
 def test_a_second_sigint_stops_at_once(run, tmp_path, at_forward):

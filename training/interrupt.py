@@ -1,7 +1,9 @@
 """Signals: a run stops or saves between two steps, never within a step."""
 
+import contextlib
 import signal
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -9,6 +11,20 @@ from typing import Any
 def known(names: Iterable[str]) -> list[signal.Signals]:
     """The signals among ``names`` that this system has; Windows has no SIGUSR1."""
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def surviving_requests_to_save() -> Iterator[None]:
+    """Ignores SIGUSR1 while there is nothing to save: it would end the process."""
+    here = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be set
+    numbers = [number for number in known(["SIGUSR1"]) if here and signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class StopRequested(Exception):

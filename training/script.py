@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from training import checkpoint, ranks
 from training.experiment import Experiment
+from training.interrupt import surviving_requests_to_save
 from training.loop import Trainer
 from training.methods import METHODS
 from training.options import parse
@@ -19,7 +20,7 @@ def run(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     Raises:
         Refusal: an option, the data or the checkpoint is not accepted.
     """
-    with ranks.joined() as group:
+    with surviving_requests_to_save(), ranks.joined() as group:
         return _run(experiment, argv, group)
 
 
