@@ -134,7 +134,10 @@ def main(argv: list[str] | None = None) -> int:
     size = export(snapshot, options.format, output)
     total = measuring.total(measuring.count(measuring.masks(snapshot.network())))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())
-    epochs, sparsity = counted(snapshot.epoch, "epoch"), percent(total.sparsity)
+    epochs = counted(snapshot.epoch, "epoch")
+    if snapshot.steps:
+        epochs += f" and {counted(snapshot.steps, 'step')} of the next"
+    sparsity = percent(total.sparsity)
     print(f"after {epochs}: {total.connected} of {total.weights} connections, sparsity {sparsity}, T {snapshot.T}")
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
     print(f"its network  {dense:>11,} bytes  dense")

@@ -1,7 +1,7 @@
-"""The network of a run at the end of an epoch: its weights, and what is needed to build it."""
+"""The network of a run at its checkpoint: its weights, and what is needed to build it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Unreadable(Refusal, ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network at the end of an epoch."""
+    """A network at the end of an epoch, or some steps later."""
 
     experiment: str  # one of analysis.experiments.EXPERIMENTS
     dataset: str
@@ -39,6 +39,7 @@ class Snapshot:
     run: str
     epoch: int
     state: dict[str, Tensor]  # the network's state_dict, float32 on the CPU
+    steps: int = 0  # of the next epoch that it has been trained for; exports do not keep them
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], state: dict[str, Tensor]) -> "Snapshot":
@@ -137,6 +138,9 @@ def from_checkpoint(path: Path) -> Snapshot:
             raise ValueError("no arguments" if arguments is None else "no network")
         run = "".join(c if c.isprintable() else "?" for c in path.resolve().parent.name)
         snapshot = Snapshot.of({**arguments, "run": run, "epoch": checkpoint.get("epoch")}, dict(state))
+        steps = checkpoint.get("position", 0)  # older checkpoints are all from the end of an epoch
+        checks.whole_number("position", steps)
+        snapshot = replace(snapshot, steps=steps)
         snapshot.network()
     except (storage.DamagedError, ValueError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None

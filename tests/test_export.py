@@ -394,3 +394,6 @@ def test_a_real_run(width, weights, tmp_path, mnist_folder, capsys):
     assert "after 2 epochs: " in out
     assert (models / "export.npz").read_bytes()[:2] == b"PK"
     assert "0 of 200 spike counts differ" in out
+    storage.write(models / "checkpoint.pt", storage.read(models / "checkpoint.pt") | {"position": 1})
+    assert main([str(models), "-o", str(tmp_path / "export.npz")]) == 0
+    assert "after 2 epochs and 1 step of the next: " in capsys.readouterr().out
