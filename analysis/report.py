@@ -25,6 +25,7 @@ from training.command_line import Parser, check_output, command, file_path, outp
 from training.files.json_files import nested, number, printable, shown
 from training.files.storage import CHECKPOINT
 from training.logs import INFO, RESULTS
+from training.run_info import everywhere
 
 if TYPE_CHECKING:
     from analysis.pictures import Picture
@@ -89,9 +90,9 @@ def facts(run: SavedRun) -> dict[str, str]:
         "learning rate": None if math.isnan(rate) else f"{rate:g}",
         "seed": run.arguments.get("seed"),
         "versions": ", ".join(versions),
-        "device": run.info.get("device"),
-        "precision": run.info.get("precision"),
-        "commit": run.info.get("git_commit"),
+        "device": everywhere(run.info, "device"),
+        "precision": everywhere(run.info, "precision"),
+        "commit": everywhere(run.info, "git_commit"),
     }
     return {key: text for key, value in found.items() if (text := shown(value, 2000))}
 

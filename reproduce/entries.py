@@ -22,6 +22,7 @@ from training.errors import Refusal
 from training.files.json_files import nested, number, read_file, shown
 
 ROWS, EPOCHS = "rows.csv", "epochs.csv"
+SUMS = ("pruned_in_all", "regrown_in_all", "train_seconds")  # over all epochs
 EPOCH = ("test_accuracy", "connectivity", "pruned", "regrown")  # the numbers of an epoch in epochs.csv
 
 
@@ -49,14 +50,17 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
         earlier_epochs[line["row"]].append(line)
     entries = []
     for row in rows:
+        line, kept = earlier.get(row.command), earlier_epochs[row.key]
+        for epoch in (result["epoch"] for result in kept):
+            if not (1 <= epoch <= row.epochs and epoch.is_integer()):
+                raise Refusal(f"{folder / EPOCHS}: not an epoch of {row.key}: {epoch:g}")
         if record := records.finished(dump, row):
             results = [result for result in records.state(dump, row).epochs if result["epoch"] <= row.epochs]
-            numbers, made = _numbers(record, results), _made(record)
-        elif line := earlier.get(row.command):
-            results = earlier_epochs[row.key]
-            for epoch in (result["epoch"] for result in results):
-                if not (1 <= epoch <= row.epochs and epoch.is_integer()):
-                    raise Refusal(f"{folder / EPOCHS}: not an epoch of {row.key}: {epoch:g}")
+            numbers, made = _numbers(record, results if _all_there(results, row) else []), _made(record)
+            if line is not None and _all_there(kept, row) and not _all_there(results, row) and _same(line, numbers):
+                results, numbers = kept, numbers | {key: line[key] for key in SUMS}  # the run's logs were lost since
+        elif line is not None:
+            results = kept
             numbers, made = ({key: line[key] for key in keys} for keys in (_numbers({}, []), MADE))
         else:
             continue
@@ -65,6 +69,16 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
         epochs = [by_epoch.get(epoch, lost) for epoch in range(1, max(by_epoch, default=0) + 1)]
         entries.append(Entry(row, numbers, made, epochs))
     return entries
+
+
+def _all_there(results: Sequence[dict[str, Any]], row: Row) -> bool:
+    """Whether there are results of each epoch up to the row's last."""
+    return {result["epoch"] for result in results} == set(range(1, row.epochs + 1))
+
+
+def _same(line: dict[str, Any], numbers: dict[str, float]) -> bool:
+    """Whether an outcome's line tells what a row's record does."""
+    return all(line[key] == numbers[key] for key in ("test_accuracy", "connectivity"))
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
@@ -104,7 +118,7 @@ def _value(path: Path, text: str) -> float:
 
 
 def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """A row's results, from its record and the lines of its run's results; NaN where it is not known."""
+    """A row's results, from its record and the lines of all its epochs; NaN where it is not known."""
     layers = list((nested(record, "result", "layers") or {}).values())
     operations = [nested(layer) or {} for layer in (nested(record, "test", "operations") or {}).values()]
 
@@ -130,7 +144,7 @@ def _numbers(record: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[
 def _made(record: dict[str, Any]) -> dict[str, str]:
     versions = sorted((nested(record, "run", "versions") or {}).items())
     text = ", ".join(f"{shown(name)} {shown(value)}" for name, value in versions)
-    return {key: shown(record["run"].get(key)) for key in MADE} | {"versions": text}
+    return {key: shown(record["run"].get(key), 2000) for key in MADE} | {"versions": text}
 
 
 def rows_csv(entries: Sequence[Entry]) -> str:

@@ -22,7 +22,9 @@ from training.data import TestBatches
 from training.data.dataset import Dataset, Split
 from training.errors import Refusal
 from training.files import write_whole
+from training.files.storage import CHECKPOINT
 from training.options import REPOSITORY
+from training.run_info import everywhere
 
 
 def in_half(snapshot: Snapshot) -> Snapshot:
@@ -109,9 +111,9 @@ def main(argv: list[str] | None = None) -> int:
         raise Refusal(f"argument grid: reproduce/{options.grid}.toml names no networks")
     finished = {}
     for name, row in rows.items():
-        if (models := options.dump_dir / "models" / row.name).is_dir():
+        if ((models := options.dump_dir / "models" / row.name) / CHECKPOINT).is_file():
             snapshot = load_snapshot(models)
-            if snapshot.epoch == row.epochs:
+            if (snapshot.epoch, snapshot.steps) == (row.epochs, 0):
                 finished[name] = snapshot
     if not finished:
         raise Refusal(f"argument --dump-dir: {options.dump_dir} has no finished row that the grid names a network of")
@@ -121,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, snapshot in finished.items():
         row, path = rows[name], options.output / f"{name}.safetensors"
         export(snapshot if row.method.prunes else in_half(snapshot), "safetensors", path)
-        commit = records.state(options.dump_dir, row).info.get("git_commit") or "not known"
+        commit = everywhere(records.state(options.dump_dir, row).info, "git_commit") or "not known"
         write_whole(path.with_suffix(".md"), card(name, row, commit, path, dataset, snapshot))
         print(f"{path}: {path.stat().st_size:,} bytes", flush=True)
     for name in rows.keys() - finished.keys():

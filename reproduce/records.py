@@ -18,6 +18,7 @@ from training.console import duration
 from training.files import json_files
 from training.logs import RESULTS
 from training.metrics import FILES, TEST
+from training.run_info import everywhere
 
 MADE = ("cpu", "device", "precision", "versions", "git_commit")  # what a record says of how its row was made
 
@@ -74,9 +75,11 @@ def write(dump: Path, row: Row) -> dict[str, Any]:
         "epochs": row.epochs,
         "result": {key: value for key, value in result.items() if key not in ("neurons", "distributions")},
         "test": test,
-        "run": {key: run.info.get(key) for key in MADE},
+        "run": {key: everywhere(run.info, key) for key in MADE},
     }
     _check(record, row)
+    if test is None and (earlier := finished(dump, row)) is not None:  # another runner's, perhaps with its test
+        return earlier
     json_files.write(path_of(dump, row), record)
     return record
 

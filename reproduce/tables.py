@@ -65,9 +65,8 @@ def summarise(entries: Sequence[Entry]) -> list[Summary]:
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """Mean ± standard deviation (of the sample), the mean alone for one value, a dash for none that is known."""
-    values = [value for value in values if not math.isnan(value)]
-    if not values:
+    """Mean ± standard deviation (of the sample), the mean alone for one value, a dash if one is not known."""
+    if not values or any(map(math.isnan, values)):
         return "-"
     mean = show(statistics.mean(values))
     return f"{mean} ± {show(statistics.stdev(values))}" if len(values) > 1 else mean
@@ -159,10 +158,13 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 def accuracy_at(points: Iterable[tuple[float, float]], connectivity: ArrayLike) -> np.ndarray:
     """The accuracy that a method has with at most ``connectivity``, from its points (connectivity, accuracy).
 
-    Along their :func:`front`, linear in the logarithm of the connectivity; NaN below its first point.
+    Along their :func:`front`, linear in the logarithm of the connectivity; NaN below its first point, but for a
+    thousandth, by which a run may miss the connectivity that it is given.
     """
     x, y = zip(*front(points) or [(1.0, math.nan)], strict=True)
-    return np.interp(np.log(connectivity), np.log(x), y, left=math.nan)
+    connectivity = np.asarray(connectivity)
+    missed = (connectivity < x[0]) & (1.001 * connectivity >= x[0])
+    return np.interp(np.log(np.where(missed, x[0], connectivity)), np.log(x), y, left=math.nan)
 
 
 def equal_connectivity(summaries: Sequence[Summary]) -> str:
@@ -200,6 +202,5 @@ def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]]) -> str:
     lines = []
     for (title, epochs), by_seed in methods.items():
         columns = np.array(list(by_seed.values())).reshape(-1, len(EQUAL)).T
-        known = [[] if np.isnan(column).any() else column.tolist() for column in columns]
-        lines.append([title, str(epochs), str(len(by_seed)), *(spread(column, _points) for column in known)])
+        lines.append([title, str(epochs), str(len(by_seed)), *(spread(column.tolist(), _points) for column in columns)])
     return _markdown(["method", "epochs", "seeds", *(f"{100 * connectivity:g} %" for connectivity in EQUAL)], lines)

@@ -391,6 +391,46 @@ def test_lost_results_are_said_and_the_run_goes_on(run, tmp_path):
     assert [line["epoch"] for line in results(tmp_path)] == [3]
 
 
+def test_a_run_tells_where_it_has_been_before(run, tmp_path, monkeypatch):
+    def info():
+        (path,) = tmp_path.glob("logs/*/run.json")
+        found = json.loads(path.read_text())
+        assert run_info.everywhere(found, "cpu") == ", then ".join(place["cpu"] for place in (*found["before"], found))
+        return found
+
+    for number, cpu in enumerate(("one", "one", "another", "a third"), 1):
+        monkeypatch.setattr(run_info, "processor", lambda cpu=cpu: cpu)
+        run(*GRAD, "-N", str(number))
+        if number == 2:
+            assert info()["before"] == []
+    found = info()
+    assert [place["cpu"] for place in found["before"]] == ["one", "another"]
+    assert {key: found["before"][0][key] for key in ("precision", "device")} == {
+        "precision": "fp32",
+        "device": found["device"],
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"before": 3}', b'{"before": [3, {}, {"cpu": []}]}'])
+def test_what_run_json_says_wrongly_is_no_place(run, tmp_path, content):
+    run(*GRAD, "-N", "1")
+    (path,) = tmp_path.glob("logs/*/run.json")
+    path.write_bytes(content)
+    assert run(*GRAD, "-N", "2").status == 0
+    assert [place for place in json.loads(path.read_text())["before"] if place.get("cpu") != []] == []
+
+
+def test_a_line_that_has_lost_its_end_takes_no_other_with_it(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    (path,) = tmp_path.glob("logs/*/results.jsonl")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run(*GRAD, "-N", "3").status == 0
+    first, lost, third = path.read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in (first, third)] == [1, 3]
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(lost)
+
+
 @pytest.mark.parametrize("option", [[], ["-test"]])
 def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, monkeypatch, option):
     run(*GRAD, "-N", "2", "-i1", "1")

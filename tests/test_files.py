@@ -155,6 +155,15 @@ def test_the_longest_name_is_a_name(tmp_path):
     assert path.read_text() == "text"
 
 
+def test_two_long_names_are_written_side_by_side(tmp_path):
+    """As the records of rows that differ in their seed."""
+    paths = [tmp_path / ("a" * 60 + end) for end in "12"]
+    with writing.replacing(paths[0], ours=True) as first, writing.replacing(paths[1], ours=True) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert [path.read_text() for path in paths] == ["first", "second"]
+
+
 def linked_to_itself(folder):
     (folder / "link").symlink_to("link")
     return folder / "link"

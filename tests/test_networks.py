@@ -120,12 +120,16 @@ def test_a_file_comes_before_a_network_of_its_name(tmp_path, monkeypatch):
 
 @pytest.fixture
 def dump(tmp_path):
-    """A dump folder with the finished run of two networks of MNIST's grid, and an unfinished one of another."""
-    for name, network, epoch in (("grad-5", mnist(0.95), 60), ("dense", mnist(0.0, 0.0), 60), ("grad-2", mnist(), 59)):
+    """A dump folder with the finished runs of two of MNIST's networks, and three others: one that is not finished, one
+    within the epoch behind its row's last, and one that has just begun."""
+    places = {"grad-5": (60, 0), "dense": (60, 0), "grad-2": (59, 0), "grad-17": (60, 3)}
+    for name, (epoch, position) in places.items():
         run = grid.networks("mnist")[name].name
-        models = write_run(tmp_path / "dump", network, run)
-        storage.write(models / "checkpoint.pt", storage.read(models / "checkpoint.pt") | {"epoch": epoch})
+        models = write_run(tmp_path / "dump", {"grad-5": mnist(0.95), "dense": mnist(0.0, 0.0)}.get(name, mnist()), run)
+        saved = storage.read(models / "checkpoint.pt") | {"epoch": epoch, "position": position}
+        storage.write(models / "checkpoint.pt", saved)
         json_files.write(tmp_path / "dump" / "logs" / run / "run.json", {"git_commit": f"commit of {name}"})
+    (tmp_path / "dump" / "models" / grid.networks("mnist")["grad-1"].name).mkdir()
     return tmp_path / "dump"
 
 
@@ -133,7 +137,9 @@ def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path
     pytest.importorskip("safetensors")
     argv = ["mnist", "--dump-dir", str(dump), "--dataset-dir", str(mnist_folder), "-o", str(tmp_path / "out")]
     assert networks.main(argv) == 0
-    assert "not there: grad-2, python mnist/mnist.py" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for name in ("grad-1", "grad-2", "grad-17"):
+        assert f"not there: {name}, python mnist/mnist.py" in out
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert files.keys() == {f"{name}.{suffix}" for name in ("grad-5", "dense") for suffix in ("safetensors", "md")}
     sparse, dense = mnist(0.95), mnist(0.0, 0.0)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -476,6 +477,31 @@ def test_a_row_whose_run_was_prolonged_is_recorded_from_its_results(rows, stub):
     assert (record["result"]["epoch"], record["test"]) == (1, None)  # the test is of epoch 2
 
 
+def test_a_row_that_another_runner_finishes_meanwhile_is_left_as_it_is(rows, stub, monkeypatch, capsys):
+    """Its run is longer by then, so that a record of now would lack the test."""
+    runner.Runner(stub, [], 1).run(rows)
+    record, before = records.path_of(stub, rows[0]).read_bytes(), calls(stub)
+    found, finished = [], records.finished
+
+    def not_yet(dump, row):
+        found.append(row)
+        return None if found.count(row) == 1 else finished(dump, row)
+
+    monkeypatch.setattr(records, "finished", not_yet)
+    assert runner.Runner(stub, [], 1).run(rows[:1]) == ([], [])
+    assert records.path_of(stub, rows[0]).read_bytes() == record
+    assert calls(stub) == before
+    assert "finished by another runner" in capsys.readouterr().out
+
+
+def test_a_record_with_its_test_is_not_replaced_by_one_without(rows, stub):
+    runner.Runner(stub, [], 1).run(rows)
+    path = records.path_of(stub, rows[0])
+    record = path.read_bytes()
+    assert records.write(stub, rows[0])["test"] is not None
+    assert path.read_bytes() == record
+
+
 @pytest.fixture
 def waiting(rows, stub):
     """A runner in a process of its own, with two rows that wait in it for a minute."""
@@ -505,6 +531,24 @@ def test_a_signal_stops_the_rows_that_run_and_starts_no_other(stub, waiting):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not learn that its parent has ended")
+def test_a_request_to_save_ends_no_row_that_does_not_train_yet(stub, waiting):
+    waiting.send_signal(signal.SIGUSR1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1)
+    waiting.send_signal(signal.SIGTERM)
+    out = waiting.communicate(timeout=30)[0]
+    assert "status" not in out  # of a row that the first signal has ended
+
+
+def test_a_record_tells_all_places_where_its_row_was_trained(rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:1])
+    path = records.state(stub, rows[0]).logs / "run.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "before": [{"precision": "bf16", "device": "stub", "cpu": "Z80"}, None]}))
+    made = records.write(stub, rows[0])["run"]
+    assert made == {**{key: info[key] for key in records.MADE}, "precision": "bf16, then fp8", "cpu": "Z80, then 6502"}
+
+
 def test_rows_end_with_a_runner_that_is_killed(stub, waiting):
     import fcntl
 
@@ -651,8 +695,35 @@ def test_a_lost_line_does_not_shift_the_epochs_behind_it(tmp_path, rows, stub):
         text = entries.epochs_csv(entries.collect(dump, rows[3:4], tmp_path))
         lines = [(line["epoch"], line["test_accuracy"]) for line in csv.DictReader(text.splitlines())]
         assert lines == [("1", ""), ("2", "0.7")]
+        (entry,) = entries.collect(dump, rows[3:4], tmp_path)
+        assert all(math.isnan(entry.numbers[key]) for key in entries.SUMS)  # not the sums of what is left
         (tmp_path / "epochs.csv").write_text(text)
         (tmp_path / "rows.csv").write_text(entries.rows_csv(entries.collect(dump, rows[3:4], tmp_path)))
+
+
+@pytest.mark.parametrize("left", [None, "", "another"])
+def test_an_outcome_keeps_the_epochs_whose_logs_are_lost(tmp_path, rows, stub, left):
+    """Unless the row has been trained again since, with other results."""
+    runner.Runner(stub, [], 1).run(rows[3:4])
+    (entry,) = entries.collect(stub, rows[3:4], tmp_path)
+    assert not any(math.isnan(entry.numbers[key]) for key in entries.SUMS)
+    (tmp_path / "rows.csv").write_text(entries.rows_csv([entry]))
+    (tmp_path / "epochs.csv").write_text(entries.epochs_csv([entry]))
+    results = records.state(stub, rows[3]).logs / "results.jsonl"
+    if left is None:
+        shutil.rmtree(results.parent)
+    else:
+        results.write_text("")
+    if left == "another":
+        record = json.loads(records.path_of(stub, rows[3]).read_text())
+        record["result"]["test_accuracy"] /= 2
+        records.path_of(stub, rows[3]).write_text(json.dumps(record))
+    (again,) = entries.collect(stub, rows[3:4], tmp_path)
+    if left == "another":
+        assert again.epochs == []
+        assert all(math.isnan(again.numbers[key]) for key in entries.SUMS)
+    else:
+        assert again == entry
 
 
 # -- the command ---------------------------------------------------------------------------------------
@@ -1135,6 +1206,17 @@ def test_methods_are_compared_at_equal_connectivity():
     assert long == ["Grad R", "512", "1", "50.00", "50.00", *6 * ["-"]]
     assert lead[:5] == ["Deep R", "60", "1", "1.00", "-0.72"]  # seed 1 alone: 98.00 - 97.00, 96.28 - 97.00
     assert "alone" not in text
+
+
+def test_a_connectivity_may_be_missed_by_a_thousandth():
+    """As by a run that is given it: of 596 832 weights, 5969 are a little more than a hundredth."""
+    points = [(5969 / 596832, 0.1), (0.1, 0.5)]
+    assert tables.accuracy_at(points, [0.01, 0.1]).tolist() == [0.1, 0.5]
+    assert math.isnan(tables.accuracy_at([(0.0101, 0.1), (0.1, 0.5)], 0.01))
+
+
+def test_a_number_that_one_seed_lacks_is_not_that_of_the_others():
+    assert tables.spread([1.0, math.nan, 3.0], str) == "-"
 
 
 def test_a_loss_of_nothing_has_no_sign():

@@ -42,3 +42,13 @@ def rewind(folder: Path, lengths: dict[str, int]) -> None:
         found = path.stat().st_size if path.exists() else 0
         if found < length:
             print(f"{path} has lost its end: {found} of {length} bytes are left. Appending to them.", flush=True)
+            if name == RESULTS and found:
+                _end_line(path)
+
+
+def _end_line(path: Path) -> None:
+    """Ends the last line, of which a part may be lost: what follows has its own."""
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")

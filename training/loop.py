@@ -223,7 +223,9 @@ class Trainer:
         with Signals() as self.signals, self._new_recorder() as self.recorder:
             about = run_info.describe(self.options, self.network, checkpoint.versions())
             if self.writes:
-                json_files.write(self.folder / logs.INFO, about)
+                path = self.folder / logs.INFO
+                before = run_info.earlier(path, about) if self.step else []
+                json_files.write(path, {**about, "before": before})
             self.saved_at = time.monotonic()
             if not self.lengths:
                 self.recorder.describe(about["command"], about["arguments"])

@@ -13,7 +13,10 @@ from torch import nn
 
 from measuring import prunable
 from training import device
+from training.files import json_files
 from training.options import REPOSITORY, arguments
+
+PLACE = ("precision", "device", "cpu", "git_commit")  # what may change while a run goes on
 
 
 def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -> dict[str, Any]:
@@ -39,6 +42,30 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
             "layers": {name: list(weight.shape) for name, weight in weights.items()},
         },
     }
+
+
+def earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a run has been before, in order: each ``PLACE`` that is not that of ``now``, by its last ``run.json``."""
+    try:
+        last = json_files.read_object(path) or {}
+    except ValueError:  # damaged
+        return []
+    before = last.get("before")
+    places: list[dict[str, Any]] = []
+    for place in [*(before if isinstance(before, list) else []), last]:
+        known = {key: place[key] for key in PLACE if key in place} if isinstance(place, dict) else {}
+        if known and known not in places and any(now[key] != value for key, value in known.items()):
+            places.append(known)
+    return places
+
+
+def everywhere(info: dict[str, Any], key: str) -> Any:
+    """What ``run.json`` says of a ``PLACE``; where a run has been elsewhere before, what it says of all, in order."""
+    before = info.get("before")
+    places = [*(before if isinstance(before, list) else []), info]
+    values = [place.get(key) for place in places if isinstance(place, dict)]
+    texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
+    return ", then ".join(texts) if len(texts) > 1 else info.get(key)
 
 
 def _gpu_versions(device: torch.device) -> dict[str, str]:

@@ -12,6 +12,7 @@ import stat
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def replace(source: Path, target: Path) -> None:
             time.sleep(0.05)
 
 
+def _short(name: str) -> str:
+    """A name of its own for each name, which may be as long as one can be."""
+    return name if len(name) <= 50 else f"{name[:50]}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+
+
 @contextlib.contextmanager
 def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator[Path]:
     """Yields an empty temporary file, which replaces ``path`` at the end; on an error ``path`` is unchanged.
@@ -116,8 +122,8 @@ def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator
     Args:
         path: the file to write.
         parents: make the folders above it that are missing.
-        ours: it is in a folder that only this program writes to, one process at a time. The folder may be a
-            stranger's: links and pipes in it are replaced, never followed.
+        ours: it is in a folder that only this program writes to, each file by one process at a time. The folder may
+            be a stranger's: links and pipes in it are replaced, never followed.
 
     Raises:
         OSError: it cannot be written, which shows at the beginning if possible; it names ``path``.
@@ -135,8 +141,7 @@ def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator
         regular = mode is not None and stat.S_ISREG(mode)
         special = mode is not None and not regular and not ours
         folder = Path(tempfile.gettempdir()) if special else target.parent
-        # not the whole name of the target: that may already be as long as a name can be
-        temporary = folder / (f"{path.name[:50]}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
+        temporary = folder / (f"{_short(path.name)}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
         temporary.unlink(missing_ok=True)  # of a process that was killed
         temporary.touch(0o600 if special else 0o666, exist_ok=False)
     try:
