@@ -13,7 +13,7 @@ from analysis import shipped
 from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.formats.packed import as_folded
 from analysis.snapshot import Snapshot, from_checkpoint, models_folder
-from measuring.report import percent
+from measuring.report import beyond, percent
 from spiking import SpikingNetwork
 from training import data, device, files
 from training.command_line import Parser, check_output, command, file_path, folder_path
@@ -134,10 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     size = export(snapshot, options.format, output)
     total = measuring.total(measuring.count(measuring.masks(snapshot.network())))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())
-    epochs = counted(snapshot.epoch, "epoch")
-    if snapshot.steps:
-        epochs += f" and {counted(snapshot.steps, 'step')} of the next"
-    sparsity = percent(total.sparsity)
+    epochs, sparsity = f"{counted(snapshot.epoch, 'epoch')}{beyond(snapshot.steps)}", percent(total.sparsity)
     print(f"after {epochs}: {total.connected} of {total.weights} connections, sparsity {sparsity}, T {snapshot.T}")
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
     print(f"its network  {dense:>11,} bytes  dense")

@@ -18,7 +18,7 @@ import torch
 
 from analysis.experiments import EXPERIMENTS
 from analysis.packages import imported
-from analysis.runs import SavedRun, find, short_names, weights_of
+from analysis.runs import SavedRun, find, is_there, short_names, weights_of
 from measuring.report import percent
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
@@ -85,7 +85,7 @@ def facts(run: SavedRun) -> dict[str, str]:
     found = {
         "command": run.info.get("command"),
         "logs": str(run.logs) if run.logs.is_dir() else None,
-        "checkpoint": str(run.models / CHECKPOINT) if (run.models / CHECKPOINT).is_file() else None,
+        "checkpoint": str(run.models / CHECKPOINT) if is_there(run.models / CHECKPOINT) else None,
         "parameters": ", ".join(f"{count:,.0f} {what}" for what, count in counts.items() if not math.isnan(count)),
         "learning rate": None if math.isnan(rate) else f"{rate:g}",
         "seed": run.arguments.get("seed"),
@@ -129,7 +129,7 @@ def _sections(runs: Sequence[SavedRun]) -> list[tuple[list["Picture"], list[str]
 def _changed(run: SavedRun) -> float:
     """When the run's files changed last, in seconds; 0 for one without files."""
     paths = (run.logs / RESULTS, run.logs / INFO, run.models / CHECKPOINT)
-    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+    return max((path.stat().st_mtime for path in paths if is_there(path)), default=0.0)
 
 
 def page(runs: Sequence[SavedRun], details: int) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import measuring
 from analysis.experiments import EXPERIMENTS
+from measuring.report import beyond
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.json_files import LARGEST, nested, number, parse_object, read_file, read_object, reason, shown
@@ -58,6 +59,12 @@ class SavedRun:
         """Experiment and data set: only runs that share both can be compared. Unknown ones are empty texts."""
         experiment = self.info.get("experiment") or self.arguments.get("experiment")
         return shown(experiment), shown(self.arguments.get("dataset"))
+
+    @property
+    def width(self) -> Any:
+        """Of the network; older runs have their experiment's. None when not known."""
+        experiment = EXPERIMENTS.get(self.experiment[0])
+        return self.arguments.get("width", experiment and experiment.width)
 
     @property
     def method(self) -> str:
@@ -201,14 +208,23 @@ def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def weights_of(run: SavedRun) -> tuple[int, dict[str, Tensor]]:
-    """The checkpoint's epoch and its weights that can be pruned, by name; (0, {}) when there is none.
+def is_there(path: Path) -> bool:
+    """Whether a file can be seen: not in a folder that is another user's alone."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
-    A damaged checkpoint is one more of :attr:`SavedRun.problems`.
+
+def weights_of(run: SavedRun) -> tuple[str, dict[str, Tensor]]:
+    """The checkpoint's epoch, in words, and its weights that can be pruned, by name; empty when there is none.
+
+    The words are such as "3", or "3 and 20 steps of the next". A damaged checkpoint is one more of
+    :attr:`SavedRun.problems`.
     """
     path = run.models / CHECKPOINT
-    if not path.is_file():
-        return 0, {}
+    if not is_there(path):
+        return "", {}
     try:
         state = storage.read(path, verify=False)  # only the weights are read from the disk
         with torch.device("meta"):  # for the names alone: no memory, no random numbers
@@ -217,10 +233,11 @@ def weights_of(run: SavedRun) -> tuple[int, dict[str, Tensor]]:
         for name, weight in weights.items():  # that they are dense and of the file's size, storage.read has checked
             if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():
                 raise ValueError(f"{name} is not of a layer")
-        return checks.whole_number("epoch", state["epoch"]), weights
+        epoch, steps = (checks.whole_number(key, state.get(key, 0)) for key in ("epoch", "position"))
+        return f"{epoch}{beyond(steps)}", weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
         run.problems.append(f"{path}: damaged or not a checkpoint of this program ({reason(error)})")
-        return 0, {}
+        return "", {}
 
 
 _PART = re.compile(r"[A-Za-z_]+-\d+(?:\.\d+)?(?:e-?\d+)?(?=-|$)|[^-]+")

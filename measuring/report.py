@@ -20,6 +20,7 @@ class Report:
     structural: dict[str, Connections]  # those on a path from an input to an output, see measuring.paths
     rates: dict[str, Tensor]  # of each neuron, in spikes per image and time step
     operations: dict[str, energy.Operations]  # of each layer, see measuring.energy
+    position: int = 0  # the number of steps of the next epoch for which it was trained, too
 
     def lines(self) -> list[str]:
         """The report for the console, up to 100 columns wide."""
@@ -30,7 +31,7 @@ class Report:
         seen = self.evaluation
         low, high = measuring.wilson_interval(seen.right, seen.images)
         lines = [
-            f"test accuracy {percent(seen.accuracy)} after {self.epoch} epochs "
+            f"test accuracy {percent(seen.accuracy)} after {self.epoch} epochs{beyond(self.position)} "
             f"(95 % interval {percent(low)} to {percent(high)}, {seen.right} of {seen.images} images)"
         ]
         width = max(map(len, self.connected))
@@ -83,6 +84,7 @@ class Report:
         """Records each number by ``record(key, number)``, and those of a layer with ``layer=name``."""
         seen = self.evaluation
         record("epoch", self.epoch)
+        record("position", self.position)
         record("accuracy", seen.accuracy)
         record("accuracy_interval", list(measuring.wilson_interval(seen.right, seen.images)))
         record("right", seen.right)
@@ -104,8 +106,10 @@ class Report:
         record("energy_dense", total.dense)
 
 
-def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Report:
-    """Tests a network in eval mode, in one pass over all batches.
+def report_on(
+    network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]], epoch: int, position: int = 0
+) -> Report:
+    """Tests a network in eval mode, in one pass over all batches. The report names the epoch and the position in it.
 
     Raises:
         ValueError: the operations cannot be counted, see :class:`measuring.energy.OperationCounter`, or the layers do
@@ -121,7 +125,13 @@ def report_on(network: SpikingNetwork, batches: Iterable[tuple[Tensor, Tensor]],
         measuring.count(paths.structural(masks)),
         counter.rates(),
         counter.operations(),
+        position,
     )
+
+
+def beyond(steps: int) -> str:
+    """What follows a number of epochs in a text, for so many steps of the next one; empty for none."""
+    return f" and {steps} step{'' if steps == 1 else 's'} of the next" if steps else ""
 
 
 def percent(fraction: float) -> str:

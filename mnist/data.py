@@ -16,9 +16,11 @@ def read_mnist(folder: Path) -> Dataset:
 
     raw = folder / "MNIST" / "raw"
     parts = [[raw / f"{part}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")] for part in ("train", "t10k")]
-    if not all(path.is_file() for part in parts for path in part):
-        published = ((raw / name, md5) for name, md5 in MNIST.resources)
-        torchvision_parts(MNIST, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte", published)
+    if missing := [(name, md5) for name, md5 in MNIST.resources if not (raw / name.removesuffix(".gz")).is_file()]:
+        # torchvision would download all of them, over those that are there, which may be others than the published ones
+        only_these = type("MNIST", (MNIST,), {"resources": missing})
+        published = ((raw / name, md5) for name, md5 in missing)
+        torchvision_parts(only_these, folder, "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte", published)
     # not read by torchvision: it checks the MD5 only of downloads, and its assertions have no message
     return Dataset(
         *(Split(read_idx(images, (28, 28)).unsqueeze(1), read_idx(labels).long()) for images, labels in parts)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.pictures.drawing import COLOURS, DASHES, MARKERS, STYLE
-from analysis.pictures.published import PUBLISHED
+from analysis.pictures.published import PUBLISHED, as_published
 from reproduce.tables import Summary
 from training.methods import DEFAULT, METHODS
 
@@ -79,8 +79,8 @@ def _draw_plane(axes: Axes, summaries: Sequence[Summary]) -> None:
         axes.errorbar(x, y, y_error, x_error, label=label, linewidth=1, capsize=2, **look)
     row = summaries[0].row
     options = row.options
-    as_published = (options.width, options.T) == (options.defaults["width"], options.defaults["T"])
-    for published in PUBLISHED.get((row.experiment, options.dataset), ()) if as_published else ():
+    same = as_published(row.experiment, options.width, options.T)
+    for published in PUBLISHED.get((row.experiment, options.dataset), ()) if same else ():
         x, y = 100 * np.array(published.points).T
         look = {"marker": published.marker, "color": "black", "markerfacecolor": "none", "markersize": 10}
         axes.plot(x, y, linestyle="none", label=f"published: {published.label}", **look)

@@ -62,7 +62,10 @@ def write(dump: Path, row: Row) -> dict[str, Any]:
         test = json_files.read_object(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if test is not None and test.get("epoch") != row.epochs:  # the run was extended since
+    if test is not None and (test.get("epoch"), test.get("position", 0)) != (
+        row.epochs,
+        0,
+    ):  # the run was extended since
         test = None
     result = next((line for line in run.epochs if line["epoch"] == row.epochs), None)
     if result is None:

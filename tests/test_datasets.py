@@ -17,6 +17,7 @@ from c10.data import CIFAR10, CLASSES
 from mnist.data import DIGITS, MNIST
 from training.data import Dataset, Split
 from training.errors import Refusal
+from training.files.locks import Lock
 
 SOURCES = {source.name: source for source in (MNIST, DIGITS, CIFAR10)}
 
@@ -76,7 +77,9 @@ def test_data_are_on_the_cpu_whatever_torchs_default(cifar_folder, mnist_folder)
 def test_cifar10_by_torchvision(tmp_path, monkeypatch):
     class Fake(torchvision.datasets.CIFAR10):
         def __init__(self, root, train, download):
-            assert (root, download) == (tmp_path, True)
+            assert root == tmp_path
+            if not download:
+                raise RuntimeError("Dataset not found or corrupted.")
             n = 4 if train else 2
             self.data = np.arange(n * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(n, 32, 32, 3)
             self.targets = list(range(n))
@@ -86,6 +89,55 @@ def test_cifar10_by_torchvision(tmp_path, monkeypatch):
     assert dataset.train.images.shape == (4, 3, 32, 32)
     assert torch.equal(dataset.train.images[1, 2], torch.from_numpy(Fake(tmp_path, True, True).data[1, :, :, 2]))
     assert dataset.test.labels.tolist() == [0, 1]
+
+
+def test_a_missing_file_of_mnist_is_downloaded_alone(tmp_path, mnist_folder, monkeypatch):
+    """The others may be the user's own."""
+    shutil.copytree(mnist_folder, tmp_path / "data")
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    missing = raw / "t10k-labels-idx1-ubyte"
+    content = missing.read_bytes()
+    missing.unlink()
+    before, fetched = {path: path.read_bytes() for path in raw.iterdir()}, []
+
+    def fetch(url, download_root, filename, md5):
+        fetched.append((Path(download_root) / filename, md5))
+        missing.write_bytes(content)
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetch)
+    dataset = MNIST.load(tmp_path / "data")
+    assert dataset.fingerprint() == MNIST.load(mnist_folder).fingerprint()
+    assert fetched == [(raw / "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c")]
+    for path, bytes_before in before.items():
+        assert path.read_bytes() == bytes_before
+
+
+def test_one_process_downloads_and_the_others_wait(tmp_path, monkeypatch, capsys):
+    calls, lock = [], Lock(tmp_path)
+
+    class Fake(torchvision.datasets.CIFAR10):
+        def __init__(self, root, train, download):
+            calls.append(download)
+            if not download:
+                raise RuntimeError("Dataset not found or corrupted.")
+            self.data, self.targets = np.zeros((1, 32, 32, 3), np.uint8), [0]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
+    monkeypatch.setattr("time.sleep", lambda seconds: (calls.append("waits"), lock.release()))
+    assert lock.acquire()
+    CIFAR10.load(tmp_path)
+    assert calls == [False, "waits", True, True]
+    assert capsys.readouterr().out == f"Waiting for another process, which downloads to {tmp_path}.\n"
+    assert lock.acquire()  # it is free again
+    lock.release()
+
+
+def test_a_class_without_images_is_refused(tmp_path, cifar_folder):
+    shutil.copytree(cifar_folder, tmp_path / "data")
+    for image in (tmp_path / "data" / "test" / "cat").iterdir():
+        image.rename(image.with_suffix(".txt"))
+    with pytest.raises(Refusal, match=r"test/cat holds no PNG or JPEG images$"):
+        CIFAR10.load(tmp_path / "data")
 
 
 @pytest.mark.parametrize(("name", "dataset_class"), [("mnist", "MNIST"), ("cifar10", "CIFAR10")])

@@ -82,6 +82,7 @@ def test_the_numbers_by_hand(example):
     assert cost == pytest.approx({"pruned": 3000 * 4.6 + 50 * 0.9, "dense": 12000 * 4.6 + 200 * 0.9})  # pJ
     assert numbers == {
         "epoch": 60,
+        "position": 0,
         "accuracy": 95 / 97,
         "right": 95,
         "images": 97,
@@ -157,6 +158,9 @@ def test_a_report_is_of_one_pass_and_of_what_the_network_is():
         assert torch.equal(report.rates[name], rate)
     assert report.lines()
     json.dumps(numbers_of(report), allow_nan=False)
+    later = report_on(network, iter(batches), epoch=7, position=3)
+    assert " after 7 epochs and 3 steps of the next (" in later.lines()[0]
+    assert numbers_of(later) == {**numbers_of(report), "position": 3}
 
 
 def test_a_network_that_never_spikes_has_a_report():

@@ -67,7 +67,8 @@ def test_the_files_have_the_keys_that_readers_know(run, tmp_path):
     (path,) = tmp_path.glob("logs/*/results.jsonl")
     seconds = ["train_seconds", "test_seconds", "checkpoint_seconds"]
     assert list(json.loads(path.read_text().splitlines()[1])) == [*line, *seconds]
-    keys = "epoch accuracy accuracy_interval right images confusion sparsity connectivity structural_connectivity"
+    keys = "epoch position accuracy accuracy_interval right images confusion"
+    keys += " sparsity connectivity structural_connectivity"
     of_layer = ("connected", "structural", "weights", "sparsity", "connectivity", "structural_connectivity")
     assert list(key_paths(json.loads(path.with_name("test.json").read_text()))) == [
         *keys.split(),

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import errno
 import json
 import math
 import os
@@ -278,13 +279,13 @@ def test_fan_in_and_fan_out_by_hand():
 
 def test_weights_of_a_checkpoint(dump):
     a, b, _ = runs.find([dump])
-    assert runs.weights_of(a) == (0, {})
+    assert runs.weights_of(a) == ("", {})
     epoch, tensors = runs.weights_of(b)
-    assert (epoch, list(tensors)) == (2, ["static_fc.1.weight", "fc.1.weight"])
+    assert (epoch, list(tensors)) == ("2", ["static_fc.1.weight", "fc.1.weight"])
     assert [int((w != 0).sum()) for w in tensors.values()] == [1, 1]
     path = b.models / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:2000])
-    assert runs.weights_of(b) == (0, {})
+    assert runs.weights_of(b) == ("", {})
     (problem,) = b.problems
     assert problem.startswith(f"{path}: damaged or not a checkpoint of this program (")
     assert "\n" not in problem
@@ -298,6 +299,10 @@ def test_the_logs_may_be_epochs_newer_than_the_checkpoint(tmp_path):
     assert report.row(run)["epochs"] == "7/512"
     captions = [picture.caption for picture in pictures.of_run(run, *runs.weights_of(run))]
     assert len([caption for caption in captions if "rom the checkpoint of epoch 5." in caption]) == 2
+    path = run.models / "checkpoint.pt"
+    storage.write(path, storage.read(path) | {"position": 20})
+    captions = [picture.caption for picture in pictures.of_run(run, *runs.weights_of(run))]
+    assert len([caption for caption in captions if "checkpoint of epoch 5 and 20 steps of the next." in caption]) == 2
     assert run.problems == []
 
 
@@ -320,7 +325,7 @@ def test_a_checkpoint_of_something_else_is_a_problem(tmp_path, change, reason):
     path = small_checkpoint(tmp_path, "x")
     storage.write(path, {**storage.read(path), **change})
     (run,) = runs.find([tmp_path])
-    assert runs.weights_of(run) == (0, {})
+    assert runs.weights_of(run) == ("", {})
     (problem,) = run.problems
     assert problem.startswith(f"{path}: damaged or not a checkpoint of this program (")
     assert reason in problem
@@ -431,7 +436,7 @@ def test_curves_are_the_results(drawn):
 
 def test_a_dense_run_has_no_picture_of_rewiring():
     run = run_of([result(1, connectivity=1.0), result(2, connectivity=1.0)])
-    titles = [picture.title for picture in pictures.of_run(run, 0, {}) + pictures.overall([run], ["r"])]
+    titles = [picture.title for picture in pictures.of_run(run, "0", {}) + pictures.overall([run], ["r"])]
     assert "Connectivity per layer" in titles
     assert "Connections pruned and regrown" not in titles
 
@@ -444,7 +449,9 @@ def test_a_run_that_diverged_has_its_pictures(recwarn):
         entry["w"]["edges"][0] = nan
         entry["theta"]["counts"] = [0] * 64
     tensors = {"static_fc.1.weight": torch.full((800, 784), nan), "fc.1.weight": torch.zeros(10, 800)}
-    made = pictures.of_run(run_of(lines), 2, tensors) + pictures.overall([run_of(lines), run_of(lines[:1])], ["r", "s"])
+    made = pictures.of_run(run_of(lines), "2", tensors) + pictures.overall(
+        [run_of(lines), run_of(lines[:1])], ["r", "s"]
+    )
     assert len(made) == 6 + 4
     assert "mean fan-in 784.0" in made[4].alt
     assert "unknown" in made[-2].alt
@@ -461,7 +468,7 @@ def test_numbers_that_no_run_has_are_drawn_without_a_word(tmp_path, recwarn, num
     lines[0]["distributions"]["fc.1.weight"]["w"] = {"edges": [0, abs(number) or 1], "counts": [1]}
     write_run(tmp_path, "x", lines, arguments={"T": number, "epoch": number})
     (run,) = runs.find([tmp_path])
-    assert len(pictures.of_run(run, 10**18, {}) + pictures.overall([run], ["r"])) == 8
+    assert len(pictures.of_run(run, "1", {}) + pictures.overall([run], ["r"])) == 8
     report.row(run), report.facts(run)
     assert not recwarn.list, [str(warning.message) for warning in recwarn]
 
@@ -555,6 +562,39 @@ def test_published_points_belong_to_their_experiment(drawn, experiment, dataset,
     assert ("IJCAI 2021" in made.caption) == bool(published)
 
 
+def test_published_points_are_of_the_published_network(drawn):
+    published, narrow, short = (run_of([result(1)], "c10", "cifar10") for _ in range(3))
+    narrow.info["arguments"]["width"], short.info["arguments"]["T"] = 32, 4
+    for runs_shown, others, said in (
+        ([narrow], 0, None),
+        ([short], 0, None),
+        ([published], 3, "results of the same network and data set"),
+        ([narrow, published], 3, "results of the network as published, which not all of the runs have, and data set"),
+    ):
+        made = results.plane(runs_shown, ["r"] * len(runs_shown))
+        assert len(drawn[-1][-1]) == len(runs_shown) + others
+        assert (said or "") in made.caption
+        assert ("published" in made.caption) == bool(others)
+
+
+def test_a_run_that_cannot_be_looked_into_hides_no_other(tmp_path, monkeypatch, capsys):
+    for name in ("closed", "open"):
+        write_run(tmp_path, name, [result(1)])
+        small_checkpoint(tmp_path, name)
+    is_file = Path.is_file
+
+    def refused(path):  # as before Python 3.14 in another user's folder, and not as root
+        if path.parent.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    found = runs.find([tmp_path])
+    assert [report._changed(run) > 0 for run in found] == [False, True]
+    assert [bool(report.facts(run).get("checkpoint")) for run in found] == [False, True]
+    assert [bool(runs.weights_of(run)[1]) for run in found] == [False, True]
+
+
 def test_the_accuracy_of_the_plane_is_of_the_same_epoch_as_its_connectivity(drawn):
     line = result(2) | {"test_accuracy": 0.5, "best_accuracy": 0.9, "connectivity": 0.25}
     results.plane([run_of([result(1), line], dataset="digits")], ["mine"])
@@ -567,7 +607,7 @@ def test_receptive_fields_by_hand(monkeypatch, style):
     weight = torch.zeros(40, 784)
     weight[:10, 2 * 28 + 5] = 0.5  # row 2, column 5
     weight[9, 783] = -1.0
-    made = weights.receptive_fields(3, {"static_fc.1.weight": weight})
+    made = weights.receptive_fields("3", {"static_fc.1.weight": weight})
     share, grid = shown
     assert share.shape == (28, 28)
     assert (share[2, 5], share[27, 27], share.sum()) == (25.0, 2.5, 27.5)  # per cent of the 40 hidden neurons
@@ -588,7 +628,7 @@ def test_a_picture_does_not_depend_on_those_before():
     tensors = {"fc.1.weight": torch.eye(10, 800)}
 
     def svgs(run):
-        return [picture.svg for picture in pictures.of_run(run, 1, tensors) + pictures.overall([run], ["r"])]
+        return [picture.svg for picture in pictures.of_run(run, "1", tensors) + pictures.overall([run], ["r"])]
 
     alone = [svgs(run) for run in (few, many, dense, empty)]
     assert [svgs(run) for run in (many, few, dense, many, few, empty)] == [alone[i] for i in (1, 0, 2, 1, 0, 3)]

@@ -494,6 +494,14 @@ def test_a_row_that_another_runner_finishes_meanwhile_is_left_as_it_is(rows, stu
     assert "finished by another runner" in capsys.readouterr().out
 
 
+def test_a_test_from_within_the_next_epoch_is_not_of_the_row(rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:1])
+    path = records.state(stub, rows[0]).logs / "test.json"
+    records.path_of(stub, rows[0]).unlink()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "position": 5}))
+    assert records.write(stub, rows[0])["test"] is None
+
+
 def test_a_record_with_its_test_is_not_replaced_by_one_without(rows, stub):
     runner.Runner(stub, [], 1).run(rows)
     path = records.path_of(stub, rows[0])

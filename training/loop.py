@@ -404,4 +404,4 @@ class Trainer:
 
     def _report(self) -> report.Report:
         with self._test_bar() as bar:
-            return report.report_on(self.network, bar, self.epoch)
+            return report.report_on(self.network, bar, self.epoch, self.position)

@@ -73,6 +73,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("batch_accuracy", SHARE, (STEP,), "Share of the batch's images classified correctly, before its update.",
            "right / batch size", path="", tag="train/acc", also="progress bar"),
     Metric("epoch", "epochs", (EPOCH, TEST), "Finished epochs.", also="console, report"),
+    Metric("position", "updates", (TEST,), "Updates of the next epoch that the tested network has behind it, too."),
     Metric("step", "updates", (EPOCH,), "Updates in all."),
     Metric("train_loss", "", (EPOCH,), "Mean of batch_loss over the batches of the epoch.", "Σ batch_loss / batches"),
     Metric("train_accuracy", SHARE, (EPOCH,), "Share of the epoch's training images classified correctly, each before "

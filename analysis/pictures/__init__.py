@@ -24,7 +24,7 @@ def overall(runs: Sequence[SavedRun], labels: Sequence[str]) -> list[Picture]:
     return [picture for picture in made if picture]
 
 
-def of_run(run: SavedRun, epoch: int, tensors: dict[str, Tensor]) -> list[Picture]:
+def of_run(run: SavedRun, epoch: str, tensors: dict[str, Tensor]) -> list[Picture]:
     """The pictures of one run: of its results, and of its checkpoint's weights after ``epoch``, if any."""
     with matplotlib.rc_context(STYLE):
         draw = (results.layers, results.layer_rewiring, results.neurons, weights.distributions)

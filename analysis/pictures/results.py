@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.pictures import drawing
 from analysis.pictures.drawing import COLOURS, INK, MARKERS, Curve, Picture, percent, short
-from analysis.pictures.published import PUBLISHED
+from analysis.pictures.published import PUBLISHED, T, as_published
 from analysis.runs import SavedRun
 from training.files.json_files import number
 
@@ -54,7 +54,8 @@ def plane(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
         points = [(number(run.last, "connectivity"), number(run.last, "test_accuracy"))]
         marks.append((label, points, {**look, "linestyle": "none", "markersize": 7}))
-    published = PUBLISHED.get(runs[0].experiment, ())
+    same = [as_published(run.experiment[0], run.width, run.arguments.get("T", T)) for run in runs]
+    published = PUBLISHED.get(runs[0].experiment, ()) if any(same) else ()
     for entry in published:
         look = {"color": INK, "marker": entry.marker, "markersize": 9 if entry.marker == "*" else 6}
         look |= {"linestyle": (0, (1, 2)) if len(entry.points) > 1 else "none", "linewidth": 0.8}
@@ -72,7 +73,8 @@ def plane(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
     caption = "Test accuracy and connectivity after each run's last finished epoch."
     if published:
         sources = "; ".join(dict.fromkeys(entry.source for entry in published))
-        caption += f" Hollow marks are published results of the same network and data set: {sources}."
+        network = "the same network" if all(same) else "the network as published, which not all of the runs have,"
+        caption += f" Hollow marks are published results of {network} and data set: {sources}."
     alt = f"The plane of test accuracy and connectivity, one mark per run: accuracy at connectivity. {'; '.join(said)}."
     return drawing.picture("Accuracy and connectivity", alt, caption, figure)
 

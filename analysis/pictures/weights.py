@@ -81,7 +81,7 @@ def fan_out(mask: Tensor) -> np.ndarray:
     return fan_in(mask.transpose(0, 1))
 
 
-def connectivity_map(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
+def connectivity_map(epoch: str, weights: dict[str, Tensor]) -> Picture | None:
     if not weights:
         return None
     figure, grid = drawing.panels(len(weights), 2, (), 1.4)
@@ -114,7 +114,7 @@ def _bars(axes: Axes, counts: np.ndarray, colour: str) -> None:
     axes.set_ylim(bottom=0)
 
 
-def receptive_fields(epoch: int, weights: dict[str, Tensor]) -> Picture | None:
+def receptive_fields(epoch: str, weights: dict[str, Tensor]) -> Picture | None:
     """Of a first layer [hidden, 784], whose inputs are the pixels of 28x28 images, row by row."""
     name, weight = next(iter(weights.items()), ("", None))
     if weight is None or weight.shape[1:] != (784,):

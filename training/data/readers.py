@@ -4,8 +4,9 @@ import contextlib
 import io
 import math
 import struct
+import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,20 +16,28 @@ from torch import Tensor
 
 from training.data.dataset import Split, one_line
 from training.errors import Refusal
+from training.files.locks import Lock
 
 
 def torchvision_parts(dataset_class: type, folder: Path, files: str, published: Iterable[tuple[Path, str]]) -> list:
-    """Loads the training and the test part of a data set of torchvision into its root folder, unless they are there.
+    """Loads the training and the test part of a data set of torchvision, into its root folder unless they are there.
+
+    Of several processes, one downloads, and the others wait.
 
     Raises:
         Refusal: that fails; it names the ``files`` that are needed, and those of the ``published`` whose MD5 differs.
     """
     from torchvision.datasets.utils import check_integrity
 
+    def parts(download: bool) -> list:
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints its attempts
+            return [dataset_class(root=folder, train=train, download=download) for train in (True, False)]
+
     try:
-        # torchvision prints its attempts
-        with contextlib.redirect_stdout(io.StringIO()):
-            return [dataset_class(root=folder, train=train, download=True) for train in (True, False)]
+        with contextlib.suppress(RuntimeError):  # not there, or not as published
+            return parts(download=False)
+        with _alone(folder):
+            return parts(download=True)
     except Exception as error:  # torchvision passes on errors of the operating system, urllib and zlib
         reason = one_line(error)
     changed = [str(path) for path, md5 in published if path.is_file() and not check_integrity(path, md5)]
@@ -39,6 +48,21 @@ def torchvision_parts(dataset_class: type, folder: Path, files: str, published: 
         f"{files} there and downloads missing files. Copy the files there, or try mnist.py --dataset digits, which "
         "needs no download"
     )
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process downloads to the folder, and keeps others from it."""
+    lock, told = Lock(folder), False
+    while not lock.acquire():
+        if not told:
+            print(f"Waiting for another process, which downloads to {folder}.", flush=True)
+        told = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
@@ -63,7 +87,7 @@ def read_idx(path: Path, shape: tuple[int, ...] = ()) -> Tensor:
         if size != expected:
             raise ValueError(f"it has {size:,} bytes, not the {expected:,} that its header says")
         return torch.from_numpy(np.fromfile(path, np.uint8, offset=len(header))).view(n, *shape)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: it has become shorter meanwhile
         text = f"{path} is not usable: {one_line(error)}; replace it, or move it away to have torchvision download it"
         raise Refusal(f"argument --dataset-dir: {text}") from None
 
@@ -92,8 +116,9 @@ def read_class_folders(folder: Path, classes: Sequence[str], width: int, height:
     from training.data.images import is_image, read_rgb
 
     paths = [(path, label) for label, name in enumerate(classes) for path in files[name] if is_image(path)]
-    if not paths:
-        raise Refusal(f"argument --dataset-dir: {folder} holds no PNG or JPEG images")
+    for label, name in enumerate(classes):
+        if not any(of == label for _, of in paths):
+            raise Refusal(f"argument --dataset-dir: {folder / name if paths else folder} holds no PNG or JPEG images")
 
     def read(path: Path) -> np.ndarray:
         try:
