@@ -7,7 +7,7 @@ time of an epoch is computed from them; the tables say from how many.
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any
@@ -57,19 +57,28 @@ class Execution:
         source = experiment.datasets[0]
         normalisation = source.normalisation(device)
         generator, train = torch.Generator().manual_seed(0), dataset.train.to(device)
-        self.batches = loader or data.TrainingBatches(
-            train, options.batch_size, source.augmentation, normalisation, generator, options.compile
-        )
-        self.endless = chain.from_iterable(repeat(self.batches))
+        self.batches, made = loader, {}
+        if loader is None:  # as in a run, the step makes its batch of parts
+            self.batches = data.TrainingBatches(
+                train, options.batch_size, source.augmentation, normalisation, generator, options.compile
+            )
+            made = {"make": self.batches.make}
+        self.endless = chain.from_iterable(self.epoch() for _ in repeat(None))
         self.test_set = data.TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
         optimizers = METHODS[options.mode].build(self.network, options)
-        self.step = TrainingStep(self.network, optimizers, self.precision, device, graph=graph and options.compile)
+        self.step = TrainingStep(
+            self.network, optimizers, self.precision, device, graph=graph and options.compile, **made
+        )
+
+    def epoch(self) -> Iterable[Sequence[Tensor]]:
+        """What the step is called with: the parts of a batch, or a loader's batch."""
+        return self.batches.parts() if isinstance(self.batches, data.TrainingBatches) else self.batches
 
     def train(self, steps: int) -> None:
         set_precision(self.precision, self.device)
         self.network.train()
-        for images, labels in islice(self.endless, steps):
-            self.step(images.to(self.device), labels.to(self.device))
+        for batch in islice(self.endless, steps):
+            self.step(*(part.to(self.device) for part in batch))
 
     def test(self) -> float:
         with autocast(self.precision, self.device):
@@ -110,6 +119,7 @@ def bench_mnist(dataset: data.Dataset, device: torch.device, rounds: int) -> Tab
     x, w, g = (torch.randn(*shape, device=device) for shape in ((batch, 784), (800, 784), (batch, 800)))
 
     def products(n: int) -> None:
+        set_precision("fp32", device)
         for _ in range(n):
             x @ w.t()
             g.t() @ x
@@ -150,7 +160,7 @@ def bench_equality(dataset: data.Dataset, device: torch.device) -> Tables:
     losses, sparsity = {}, {}
     for name, line, step_mode in (("eager fp32, step by step", "--no-compile", "s"), ("fused fp32", "--compile", "m")):
         execution = Execution(MNIST, dataset, device, f"-lr 1e-3 {line}", step_mode)
-        losses[name] = [float(execution.step(images, labels)[0]) for images, labels in execution.batches]
+        losses[name] = [float(execution.step(*batch)[0]) for batch in execution.epoch()]
         sparsity[name] = measuring.total(measuring.count(measuring.masks(execution.network))).sparsity
     steps = [step for step in (0, 1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 299) if step < len(execution.batches)]
     rows = [(str(step), *(f"{values[step]:.6f}" for values in losses.values())) for step in steps]
@@ -258,8 +268,15 @@ def ceiling(device: torch.device) -> Tables:
         if name not in precisions(device):
             continue
         a = torch.randn(2048, 2048, device=device).to(dtype)
-        seconds = in_turns({"": lambda a=a: a @ a}, 7, device, take=min)[""]
-        rows.append((f"2048x2048 product, {name}", f"{2 * 2048**3 / seconds / 1e9:.0f}"))
+        many = 50 if device.type == "cuda" else 1  # there, one takes less time than its launch
+
+        def products(a: Tensor = a, many: int = many) -> None:
+            for _ in range(many):
+                a @ a
+
+        set_precision(name, device)
+        seconds = in_turns({"": products}, 7, device, take=min)[""]
+        rows.append((f"2048x2048 product, {name}", f"{many * 2 * 2048**3 / seconds / 1e9:.0f}"))
     yield table("What this machine reaches (best of 7)", ("", "GFLOP/s"), rows)
 
 

@@ -15,6 +15,8 @@ import measuring
 from deeprewire import DeepRewiring
 from gradrewire import GradRewiring
 from spiking import lif
+from training.checkpoint import load_optimizer
+from training.errors import Refusal
 from training.first_step import Saved
 from training.step import TrainingStep, autocast, set_precision
 
@@ -147,10 +149,20 @@ class Streams:
         return SimpleNamespace(step=self.step, replay=self.replay)
 
     def replay(self):
-        """A replay takes a step with the batch and the settings as they are in the tensors of the graph."""
-        with self.step.settings.on_device():
-            for place, made in zip(self.step.outputs, self.step._eager(*self.step.batch), strict=True):
-                place.copy_(made)
+        """A replay takes a step with the batch and the settings as they are in the tensors of the graph.
+
+        A setting that was a number in the capture stays that number.
+        """
+        now = [dict(group) for group in self.groups()]
+        for group, captured in zip(self.groups(), self.captured, strict=True):
+            group.update(captured)
+        for place, made in zip(self.step.outputs, self.step._eager(*self.step.batch), strict=True):
+            place.copy_(made)
+        for group, settings in zip(self.groups(), now, strict=True):
+            group.update(settings)
+
+    def groups(self):
+        return [group for optimizer in self.step.optimizers for group in optimizer.param_groups]
 
 
 @pytest.fixture
@@ -160,7 +172,13 @@ def on_gpu(monkeypatch):
     def make(network, optimizers, **settings):
         streams = Streams(monkeypatch)
         streams.step = TrainingStep(network, optimizers, "fp32", CPU, graph=True, **settings)
-        streams.step.use_graph = True
+        streams.step.use_graph, eager = True, streams.step._eager
+
+        def noted(*batch):
+            streams.captured = [dict(group) for group in streams.groups()]
+            return eager(*batch)
+
+        streams.step._eager = noted
         return streams.step, streams
 
     return make
@@ -217,6 +235,49 @@ def test_a_captured_step_follows_its_settings(on_gpu, changes, captures):
         assert (group["lr"], group["alpha"]) == tuple(
             plain.optimizers[0].param_groups[0][key] for key in ("lr", "alpha")
         )
+
+
+@pytest.mark.parametrize("after", [0, 6])
+def test_a_captured_step_follows_the_settings_of_a_state_that_was_loaded(on_gpu, after):
+    """When a run goes on, the step is there before the state; the optimizers then have other groups."""
+    earlier = spiking_mnist(4, "m")
+    trained = TrainingStep(earlier, optimizers_of(earlier), "fp32", CPU, graph=False)
+    for batch in batches(3, (5, 1, 28, 28)):
+        trained(*batch)
+    plain_network, network = spiking_mnist(4, "m"), spiking_mnist(4, "m")
+    step, streams = on_gpu(network, optimizers_of(network), changing=("lr", "alpha"))
+    plain = TrainingStep(plain_network, optimizers_of(plain_network), "fp32", CPU, graph=False)
+    for one in (step, plain):
+        for batch in batches(after, (5, 1, 28, 28)):
+            one(*batch)
+        one.network.load_state_dict(earlier.state_dict())
+        load_optimizer(one.optimizers[0], copy.deepcopy(trained.optimizers[0].state_dict()))
+        one.finite.steps.zero_()
+    train_both(step, plain, {i: {"lr": 1e-3 * (i + 1), "alpha": 0.1 * (i % 3)} for i in range(9)})
+    assert len(streams.captured_on) == (2 if after else 1)
+    assert all(type(group[key]) is float for group in step.optimizers[0].param_groups for key in ("lr", "alpha"))
+
+
+def test_a_gpu_that_cannot_go_on_after_a_capture_says_how_to(on_gpu, monkeypatch):
+    """As with torch before 2.10 or so, where a capture was broken off: dropout finds its generator in the capture."""
+    network, broken = spiking_mnist(4, "m"), []
+    step, _ = on_gpu(network, optimizers_of(network))
+
+    def fail(self, *batch):
+        broken.append(True)
+        raise RuntimeError("operation not permitted")
+
+    def stuck(module, inputs):
+        if broken:
+            raise RuntimeError("Offset increment outside graph capture\nencountered unexpectedly.")
+
+    monkeypatch.setattr(TrainingStep, "_capture", fail)
+    network.register_forward_pre_hook(stuck)
+    *first, last = batches(4, (5, 1, 28, 28))
+    for batch in first:
+        step(*batch)
+    with pytest.raises(Refusal, match=r"not permitted.*\(Offset increment.* run again with --no-compile$"):
+        step(*last)
 
 
 def test_one_stream_serves_all_that_runs_before_a_graph(on_gpu, monkeypatch):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from training.errors import Refusal
+
 SAMPLES = 1000  # weights of each parameter that are compared
 # Sums on a GPU may add in another order each time, and a spike may then come or stay away. A step that is not taken, or
 # taken with another learning rate or batch, changes nearly all weights by another amount.
@@ -67,6 +69,7 @@ def try_out(
 
     Raises:
         torch.OutOfMemoryError: the plain step would not have room either, with smaller batches both do.
+        Refusal: ``fast`` has failed in such a way that no step can be taken after it.
     """
     before = _sample(weights)
     expected, after = _numbers(plain()), _sample(weights)
@@ -80,8 +83,19 @@ def try_out(
         flaw = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     if flaw is None:
         return taken, None
-    saved.restore()
-    return plain(), flaw
+    try:
+        saved.restore()
+        if saved.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return plain(), flaw
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # before torch 2.10 or so, a capture that CUDA breaks off leaves torch in its midst
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(
+            f"argument --compile: the fast step failed ({flaw}), and this process cannot train after that ({reason}): "
+            "run again with --no-compile"
+        ) from None
 
 
 def difference(

@@ -1,6 +1,7 @@
 """One training step: forward, loss, backward, optimizers. On a GPU it runs as a CUDA graph."""
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,23 +40,33 @@ class GraphSettings:
     Those that a schedule changes are numbers in the groups at all times but during a captured step: that one gets
     tensors on the device, so that the graph reads at each replay what :meth:`write` has put there.
 
+    An optimizer that loads a state has other groups than before: they are looked up at each use.
+
     Args:
         changing: their names, in the groups of the optimizers that have them.
     """
 
     def __init__(self, optimizers: list[Optimizer], changing: Sequence[str], device: torch.device):
-        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.changing = changing
-        self.lent: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.optimizers, self.changing = optimizers, changing
+        self._tensors: list[tuple[Optimizer, int, str, Tensor]] = []  # with the group's number
         for optimizer in optimizers:
             # torch's fused Adam reads a float32; in float64, a rewiring optimizer computes as with a number
             dtype = torch.float64 if isinstance(optimizer, RewiringOptimizer) else torch.float32
-            for group in optimizer.param_groups:
+            for number, group in enumerate(optimizer.param_groups):
                 for key in changing:
                     if key in group and not isinstance(group[key], Tensor):
-                        self.lent.append((group, key, torch.zeros((), dtype=dtype, device=device)))
-        self._written: list[Any] = [None] * len(self.lent)
+                        self._tensors.append((optimizer, number, key, torch.zeros((), dtype=dtype, device=device)))
+        self._written: list[Any] = [None] * len(self._tensors)
         self.keep()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def lent(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Groups as they are now, the settings that change, and their tensors."""
+        return [(optimizer.param_groups[number], key, tensor) for optimizer, number, key, tensor in self._tensors]
 
     def write(self) -> None:
         """Takes the numbers in the groups to the device, where they have changed; waits for nothing."""
@@ -65,12 +76,14 @@ class GraphSettings:
                 tensor.fill_(group[key])
 
     def keep(self) -> None:
-        """Notes the settings that a graph which has just been captured cannot follow."""
-        self._fixed = self._others()
+        """Notes what a graph which has just been captured cannot follow: the other settings, and the groups' state."""
+        self._fixed, self._groups = self._others(), self.groups
 
     def changed(self) -> bool:
-        """Whether one of them has changed since."""
-        return self._others() != self._fixed
+        """Whether a setting has changed since, or a state was loaded."""
+        groups = self.groups
+        same = len(groups) == len(self._groups) and all(map(operator.is_, groups, self._groups))
+        return not same or self._others() != self._fixed
 
     def _others(self) -> list[dict[str, Any]]:
         return [
@@ -85,13 +98,14 @@ class GraphSettings:
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
         """The groups have tensors instead of the numbers."""
-        numbers = [group[key] for group, key, _ in self.lent]
-        for group, key, tensor in self.lent:
+        lent = self.lent
+        numbers = [group[key] for group, key, _ in lent]
+        for group, key, tensor in lent:
             group[key] = tensor
         try:
             yield
         finally:
-            for (group, key, _), number in zip(self.lent, numbers, strict=True):
+            for (group, key, _), number in zip(lent, numbers, strict=True):
                 group[key] = number
 
 
