@@ -4,7 +4,7 @@ Chen, Yu, Fang, Huang, Tian, "Pruning of Deep Spiking Neural Networks through Gr
 IJCAI 2021, doi 10.24963/ijcai.2021/236. To leave 5 % of a network's connections, whatever the network::
 
     weights = [p for p in network.parameters() if p.dim() > 1]  # to prune
-    others = [p for p in network.parameters() if p.dim() == 1]  # biases, BatchNorm: updated as by Adam
+    others = [p for p in network.parameters() if p.dim() <= 1]  # biases, BatchNorm: updated as by Adam
     optimizer = GradRewiring([{"params": weights}, {"params": others, "prune": False}], lr=1e-2, alpha=0)
     schedule = ConnectivitySchedule(optimizer, connectivity=0.05, steps=500)
     for step in range(500):

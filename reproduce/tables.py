@@ -13,6 +13,7 @@ from reproduce.entries import Entry
 from reproduce.grid import Row
 from training.methods import METHODS
 
+FEWER = "†"  # marks an accuracy that a method has with fewer connections than its column allows
 EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # connectivities at which the methods are compared
 
 
@@ -183,11 +184,18 @@ def equal_connectivity(summaries: Sequence[Summary]) -> str:
         ahead = accuracies.get((reference, epochs), {})
         if title != reference and (both := by_seed.keys() & ahead.keys()):
             leads[title, epochs] = {seed: ahead[seed] - by_seed[seed] for seed in both}
-    text = "Test accuracy (%) with at most so many of the connections; mean ± standard deviation over the seeds.\n\n"
-    text += _at_each(accuracies)
+    densest = {line: max(map(_densest, lines[line])) for line in accuracies}
+    text = "Test accuracy (%) with at most so many of the connections; mean ± standard deviation over the seeds.\n"
+    text += f"{FEWER}: no row of the method has nearly as many.\n\n"
+    text += _at_each(accuracies, densest)
     if leads:
-        text += f"\nHow far {reference} is ahead (points), seed by seed.\n\n" + _at_each(leads)
+        densest = {line: min(densest[line], densest[reference, line[1]]) for line in leads}
+        text += f"\nHow far {reference} is ahead (points), seed by seed.\n\n" + _at_each(leads, densest)
     return text
+
+
+def _densest(summary: Summary) -> float:
+    return max(summary.values("connectivity"))
 
 
 def _by_seed(summaries: Sequence[Summary]) -> dict[int, np.ndarray]:
@@ -198,9 +206,13 @@ def _by_seed(summaries: Sequence[Summary]) -> dict[int, np.ndarray]:
     return {seed: accuracy_at(some, EQUAL) for seed, some in points.items() if len(some) == len(summaries)}
 
 
-def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]]) -> str:
+def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]], densest: dict[tuple[str, int], float]) -> str:
     lines = []
     for (title, epochs), by_seed in methods.items():
         columns = np.array(list(by_seed.values())).reshape(-1, len(EQUAL)).T
-        lines.append([title, str(epochs), str(len(by_seed)), *(spread(column.tolist(), _points) for column in columns)])
+        cells = [spread(column.tolist(), _points) for column in columns]
+        for i, connectivity in enumerate(EQUAL):
+            if connectivity > 1.1 * densest[title, epochs] and cells[i] != "-":
+                cells[i] += f" {FEWER}"
+        lines.append([title, str(epochs), str(len(by_seed)), *cells])
     return _markdown(["method", "epochs", "seeds", *(f"{100 * connectivity:g} %" for connectivity in EQUAL)], lines)

@@ -1210,9 +1210,9 @@ def test_methods_are_compared_at_equal_connectivity():
     (first, second, long, lead) = (line for line in cells if line[0] in ("Grad R", "Deep R"))
     assert first[:4] == ["Grad R", "60", "2", "97.00 ± 1.41"]
     assert first[8:] == ["90.53 ± 0.75", "-", "-"]  # 90.00 and 91.06; below 2 % one of the seeds has nothing
-    assert second == ["Deep R", "60", "2", "98.00 ± 1.41", "98.00 ± 1.41", "97.43 ± 2.22", "97.00 ± 2.83", *4 * ["-"]]
+    assert second == ["Deep R", "60", "2", "98.00 ± 1.41 †", "98.00 ± 1.41", "97.43 ± 2.22", "97.00 ± 2.83", *4 * ["-"]]
     assert long == ["Grad R", "512", "1", "50.00", "50.00", *6 * ["-"]]
-    assert lead[:5] == ["Deep R", "60", "1", "1.00", "-0.72"]  # seed 1 alone: 98.00 - 97.00, 96.28 - 97.00
+    assert lead[:5] == ["Deep R", "60", "1", "1.00 †", "-0.72"]  # seed 1 alone: 98.00 - 97.00, 96.28 - 97.00
     assert "alone" not in text
 
 
