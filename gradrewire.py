@@ -240,7 +240,7 @@ class ConnectivitySchedule:
 
     def step(self) -> None:
         """Sets alpha for the optimizer's next step."""
-        if (self.taken + 1) % self.length == 0:
+        if (self.taken + 1) % self.length == 0 or self.taken + 1 == self.steps:  # the last one may be shorter
             self.begin_segment(self.taken + 1)
         else:
             self.taken += 1

@@ -20,11 +20,13 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+import spiking_kernels
 from analysis.experiments import EXPERIMENTS
 from c10 import c10
 from c10.data import CLASSES
 from c10.model import Cifar10Net
 from mnist import mnist
+from spiking_kernels import build
 from training import device
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,6 +51,26 @@ def compiled_for_this_arithmetic(tmp_path_factory):
 def bf16_anywhere(monkeypatch):
     """Lets runs use --precision bf16 on a CPU without instructions for it: small ones, as it is slow there."""
     monkeypatch.setattr(device, "precisions", lambda device: ("fp32", "tf32", "bf16"))
+
+
+@pytest.fixture
+def kernel_threads():
+    """Sets the number of threads of the kernels, whose OpenMP need not be torch's."""
+    if spiking_kernels.unavailable():
+        pytest.skip("needs the kernels")
+    library = build.library()
+    if not hasattr(library, "omp_get_max_threads"):
+        pytest.skip("the C compiler has no OpenMP")
+    before = library.omp_get_max_threads(), torch.get_num_threads()
+
+    def set_to(threads):
+        torch.set_num_threads(threads)
+        library.omp_set_num_threads(threads)
+        assert library.omp_get_max_threads() == threads
+
+    yield set_to
+    torch.set_num_threads(before[1])
+    library.omp_set_num_threads(before[0])
 
 
 @pytest.fixture

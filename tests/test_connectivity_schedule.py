@@ -369,6 +369,18 @@ def test_a_schedule_may_prune_at_once(at):
     ]
 
 
+def test_a_short_last_segment_does_not_prune_on():
+    optimizer = grad_rewiring()
+    schedule = ConnectivitySchedule(optimizer, 0.6, 5, begin=1.0, end=1.0, segments=2)  # of 3 and 2 steps
+    (w,) = optimizer.param_groups[0]["params"]
+    for step in range(1, 9):
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+        schedule.step()
+        if step >= 5:
+            assert 0.6 <= float((w != 0).double().mean()) <= 0.7  # as the k-th smallest theta itself may stay
+
+
 def test_numbers_of_numpy_become_plain():
     share = np.float32(0.5)
     schedule = ConnectivitySchedule(grad_rewiring(), share, 10, begin=share / 2, end=share, max_alpha=share)

@@ -167,18 +167,15 @@ def test_gradients_may_lie_in_any_way():
     assert all(map(torch.equal, found(torch.ones(()).expand_as(y)), found(torch.ones(y.shape))))
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    sizes, before, results = SIZES[3], torch.get_num_threads(), []
+def test_results_do_not_depend_on_the_number_of_threads(kernel_threads):
+    sizes, results = SIZES[3], []
     assert sizes[0] * sizes[2] * sizes[3] >= 2 * convolutions.PIXELS
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            spikes, weight = spikes_and_weight(*sizes)
-            y = convolutions.convolution(spikes, weight)
-            y.backward(gradient(*sizes))
-            results.append((y, spikes.grad, weight.grad))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 7):
+        kernel_threads(threads)
+        spikes, weight = spikes_and_weight(*sizes)
+        y = convolutions.convolution(spikes, weight)
+        y.backward(gradient(*sizes))
+        results.append((y, spikes.grad, weight.grad))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 

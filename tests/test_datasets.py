@@ -74,6 +74,12 @@ def test_data_are_on_the_cpu_whatever_torchs_default(cifar_folder, mnist_folder)
             assert (split.images.device.type, split.labels.device.type) == ("cpu", "cpu")
 
 
+def test_the_experiments_augment_as_published():
+    assert vars(MNIST.augmentation) == {"degrees": 30, "translate": (0.15, 0.15), "scale": (0.85, 1.11)}
+    assert vars(CIFAR10.augmentation) == {"padding": 4}
+    assert DIGITS.augmentation == MNIST.augmentation
+
+
 def test_cifar10_by_torchvision(tmp_path, monkeypatch):
     class Fake(torchvision.datasets.CIFAR10):
         def __init__(self, root, train, download):

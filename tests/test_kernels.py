@@ -567,20 +567,14 @@ def test_fused_deep_rewiring_draws_one_seed_for_a_step_that_needs_one(settings, 
 
 @needs_kernels
 @pytest.mark.parametrize("soft", [False, True])
-def test_fused_deep_rewiring_does_not_depend_on_the_number_of_threads(soft):
-    library, results = build.library(), []
-    if not hasattr(library, "omp_get_max_threads"):
-        pytest.skip("the C compiler has no OpenMP")
-    before = library.omp_get_max_threads()
-    try:
-        for threads in (1, 2, 3, 7):
-            library.omp_set_num_threads(threads)
-            params = parameters(shapes=[(100_003,), (30, 20)])
-            optimizer = DeepRewiring(params, lr=0.01, l1=0.01, max_s=0.4, T=0.02, soft=soft, fused=True)
-            train(optimizer, params, steps=20)
-            results.append([p.detach() for p in params])
-    finally:
-        library.omp_set_num_threads(before)
+def test_fused_deep_rewiring_does_not_depend_on_the_number_of_threads(soft, kernel_threads):
+    results = []
+    for threads in (1, 2, 3, 7):
+        kernel_threads(threads)
+        params = parameters(shapes=[(100_003,), (30, 20)])
+        optimizer = DeepRewiring(params, lr=0.01, l1=0.01, max_s=0.4, T=0.02, soft=soft, fused=True)
+        train(optimizer, params, steps=20)
+        results.append([p.detach() for p in params])
     assert float((results[0][0] == 0).float().mean()) > 0.1
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))

@@ -286,6 +286,15 @@ def test_batch_norm_is_by_time_step(step_mode):
     torch.testing.assert_close(evaluated, torch.stack([reference(x_t) for x_t in x]))
 
 
+def test_dropout_is_the_published_one():
+    layer = Cifar10Net(width=1).fc[1].train()
+    assert layer.p == 0.5
+    torch.manual_seed(0)
+    kept = layer(torch.ones(1, 10_000))
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert kept.mean() == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_no_dropout_mask_is_left_behind(fused):
     network = narrow_cifar10("m").train()

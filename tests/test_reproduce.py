@@ -494,6 +494,32 @@ def test_a_row_that_another_runner_finishes_meanwhile_is_left_as_it_is(rows, stu
     assert "finished by another runner" in capsys.readouterr().out
 
 
+def test_every_number_of_a_record_reaches_its_column(tmp_path, rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:1])
+    record = records.finished(stub, rows[0])
+    layers = {"a": {"connected": 3, "weights": 8}, "b": {"connected": 1, "weights": 2}}
+    record["result"] |= {"best_accuracy": 0.75, "layers": layers}
+    operations = {"a": {"kind": "MAC", "pruned": 11, "dense": 12}, "b": {"kind": "SynOp", "pruned": 13, "dense": 14}}
+    energy = {"pruned": 5, "dense": 9}
+    record["test"] |= {"structural_connectivity": 0.125, "energy": energy, "operations": operations}
+    records.path_of(stub, rows[0]).write_text(json.dumps(record))
+    (entry,) = entries.collect(stub, rows[:1], tmp_path / "none")
+    assert entry.numbers == {
+        "test_accuracy": 0.6,
+        "best_accuracy": 0.75,
+        "connectivity": 0.25,
+        "connected": 4,
+        "weights": 10,
+        "structural_connectivity": 0.125,
+        "synops": 13,
+        "macs": 11,
+        "energy_pj": 5,
+        "pruned_in_all": 2,
+        "regrown_in_all": 6,
+        "train_seconds": 3,
+    }
+
+
 def test_a_test_from_within_the_next_epoch_is_not_of_the_row(rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     path = records.state(stub, rows[0]).logs / "test.json"

@@ -367,3 +367,15 @@ def test_a_terminal_gets_a_progress_bar(run, monkeypatch):
     assert "epoch 2/2:" in err
     assert "test:" in err
     assert "test:" in run(*GRAD, "-test").err
+
+
+@pytest.mark.parametrize("seed", [2020, 1])
+def test_the_seed_is_that_of_the_order_of_the_images(seed, tmp_path, mnist_folder):
+    """And so of their augmentation, which is drawn behind it."""
+    argv = ["-m", "no_prune", "-b", "8", "--seed", str(seed), "--dump-dir", str(tmp_path)]
+    options, nothing = parse(mnist.EXPERIMENT, argv), SimpleNamespace(saved=None)
+    trainer = loop.Trainer(mnist.EXPERIMENT, options, MnistNet(), [], MNIST.load(mnist_folder), nothing)
+    index, _ = next(trainer.training.parts())
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(trainer.training.order, order)
+    assert torch.equal(index, order[:8])
