@@ -41,7 +41,7 @@ def blocks(page, language):
 
 
 def test_every_block_is_run_or_parsed():
-    assert {name for page in PAGES for name, _ in BLOCK.findall(TEXTS[page])} == {"", "python", "diff"}
+    assert {name for page in PAGES for name, _ in BLOCK.findall(TEXTS[page])} == {"", "python", "diff", "toml"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/adding.md"])
@@ -71,7 +71,7 @@ def test_the_files_of_the_page_on_adding_are_those_that_tests_add():
 
 def test_what_the_page_on_adding_says_works(tmp_path):
     """In a copy of the repository with the files and entries of the page, in the places that it names."""
-    for package in ("analysis", "c10", "measuring", "mnist", "spiking_kernels", "training"):
+    for package in ("analysis", "c10", "measuring", "mnist", "reproduce", "spiking_kernels", "training"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     for module in ("sharding", "rewiring", "gradrewire", "deeprewire", "spiking"):
         shutil.copy(ROOT / f"{module}.py", tmp_path)
@@ -91,7 +91,7 @@ def test_what_the_page_on_adding_says_works(tmp_path):
         (tmp_path / file).write_text(content)
 
     pytest.importorskip("sklearn")  # for the digits
-    trainings = [line for line in commands("docs/adding.md") if line.startswith("python ")]
+    trainings = [line for line in commands("docs/adding.md") if re.match(r"python (?!-m reproduce)", line)]
     assert len(trainings) == 3
     for number, line in enumerate(trainings):
         words = [sys.executable, *line.split()[1:], "--dump-dir", str(number), "-N", "1"]
@@ -99,8 +99,16 @@ def test_what_the_page_on_adding_says_works(tmp_path):
         assert result.returncode == 0, result.stderr
         (results,) = (tmp_path / str(number)).glob("logs/*/results.jsonl")
         assert json.loads(results.read_text())["largest"] > 0
-    program = "from analysis.experiments import EXPERIMENTS; EXPERIMENTS['shallow']"
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=300)
+    with open(tmp_path / "reproduce" / "mnist.toml", "a", encoding="utf-8") as table:
+        table.write("\n".join(blocks("docs/adding.md", "toml")))
+    program = """
+from analysis.experiments import EXPERIMENTS
+from reproduce import grid
+EXPERIMENTS["shallow"]
+print([row.title for row in grid.load("mnist")].count("magnitude"))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout) == (0, "12\n"), result.stderr  # four settings, three seeds
 
 
 def test_the_readme_is_one_page():
