@@ -62,11 +62,8 @@ def write(dump: Path, row: Row) -> dict[str, Any]:
         test = json_files.read_object(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if test is not None and (test.get("epoch"), test.get("position", 0)) != (
-        row.epochs,
-        0,
-    ):  # the run was extended since
-        test = None
+    if test is not None and (test.get("epoch"), test.get("position", 0)) != (row.epochs, 0):
+        test = None  # the run was extended since
     result = next((line for line in run.epochs if line["epoch"] == row.epochs), None)
     if result is None:
         raise ValueError("; ".join([f"{run.logs / RESULTS} has no epoch {row.epochs}", *run.problems]))

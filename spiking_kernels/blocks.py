@@ -233,6 +233,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _check_sizes(y: Tensor, pool: bool = False) -> None:
+    """Raises Unfit for images [N, C, H, W] that are none, or whose sizes are too large for an int in C."""
     for name, size in zip("NCHW", y.shape, strict=True):
         whole(name, size, 2 if pool and name in "HW" else 1, LARGEST)
     whole("N H W", y.numel() // y.shape[1], 1, LARGEST)

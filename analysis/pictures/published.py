@@ -18,7 +18,7 @@ STDS = (
     "Chen et al., State transition of dendritic spines improves learning of sparse spiking neural networks, ICML 2022"
 )
 STDS_POINTS = ((0.046, 0.9249), (0.022, 0.9249), (0.014, 0.9164), (0.01, 0.9106), (0.0075, 0.9021))
-T = 8  # time steps of all networks with published results
+TIME_STEPS = 8  # of all networks with published results
 PUBLISHED = {  # by experiment and data set
     ("mnist", "mnist"): (Published("dense baseline, IJCAI 2021", GRAD_R, ((1.0, 0.9892),), "*"),),
     ("c10", "cifar10"): (
@@ -30,6 +30,6 @@ PUBLISHED = {  # by experiment and data set
 }
 
 
-def as_published(experiment: str, width: object, T_used: object) -> bool:
+def as_published(experiment: str, width: object, T: object) -> bool:
     """Whether an experiment's network has the size and the time steps of the published one."""
-    return experiment in EXPERIMENTS and (width, T_used) == (EXPERIMENTS[experiment].width, T)
+    return experiment in EXPERIMENTS and (width, T) == (EXPERIMENTS[experiment].width, TIME_STEPS)

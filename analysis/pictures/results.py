@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.pictures import drawing
 from analysis.pictures.drawing import COLOURS, INK, MARKERS, Curve, Picture, percent, short
-from analysis.pictures.published import PUBLISHED, T, as_published
+from analysis.pictures.published import PUBLISHED, TIME_STEPS, as_published
 from analysis.runs import SavedRun
 from training.files.json_files import number
 
@@ -54,7 +54,7 @@ def plane(runs: Sequence[SavedRun], labels: Sequence[str]) -> Picture:
         look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
         points = [(number(run.last, "connectivity"), number(run.last, "test_accuracy"))]
         marks.append((label, points, {**look, "linestyle": "none", "markersize": 7}))
-    same = [as_published(run.experiment[0], run.width, run.arguments.get("T", T)) for run in runs]
+    same = [as_published(run.experiment[0], run.width, run.arguments.get("T", TIME_STEPS)) for run in runs]
     published = PUBLISHED.get(runs[0].experiment, ()) if any(same) else ()
     for entry in published:
         look = {"color": INK, "marker": entry.marker, "markersize": 9 if entry.marker == "*" else 6}
