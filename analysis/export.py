@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     size = export(snapshot, options.format, output)
     total = measuring.total(measuring.count(measuring.masks(snapshot.network())))
     dense = sum(tensor.nbytes for tensor in snapshot.state.values())
-    epochs, sparsity = f"{counted(snapshot.epoch, 'epoch')}{beyond(snapshot.steps)}", percent(total.sparsity)
+    epochs, sparsity = f"{counted(snapshot.epoch, 'epoch')}{beyond(snapshot.position)}", percent(total.sparsity)
     print(f"after {epochs}: {total.connected} of {total.weights} connections, sparsity {sparsity}, T {snapshot.T}")
     print(f"checkpoint   {checkpoint.stat().st_size:>11,} bytes  with the optimizers' state")
     print(f"its network  {dense:>11,} bytes  dense")

@@ -233,8 +233,8 @@ def weights_of(run: SavedRun) -> tuple[str, dict[str, Tensor]]:
         for name, weight in weights.items():  # that they are dense and of the file's size, storage.read has checked
             if not weight.is_floating_point() or weight.dim() < 2 or not weight.numel():
                 raise ValueError(f"{name} is not of a layer")
-        epoch, steps = (checks.whole_number(key, state.get(key, 0)) for key in ("epoch", "position"))
-        return f"{epoch}{beyond(steps)}", weights
+        epoch, position = (checks.whole_number(key, state.get(key, 0)) for key in ("epoch", "position"))
+        return f"{epoch}{beyond(position)}", weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
         run.problems.append(f"{path}: damaged or not a checkpoint of this program ({reason(error)})")
         return "", {}

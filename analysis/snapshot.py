@@ -39,7 +39,7 @@ class Snapshot:
     run: str
     epoch: int
     state: dict[str, Tensor]  # the network's state_dict, float32 on the CPU
-    steps: int = 0  # of the next epoch that it has been trained for; exports do not keep them
+    position: int = 0  # the steps of the next epoch that it has been trained for; exports do not keep them
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], state: dict[str, Tensor]) -> "Snapshot":
@@ -138,9 +138,8 @@ def from_checkpoint(path: Path) -> Snapshot:
             raise ValueError("no arguments" if arguments is None else "no network")
         run = "".join(c if c.isprintable() else "?" for c in path.resolve().parent.name)
         snapshot = Snapshot.of({**arguments, "run": run, "epoch": checkpoint.get("epoch")}, dict(state))
-        steps = checkpoint.get("position", 0)  # older checkpoints are all from the end of an epoch
-        checks.whole_number("position", steps)
-        snapshot = replace(snapshot, steps=steps)
+        position = checks.whole_number("position", checkpoint.get("position", 0))  # older ones are of an epoch's end
+        snapshot = replace(snapshot, position=position)
         snapshot.network()
     except (storage.DamagedError, ValueError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None

@@ -57,12 +57,10 @@ class Execution:
         source = experiment.datasets[0]
         normalisation = source.normalisation(device)
         generator, train = torch.Generator().manual_seed(0), dataset.train.to(device)
-        self.batches, made = loader, {}
-        if loader is None:  # as in a run, the step makes its batch of parts
-            self.batches = data.TrainingBatches(
-                train, options.batch_size, source.augmentation, normalisation, generator, options.compile
-            )
-            made = {"make": self.batches.make}
+        self.batches = loader or data.TrainingBatches(
+            train, options.batch_size, source.augmentation, normalisation, generator, options.compile
+        )
+        made = {} if loader else {"make": self.batches.make}  # as in a run, the step makes its batch of parts
         self.endless = chain.from_iterable(self.epoch() for _ in repeat(None))
         self.test_set = data.TestBatches(dataset.test.to(device), experiment.test_batch_size, normalisation)
         optimizers = METHODS[options.mode].build(self.network, options)

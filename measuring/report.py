@@ -129,9 +129,9 @@ def report_on(
     )
 
 
-def beyond(steps: int) -> str:
+def beyond(position: int) -> str:
     """What follows a number of epochs in a text, for so many steps of the next one; empty for none."""
-    return f" and {steps} step{'' if steps == 1 else 's'} of the next" if steps else ""
+    return f" and {position} step{'' if position == 1 else 's'} of the next" if position else ""
 
 
 def percent(fraction: float) -> str:

@@ -56,8 +56,9 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
                 raise Refusal(f"{folder / EPOCHS}: not an epoch of {row.key}: {epoch:g}")
         if record := records.finished(dump, row):
             results = [result for result in records.state(dump, row).epochs if result["epoch"] <= row.epochs]
-            numbers, made = _numbers(record, results if _all_there(results, row) else []), _made(record)
-            if line is not None and _all_there(kept, row) and not _all_there(results, row) and _same(line, numbers):
+            complete = _all_there(results, row)
+            numbers, made = _numbers(record, results if complete else []), _made(record)
+            if not complete and line is not None and _all_there(kept, row) and _same(line, numbers):
                 results, numbers = kept, numbers | {key: line[key] for key in SUMS}  # the run's logs were lost since
         elif line is not None:
             results = kept

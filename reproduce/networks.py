@@ -40,7 +40,7 @@ def _batches(snapshot: Snapshot, split: Split) -> TestBatches:
 
 def tested(snapshot: Snapshot, dataset: Dataset) -> measuring.report.Report:
     """The test of a network on the CPU in full precision."""
-    return report_on(snapshot.network(), _batches(snapshot, dataset.test), snapshot.epoch)
+    return report_on(snapshot.network(), _batches(snapshot, dataset.test), snapshot.epoch, snapshot.position)
 
 
 def right_of_some(snapshot: Snapshot, dataset: Dataset) -> str:
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, row in rows.items():
         if ((models := options.dump_dir / "models" / row.name) / CHECKPOINT).is_file():
             snapshot = load_snapshot(models)
-            if (snapshot.epoch, snapshot.steps) == (row.epochs, 0):
+            if (snapshot.epoch, snapshot.position) == (row.epochs, 0):
                 finished[name] = snapshot
     if not finished:
         raise Refusal(f"argument --dump-dir: {options.dump_dir} has no finished row that the grid names a network of")

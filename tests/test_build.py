@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -36,16 +35,24 @@ def compiled(tmp_path_factory) -> bytes:
         pytest.skip(str(error))
 
 
-HAS_COMPILER = shutil.which(shlex.split(os.environ.get("CC", "cc"))[0]) is not None
+@pytest.fixture
+def working_compiler(tmp_path):
+    try:
+        works = build.first_accepted(build.compiler(), ("-O0",), tmp_path) is not None
+    except build.Unavailable:
+        works = False
+    if not works:
+        pytest.skip("needs a C compiler")
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
+@pytest.mark.usefixtures("working_compiler")
 def test_where_there_is_a_compiler_there_are_kernels():
     """So that tests which need them are not left out because of a fault in them."""
     assert spiking_kernels.unavailable() is None
 
 
-@pytest.mark.skipif(not HAS_COMPILER or platform.machine() != "x86_64", reason="needs a C compiler for x86-64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
+@pytest.mark.usefixtures("working_compiler")
 @pytest.mark.parametrize("vectors", [("-mavx2", "-mfma"), ("-mavx2", "-mfma", "-mavx512f")])
 def test_the_code_for_vectors_that_this_processor_may_not_have_compiles(vectors, tmp_path):
     flags = ["-O0", "-fopenmp-simd", "-shared", "-fPIC", "-Werror=implicit-function-declaration", *vectors]

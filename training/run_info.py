@@ -50,22 +50,25 @@ def earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
         last = json_files.read_object(path) or {}
     except ValueError:  # damaged
         return []
-    before = last.get("before")
-    places: list[dict[str, Any]] = []
-    for place in [*(before if isinstance(before, list) else []), last]:
-        known = {key: place[key] for key in PLACE if key in place} if isinstance(place, dict) else {}
-        if known and known not in places and any(now[key] != value for key, value in known.items()):
-            places.append(known)
-    return places
+    found: list[dict[str, Any]] = []
+    for place in _places(last):
+        known = {key: place[key] for key in PLACE if key in place}
+        if known not in found and any(now[key] != value for key, value in known.items()):
+            found.append(known)
+    return found
 
 
 def everywhere(info: dict[str, Any], key: str) -> Any:
     """What ``run.json`` says of a ``PLACE``; where a run has been elsewhere before, what it says of all, in order."""
-    before = info.get("before")
-    places = [*(before if isinstance(before, list) else []), info]
-    values = [place.get(key) for place in places if isinstance(place, dict)]
+    values = [place.get(key) for place in _places(info)]
     texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
     return ", then ".join(texts) if len(texts) > 1 else info.get(key)
+
+
+def _places(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """All places that ``run.json`` names, the last one included."""
+    before = info.get("before")
+    return [place for place in [*(before if isinstance(before, list) else []), info] if isinstance(place, dict)]
 
 
 def _gpu_versions(device: torch.device) -> dict[str, str]:

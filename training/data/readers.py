@@ -53,12 +53,11 @@ def torchvision_parts(dataset_class: type, folder: Path, files: str, published: 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process downloads to the folder, and keeps others from it."""
-    lock, told = Lock(folder), False
-    while not lock.acquire():
-        if not told:
-            print(f"Waiting for another process, which downloads to {folder}.", flush=True)
-        told = True
-        time.sleep(0.2)
+    lock = Lock(folder)
+    if not lock.acquire():
+        print(f"Waiting for another process, which downloads to {folder}.", flush=True)
+        while not lock.acquire():
+            time.sleep(0.2)
     try:
         yield
     finally:
@@ -116,9 +115,9 @@ def read_class_folders(folder: Path, classes: Sequence[str], width: int, height:
     from training.data.images import is_image, read_rgb
 
     paths = [(path, label) for label, name in enumerate(classes) for path in files[name] if is_image(path)]
-    for label, name in enumerate(classes):
-        if not any(of == label for _, of in paths):
-            raise Refusal(f"argument --dataset-dir: {folder / name if paths else folder} holds no PNG or JPEG images")
+    filled = {label for _, label in paths}
+    if empty := [folder / name for label, name in enumerate(classes) if label not in filled]:
+        raise Refusal(f"argument --dataset-dir: {empty[0] if filled else folder} holds no PNG or JPEG images")
 
     def read(path: Path) -> np.ndarray:
         try:
