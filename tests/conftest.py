@@ -1,3 +1,4 @@
+import gc
 import itertools
 import os
 import threading
@@ -8,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_collection_finish():
+    """What is imported and collected by now stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -170,14 +177,23 @@ def pretended_driver(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def fork_server(pretended_driver, tmp_path_factory) -> Iterator[pretended_runs.ForkServer]:
+    server = pretended_runs.ForkServer(tmp_path_factory.mktemp("server") / "err")
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def gpu(pretended_driver, tmp_path) -> Callable[..., pretended_runs.Run]:
+def gpu(pretended_driver, fork_server, tmp_path) -> Callable[..., pretended_runs.Run]:
     """Runs a command on pretended GPUs as pretended_runs.run does, in the folders "run 0", "run 1", ..."""
     numbers = itertools.count()
 
     def run(*argv, **settings):
         caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         caches = {key: str(pretended_driver / name) for key, name in caches.items()}
-        return pretended_runs.run([*map(str, argv)], tmp_path / f"run {next(numbers)}", **{**caches, **settings})
+        server = None if settings.keys() & {"PATH", "PRETENDED_WITHOUT"} else fork_server
+        folder = tmp_path / f"run {next(numbers)}"
+        return pretended_runs.run([*map(str, argv)], folder, **{"server": server, **caches, **settings})
 
     return run

@@ -5,9 +5,11 @@ Python program on torch's own CUDA code, over a driver whose kernels do nothing.
 that a capture forbids, memory and numbers of launches, but no results and no speed.
 """
 
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -180,24 +183,89 @@ def parse(lines: Iterator[str]) -> list[Period]:
     return periods
 
 
-def start(argv: list[str], folder: Path, gpus: int, gigabytes: float, images: int, more: dict[str, str]):
-    logs = folder / "driver"
+def program(gpus: int, gigabytes: float) -> list[str]:
+    """What runs Python on such a machine, followed by its arguments."""
+    return [str(Path(os.environ["SPIKING_PRETENDED_GPU"]) / "run"), "-n", str(gpus), "-m", str(gigabytes), "--"]
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(OWN)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+
+class ForkServer:
+    """A process that starts programs with torch imported already (pretended_gpu/fork_server.py), one after another."""
+
+    def __init__(self, errors: Path) -> None:
+        argv = [*program(1, 80), str(PATCHES / "fork_server.py")]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        with open(errors, "wb") as err:
+            self.process = subprocess.Popen(argv, cwd=REPOSITORY, env=environment(), stderr=err, **pipes)
+
+    def start(self, argv: list[str], environment: dict[str, str], out: Path, err: Path) -> "Forked":
+        self.process.stdin.write(json.dumps([argv, environment, str(out), str(err)]).encode() + b"\n")
+        return Forked(argv, self.process.stdout)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Forked:
+    """A program that a server has started: what is needed here of subprocess.Popen."""
+
+    def __init__(self, argv: list[str], answers: BinaryIO) -> None:
+        self.argv, self.answers, self.status = argv, answers, None
+        self.pid = int(answers.readline())
+
+    def wait(self, seconds: float) -> int:
+        if self.status is None:
+            if not select.select([self.answers], [], [], seconds)[0]:
+                raise subprocess.TimeoutExpired(self.argv, seconds)
+            self.status = int(self.answers.readline())
+        return self.status
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+        self.wait(60)  # or its end would answer the next request
+
+
+def start(
+    argv: list[str],
+    folder: Path,
+    gpus: int,
+    gigabytes: float,
+    images: int,
+    more: dict[str, str],
+    server: ForkServer | None,
+) -> subprocess.Popen | Forked:
+    logs, out, err = (folder / name for name in ("driver", "out", "err"))
     logs.mkdir(parents=True)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(OWN)}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
+    variables = environment() | {
         "PRETENDED_IMAGES": str(images),
         "PRETENDED_LOGS": str(logs),
-        "PYTHON": sys.executable,
         "PYTHONPATH": str(PATCHES),
         **more,
     }
-    program = [str(Path(os.environ["SPIKING_PRETENDED_GPU"]) / "run"), "-n", str(gpus), "-m", str(gigabytes), "--"]
-    with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-        return subprocess.Popen([*program, *argv], cwd=REPOSITORY, env=environment, stdout=out, stderr=err)
+    if server is not None:
+        return server.start(argv, variables | {"FAKE_NDEV": str(gpus), "FAKE_MEM_GB": str(gigabytes)}, out, err)
+    with open(out, "wb") as out, open(err, "wb") as err:
+        return subprocess.Popen(
+            [*program(gpus, gigabytes), *argv], cwd=REPOSITORY, env=variables, stdout=out, stderr=err
+        )
 
 
-def finish(process: subprocess.Popen, folder: Path, seconds: float) -> Run:
+def finish(process: subprocess.Popen | Forked, folder: Path, seconds: float) -> Run:
     """Waits for the end of a command, and reads its reports."""
     try:
         status = process.wait(seconds)
@@ -221,6 +289,7 @@ def run(
     images: int = 64,
     seconds: float = 600,
     stop: Callable[[], bool] | None = None,
+    server: ForkServer | None = None,
     **environment: str,
 ) -> Run:
     """Runs ``python ARGV`` in the repository, on a machine with GPUs of so many gigabytes.
@@ -230,9 +299,10 @@ def run(
         images: the number of images to train on.
         seconds: after which the command has failed.
         stop: the command is sent SIGTERM once this returns True.
+        server: starts it, instead of a new Python; not with other packages or programs than the server has found.
         environment: more variables.
     """
-    process = start(argv, folder, gpus, gigabytes, images, environment)
+    process = start(argv, folder, gpus, gigabytes, images, environment, server)
     if stop is not None:
         while process.poll() is None and not stop():
             time.sleep(0.05)
