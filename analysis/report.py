@@ -1,5 +1,6 @@
 """Shows runs: a table on the terminal, and one HTML page with pictures. See ``python -m analysis.report --help``."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -129,7 +130,11 @@ def _sections(runs: Sequence[SavedRun]) -> list[tuple[list["Picture"], list[str]
 def _changed(run: SavedRun) -> float:
     """When the run's files changed last, in seconds; 0 for one without files."""
     paths = (run.logs / RESULTS, run.logs / INFO, run.models / CHECKPOINT)
-    return max((path.stat().st_mtime for path in paths if is_there(path)), default=0.0)
+    times = [0.0]
+    for path in paths:
+        with contextlib.suppress(OSError):  # it is not there, or the run puts another one in its place
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def page(runs: Sequence[SavedRun], details: int) -> str:
@@ -144,7 +149,9 @@ def page(runs: Sequence[SavedRun], details: int) -> str:
     groups: dict[tuple[str, str], list[SavedRun]] = defaultdict(list)
     for i, run in enumerate(runs, 1):
         groups[run.experiment].append(run)
-        own, run.problems[:] = made.get(id(run), ([], run.problems))
+        own = []
+        if id(run) in made:
+            own, run.problems[:] = made[id(run)]
         about = dict(id=f"run-{i}", row=row(run), facts=facts(run), pictures=own, detailed=id(run) in made)
         sections.append(about)
     for (experiment, dataset), members in groups.items():

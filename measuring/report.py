@@ -30,8 +30,9 @@ class Report:
     def _accuracy_lines(self) -> list[str]:
         seen = self.evaluation
         low, high = measuring.wilson_interval(seen.right, seen.images)
+        epochs = "1 epoch" if self.epoch == 1 else f"{self.epoch} epochs"
         lines = [
-            f"test accuracy {percent(seen.accuracy)} after {self.epoch} epochs{beyond(self.position)} "
+            f"test accuracy {percent(seen.accuracy)} after {epochs}{beyond(self.position)} "
             f"(95 % interval {percent(low)} to {percent(high)}, {seen.right} of {seen.images} images)"
         ]
         width = max(map(len, self.connected))

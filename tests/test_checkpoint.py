@@ -20,7 +20,7 @@ from training import checkpoint, dump_dir, loop, randomness, run_info
 from training.divergence import FiniteCheck
 from training.files import json_files, storage
 from training.files.locks import Lock
-from training.files.storage import previous_of
+from training.files.storage import damaged_of, previous_of
 from training.metrics import EPOCH
 from training.options import parse
 from training.recording import Recording
@@ -207,7 +207,7 @@ def test_a_run_killed_epochs_after_its_checkpoint_is_the_run_in_one(run, tmp_pat
         assert run(*argv, dump=killed).status == 130
         assert load(killed)["epoch"] == epochs
         assert [line["epoch"] for line in results(killed)] == lines
-        assert f"after {epochs} epochs (" in run(*argv, "-test", dump=killed).out
+        assert f"after {epochs} epoch{'s' * (epochs > 1)} (" in run(*argv, "-test", dump=killed).out
     result = run(*argv, dump=killed)
     assert [line.split()[1] for line in result.out.splitlines() if line.startswith("epoch")] == [
         "4/7",
@@ -504,14 +504,49 @@ def test_a_run_goes_back_behind_a_damaged_checkpoint(run, tmp_path, damage):
     good = path.read_bytes()
     path.write_bytes({"empty": b"", "truncated": good[:-100], "text": b"hello", "list": good[:4] + good[5:]}[damage])
     tested = run(*GRAD, "-i2", "1", "-test", dump=folder)
-    assert "after 1 epochs" in tested.out
+    assert "after 1 epoch (" in tested.out
+    assert path.exists()  # a test changes nothing
+    content = path.read_bytes()
     result = run(*GRAD, "-N", "3", "-i2", "1", dump=folder)
     lines = result.out.splitlines()
     assert [
         line for line in lines if str(path) in line and "damaged" in line and "using the previous checkpoint" in line
     ]
     assert "Resuming after epoch 1; 3 epochs in all." in lines
+    assert damaged_of(path).read_bytes() == content
+    damaged_of(path).unlink()
     assert_same_run(tmp_path / "one", folder)
+
+
+def test_the_good_checkpoint_stays_until_another_takes_its_place(run, tmp_path, monkeypatch):
+    """Not the damaged one takes it, in whose place the next is written."""
+    run(*GRAD, "-N", "2")
+    path = the_checkpoint(tmp_path)
+    good = previous_of(path).read_bytes()
+    path.write_bytes(b"damaged")
+    monkeypatch.setattr(storage, "write", lambda *args: None)  # it is killed before anything is written
+    run(*GRAD, "-N", "2")
+    assert not path.exists()
+    assert previous_of(path).read_bytes() == good
+    monkeypatch.undo()
+    assert "Resuming after epoch 1; 2 epochs in all." in run(*GRAD, "-N", "2").out
+
+
+def test_a_refusal_names_the_file_that_it_is_about(run, tmp_path):
+    run(*GRAD, "-N", "2")
+    path = the_checkpoint(tmp_path)
+    state = storage.read(path)
+    storage.write(path, {**state, "format": 1})
+    storage.write(path, state)
+    path.write_bytes(b"damaged")
+    result = run(*GRAD, "-N", "3")
+    assert result.status == 2
+    assert f"error: {previous_of(path)} is of format 1" in result.err
+    storage.write(path, {**state, "step": -1})
+    storage.write(path, state)
+    path.write_bytes(b"damaged")
+    assert f"error: {previous_of(path)} does not fit: step is -1" in run(*GRAD, "-N", "3").err
+    assert path.read_bytes() == b"damaged"
 
 
 def test_a_run_without_a_good_checkpoint_stops_and_keeps_all(run, tmp_path):

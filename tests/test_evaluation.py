@@ -166,7 +166,7 @@ def test_a_report_is_of_one_pass_and_of_what_the_network_is():
 def test_a_network_that_never_spikes_has_a_report():
     network = prune(TinyNet(), 1.0, 1)
     lines = report_on(network, [(grid_images(3, 1, 6, 6), torch.tensor([0, 1, 2]))], epoch=1).lines()
-    assert lines[0].startswith("test accuracy 33.33 % after 1 epochs")
+    assert lines[0].startswith("test accuracy 33.33 % after 1 epoch (")
     assert any(re.match(r"body\.8\.weight +SynOps +0\.0 +0\.0 +-$", line) for line in lines)
     assert any(re.match(r"total +0\.00 % +0 +-$", line) for line in lines)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,22 @@ SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
 
 
 # -- what comes back -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["npz", "csr"])
+@pytest.mark.parametrize("name", ["static_conv.0.weight", "conv.2.running_mean"])
+def test_what_reads_back_otherwise_is_not_kept(form, tmp_path, monkeypatch, name):
+    snapshot = snapshot_of(cifar10())
+    assert name in snapshot.state
+    export(snapshot, form, tmp_path / "good")
+    changed = {**snapshot.state, name: snapshot.state[name] + 1}
+    write = formats.WRITERS[form]
+    monkeypatch.setitem(export_module.WRITERS, form, lambda snapshot: write(replace(snapshot, state=changed)))
+    with pytest.raises(
+        RuntimeError, match=f"does not read back as it was written: .*{name.removesuffix('running_mean')}"
+    ):
+        export(snapshot, form, tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
 @forms

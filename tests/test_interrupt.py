@@ -53,6 +53,13 @@ def test_a_signal_stops_after_the_step_and_the_command_goes_on(run, tmp_path, at
     last = result.out.splitlines()[-1]
     assert f"Stopped by {number.name} in epoch 2, after step 3 of 5, and saved." in last
     assert shlex.join(["python", *sys.argv]) in last
+    run(*DEEP, "-test", dump=tmp_path / "stopped")
+    (logs,) = (tmp_path / "stopped" / "logs").iterdir()
+    assert {path.name for path in logs.glob("rate-*")} == {
+        f"rate-{name}-epoch-1-step-3.npy" for name in ("fc.0", "fc.2")
+    }
+    for path in (logs / "test.json", *logs.glob("rate-*")):
+        path.unlink()
     result = run(*DEEP, dump=tmp_path / "stopped")
     assert result.status == 0
     assert "Resuming in epoch 2, after step 3 of 5; 3 epochs in all." in result.out

@@ -1,5 +1,6 @@
 """Several ranks, each with its share of every batch, train the run of one process."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from run_helpers import assert_same_run, load, results, scalars, the_checkpoint
 
@@ -24,6 +26,8 @@ from spiking import BatchNorm2d, Dropout, StepwiseBatchNorm2d
 from spiking_kernels.blocks import lif_block
 from spiking_kernels.shapes import Shape
 from training import ranks
+from training.command_line import command
+from training.errors import DivergedError, Interrupted, RankLost, Refusal
 from training.files import storage
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
@@ -262,6 +266,30 @@ def test_an_error_after_the_run_is_no_success(monkeypatch):
 
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_a_rank_ends_with_the_status_of_the_run(monkeypatch):
+    """As the command has it, whatever ended the run."""
+
+    def end(error):
+        @command
+        def main():
+            raise error
+
+        return main()
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    registered = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **settings: None)
+    monkeypatch.setattr(atexit, "register", lambda *call: registered.append(call))
+    monkeypatch.setattr(os, "dup2", lambda *args: None)  # what follows a broken pipe
+    errors = [Refusal(""), DivergedError(""), RankLost(""), Interrupted(signal.SIGTERM, "")]
+    for error in (*errors, BrokenPipeError(), KeyboardInterrupt(), OSError("no space")):
+        with pytest.raises(type(error)), ranks.joined():
+            raise error
+        assert registered.pop() == (ranks._end, end(error))
+        assert end(error) > 0
 
 
 @pytest.mark.parametrize(

@@ -581,14 +581,17 @@ def test_a_run_that_cannot_be_looked_into_hides_no_other(tmp_path, monkeypatch, 
     for name in ("closed", "open"):
         write_run(tmp_path, name, [result(1)])
         small_checkpoint(tmp_path, name)
-    is_file = Path.is_file
 
-    def refused(path):  # as before Python 3.14 in another user's folder, and not as root
-        if path.parent.name == "closed":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return is_file(path)
+    def refused(method):  # as before Python 3.14 in another user's folder, and not as root
+        def call(path, **settings):
+            if path.parent.name == "closed":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return method(path, **settings)
 
-    monkeypatch.setattr(Path, "is_file", refused)
+        return call
+
+    for name in ("is_file", "stat"):
+        monkeypatch.setattr(Path, name, refused(getattr(Path, name)))
     found = runs.find([tmp_path])
     assert [report._changed(run) > 0 for run in found] == [False, True]
     assert [bool(report.facts(run).get("checkpoint")) for run in found] == [False, True]

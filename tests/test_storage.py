@@ -123,6 +123,54 @@ def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monke
     print(f"{faults} faults at {len(names)} system calls: the newest complete state was found each time")
 
 
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
+def test_a_fault_behind_a_damaged_file_leaves_the_state_before_it(path, monkeypatch, error):
+    calls = 0
+    while True:
+        for file in path.parent.iterdir():
+            file.unlink()
+        storage.write(path, state(1))
+        storage.write(path, state(2))
+        path.write_bytes(b"damaged")
+        storage.set_aside(path)
+        assert storage.damaged_of(path).read_bytes() == b"damaged"
+        faulty = FaultyOS(calls + 1, "before", error)
+        faulty.take_the_place_of_os(monkeypatch)
+        try:
+            storage.write(path, state(3))
+        except type(error):
+            monkeypatch.undo()
+            read, complaints = storage.newest(path)
+            assert complaints == []
+            assert read["n"] == (1 if not path.exists() else 3)
+            calls += 1
+        else:
+            monkeypatch.undo()
+            break
+    assert calls == len(faulty.log) >= 7
+    assert storage.newest(path)[0]["n"] == 3
+    assert storage.read(storage.previous_of(path))["n"] == 1
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.EIO, "I/O error"), RuntimeError("can't allocate memory: 9 bytes")]
+)
+def test_what_cannot_be_read_now_is_not_damaged(path, monkeypatch, error):
+    """Or a run would go back to the state before, and lose a good one."""
+    storage.write(path, state(1))
+    storage.write(path, state(2))
+
+    def fail(*args, **settings):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail)
+        for read in (storage.read, storage.newest):
+            with pytest.raises(type(error)):
+                read(path)
+    assert storage.newest(path)[0]["n"] == 2
+
+
 def test_a_failure_names_the_file_and_its_reason(path, monkeypatch):
     storage.write(path, state(1))
     FaultyOS(3, "before", OSError(errno.ENOSPC, "No space left on device")).take_the_place_of_os(monkeypatch)

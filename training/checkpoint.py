@@ -25,10 +25,13 @@ from training.options import RECORDING_OPTIONS, arguments
 FORMAT = 2
 
 
-def load(path: Path) -> dict[str, Any] | None:
-    """Loads the checkpoint ``path`` to the CPU, or the previous one beside it if it is damaged; None without any.
+def load(path: Path) -> tuple[dict[str, Any] | None, Path]:
+    """Loads the checkpoint ``path`` to the CPU, or the previous one beside it if it is damaged.
 
-    A line on the console names each damaged file. :func:`storage.write` keeps the previous checkpoint.
+    A line on the console names a damaged file. :func:`storage.write` keeps the previous checkpoint.
+
+    Returns:
+        The checkpoint, None without any, and the file that has it.
 
     Raises:
         Refusal: all checkpoints are damaged, or the newest is from another version or not accepted.
@@ -37,17 +40,19 @@ def load(path: Path) -> dict[str, Any] | None:
         state, complaints = storage.newest(path)
     except storage.DamagedError as error:
         raise Refusal(f"{error}; no intact checkpoint is left: move the folder away and start again") from None
+    if complaints or not path.exists():
+        path = storage.previous_of(path)
     for complaint in complaints:
         print(f"{complaint}; using the previous checkpoint.", flush=True)
     if state is None:
-        return None
+        return None, path
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if type(found) is not int or found != FORMAT:
         raise Refusal(f"{path} is of format {found!r:.40}, not {FORMAT}: it was written by another version")
     state = {"schedule": {}, **state}  # which older checkpoints lack
     with checking(path):
         checkpoint_checks.check_content(state)
-    return state
+    return state, path
 
 
 @contextlib.contextmanager
@@ -67,6 +72,7 @@ class Store:
 
     Attributes:
         saved: the checkpoint from which the run resumes; None for a new run.
+        source: the file that has it.
 
     Raises:
         Refusal: another process trains this run; the checkpoints are damaged, have other arguments or more epochs than
@@ -76,7 +82,7 @@ class Store:
     def __init__(self, options: Namespace, writes: bool = True):
         self.options, self.writes = options, writes
         self.folder = options.dump_dir / "models" / options.name
-        self.path = self.folder / storage.CHECKPOINT
+        self.path = self.source = self.folder / storage.CHECKPOINT
         self.lock = Lock(self.folder)
         self.writer = storage.Writer(self.path)
 
@@ -108,7 +114,8 @@ class Store:
             self.lock.release()
 
     def _load(self) -> dict[str, Any] | None:
-        saved, options, logs = load(self.path), self.options, log_folder(self.options)
+        options, logs = self.options, log_folder(self.options)
+        saved, self.source = load(self.path)
         if saved is None:
             if options.test:
                 raise Refusal(f"argument -test: there is no saved model {self.path}; to train it, leave out -test")
@@ -133,6 +140,9 @@ class Store:
                 f"argument -N/--epoch: must be at least {saved['epoch']}, not {options.epoch}: "
                 f"the run in {self.folder} has finished as many epochs"
             )
+        if not options.test and self.source != self.path and self.path.exists():
+            with writing("--dump-dir", self.folder):
+                storage.set_aside(self.path)
         return saved
 
     def save(self, state: dict[str, Any], logs: Iterable[Path]) -> None:

@@ -1,6 +1,15 @@
 """Failures that a command reports in one line."""
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that an error ends."""
+    if isinstance(error, BrokenPipeError):
+        return 128 + 13  # as if SIGPIPE had ended it
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + 2
+    return getattr(error, "status", 1)
+
+
 class Refusal(Exception):
     """The user asked for something that is not accepted; the text is the line to print."""
 

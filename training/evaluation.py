@@ -1,6 +1,7 @@
 """Evaluations: as many test images at a time as memory holds, and the files of a test.
 
-A test stores ``test.json``, and ``rate-<LIF layer>-epoch-<epoch>.npy`` for each LIF layer.
+A test stores ``test.json``, and ``rate-<LIF layer>-epoch-<epoch>.npy`` for each LIF layer; of a checkpoint within the
+epoch after it, ``…-epoch-<epoch>-step-<steps>.npy``.
 """
 
 import io
@@ -56,10 +57,11 @@ def store_report(folder: Path, report: Report) -> None:
     """Prints a test's results and stores them in the log folder."""
     folder.mkdir(parents=True, exist_ok=True)
     print("\n".join(report.lines()))
+    place = f"epoch-{report.epoch}" + (f"-step-{report.position}" if report.position else "")
     for name, rates in report.rates.items():
         array = io.BytesIO()
         np.save(array, rates.cpu().numpy())
-        files.write_whole(folder / f"rate-{name}-epoch-{report.epoch}.npy", array.getvalue())
+        files.write_whole(folder / f"rate-{name}-{place}.npy", array.getvalue())
     record = Recording(TEST)
     report.record(record)
     json_files.write(folder / FILES[TEST], record.content())

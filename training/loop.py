@@ -143,7 +143,7 @@ class Trainer:
             raise Refusal(
                 f"argument --dataset-dir: the run was made with other data ({saved['data']}), not {self.fingerprint}"
             )
-        with checkpoint.checking(self.store.path):
+        with checkpoint.checking(self.store.source):
             checkpoint_checks.check_network(saved, self.network)
             if not self.options.test:
                 self.schedule.restore(saved["step"], saved["schedule"])

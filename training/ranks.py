@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sharding import checksum
-from training.errors import DivergedError, Interrupted, RankLost, Refusal
+from training.errors import DivergedError, Interrupted, RankLost, Refusal, status_of
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # which torchrun sets, besides the address of the first rank
 TIMEOUT = timedelta(minutes=15)  # for a rank that does not answer; that one has ended is known at once
@@ -63,7 +63,7 @@ def joined() -> Iterator["Ranks | None"]:
         if not ranks.first and isinstance(error, Refusal | DivergedError | Interrupted):
             ranks.outlast_the_first()
             os._exit(error.status)
-        atexit.register(_end, getattr(error, "status", 1))  # once the failure is told
+        atexit.register(_end, status_of(error))  # once the failure is told
         raise
     dist.destroy_process_group()  # not after a failure: what the group still waits for may never come
     atexit.register(_end, 0)

@@ -42,6 +42,6 @@ def read(path: Path) -> Snapshot:
     try:
         return reader(path)
     except Exception as error:  # zipfile, NumPy, HDF5 and safetensors raise what they like
-        if isinstance(error, Refusal) or (isinstance(error, OSError) and error.errno):
+        if isinstance(error, Refusal) or not checks.is_about_content(error):
             raise
         raise Unreadable(f"{path} is damaged or not an export of this program ({checks.reason(error)})") from None

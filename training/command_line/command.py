@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from training.defaults import torch_defaults
-from training.errors import DivergedError, Interrupted, RankLost, Refusal
+from training.errors import DivergedError, Interrupted, RankLost, Refusal, status_of
 
 
 def command(main: Callable[..., int]) -> Callable[..., int]:
@@ -35,9 +35,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
                 return main(*args)
         except (Refusal, DivergedError, RankLost) as error:
             return _fail(str(error), error.status)
-        except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+        except BrokenPipeError as error:  # nobody reads the output any more, as after `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
-            return 128 + 13  # as if SIGPIPE had ended it
+            return status_of(error)
         except OSError as error:  # after FileNotFoundError, the run's own files may be missing
             unchanged = "" if isinstance(error, FileNotFoundError) else "; existing files are unchanged"
             return _fail(f"{error}{unchanged}", 1)
@@ -45,8 +45,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             name = signal.Signals(stop.number).name
             print(f"Stopped by {name} {stop}, and saved. Resume with: {shlex.join(['python', *sys.argv])}", flush=True)
             return stop.status
-        except KeyboardInterrupt:
-            return _fail("interrupted; existing files are unchanged", 130)
+        except KeyboardInterrupt as error:
+            return _fail("interrupted; existing files are unchanged", status_of(error))
         except (MemoryError, RuntimeError) as error:
             if (line := _explained(error)) is None:
                 raise

@@ -62,6 +62,12 @@ def reason(error: BaseException) -> str:
     return short((text or type(error).__name__).splitlines()[0], 300)
 
 
+def is_about_content(error: BaseException) -> bool:
+    """Whether a reader failed by what it read, not by an error of the operating system or for lack of memory."""
+    of_system = isinstance(error, OSError) and error.errno
+    return not (of_system or isinstance(error, MemoryError) or "allocate memory" in str(error))
+
+
 def types(value: Any) -> tuple[type, ...]:
     """The type of a value and, if it is a list or tuple, those of its items: 1, 1.0 and True are equal, but differ."""
     return (type(value), *map(type, value)) if isinstance(value, list | tuple) else (type(value),)

@@ -53,6 +53,11 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
 
+def damaged_of(path: Path) -> Path:
+    """Where :func:`set_aside` moves a damaged file."""
+    return path.with_name(f"{path.stem}-damaged{path.suffix}")
+
+
 def temporary_of(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
@@ -107,6 +112,7 @@ def read(path: Path, verify: bool = True) -> Any:
     Raises:
         DamagedError: the file is cut short, changed, no regular file, or was not written by :func:`write`.
         OSError: the file cannot be read.
+        MemoryError: there is no room for its content.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise DamagedError("it is no regular file")
@@ -131,6 +137,8 @@ def read(path: Path, verify: bool = True) -> Any:
             file.seek(0)
             return torch.load(file if verify else path, map_location="cpu", weights_only=True, mmap=not verify)
         except Exception as error:  # what is not an archive of plain data is refused by zipfile, pickle or torch
+            if not checks.is_about_content(error):
+                raise
             raise DamagedError(f"its content is not accepted ({checks.reason(error).split('. ')[0]})") from None
 
 
@@ -154,6 +162,15 @@ def newest(path: Path) -> tuple[Any, list[str]]:
     if complaints:
         raise DamagedError("; ".join(complaints))
     return None, []
+
+
+def set_aside(path: Path) -> None:
+    """Moves a damaged file out of the way of :func:`write`, which would put it in the place of the good one before it.
+
+    Raises:
+        OSError: the file cannot be moved.
+    """
+    files.replace(path, damaged_of(path))
 
 
 def _copy(value: Any, into: Any) -> Any:
