@@ -23,7 +23,8 @@ from analysis.runs import SavedRun, find, is_there, short_names, weights_of
 from measuring.report import percent
 from training import files
 from training.command_line import Parser, check_output, command, file_path, output_file, whole_number
-from training.files.json_files import nested, number, printable, shown
+from training.device import cores
+from training.files.json_files import number, printable, shown
 from training.files.storage import CHECKPOINT
 from training.logs import INFO, RESULTS
 from training.run_info import everywhere
@@ -81,7 +82,8 @@ def facts(run: SavedRun) -> dict[str, str]:
     """What else the page says of a run: its folders, its command, its size."""
     counts = {"prunable weights": number(run.info, "parameters", "prunable")}
     counts["others"] = number(run.info, "parameters", "others")
-    versions = [f"{name} {shown(version)}" for name, version in (nested(run.info, "versions") or {}).items()]
+    versions = everywhere(run.info, "versions")
+    versions = [f"{name} {shown(version)}" for name, version in versions.items()] if isinstance(versions, dict) else []
     rate = number(run.last, "learning_rate")
     found = {
         "command": run.info.get("command"),
@@ -121,7 +123,7 @@ def _sections(runs: Sequence[SavedRun]) -> list[tuple[list["Picture"], list[str]
     if not runs:
         return []
     try:
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(runs), 8), initializer=_prepare_worker) as pool:
+        with ProcessPoolExecutor(min(cores(), len(runs), 8), initializer=_prepare_worker) as pool:
             return list(pool.map(_section, runs))
     except BrokenProcessPool:
         raise MemoryError("a process that was drawing pictures was killed") from None

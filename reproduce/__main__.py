@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
             batch = f"the {row.options.batch_size} images of a batch in: {row.command}"
             raise Refusal(f"argument --ranks: must divide {batch}; {options.ranks} does not")
     if options.slurm:
+        if not rows:
+            raise Refusal("argument --slurm: no row is left to run")
         tasks = slurm.write(options, rows)
         print(f"{options.slurm}: {tasks} tasks; submit it with: sbatch {options.slurm}")
         return 0

@@ -3,11 +3,12 @@
 import shlex
 import tomllib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from analysis.experiments import EXPERIMENTS
 from training.command_line import either, format_number
@@ -85,10 +86,8 @@ def load(name: str, folder: Path = FOLDER) -> list[Row]:
         Refusal: the table, or a command line that it gives, is not accepted; the message names it.
     """
     path = folder / f"{name}.toml"
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: {error}") from None
+    table = _table(path)
+    table.pop("networks", None)
     experiment, heading = table.pop("experiment", name), table.pop("title", name)
     in_place = not table.pop("ablations_last", True)
     if experiment not in EXPERIMENTS:
@@ -102,14 +101,16 @@ def load(name: str, folder: Path = FOLDER) -> list[Row]:
         title, ablation = settings["title"], settings.get("ablation", False)
         for variant, (place, seed) in product(settings["variants"], enumerate(settings["seeds"])):
             texts = [settings.get("options", ""), settings.get("method", ""), variant]
-            argv = [*shlex.split(" ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
+            argv = [*_words(path, " ".join(texts)), "-N", str(settings["epochs"]), "--seed", str(seed)]
             try:
                 options = read(EXPERIMENTS[experiment], argv)
-                row = Row(experiment, heading.format_map(vars(options)), title, ablation, tuple(argv), options)
             except Refusal as refusal:
                 raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
+            try:
+                shown = heading.format_map(vars(options))
             except (LookupError, ValueError, AttributeError):
                 raise Refusal(f"{path}: title: names in braces must be those of options: {heading!r}") from None
+            row = Row(experiment, shown, title, ablation, tuple(argv), options)
             rows.append(((place, ablation and not in_place), row))
     found: dict[str, Row] = {}
     longest: dict[str, int] = {}
@@ -120,6 +121,47 @@ def load(name: str, folder: Path = FOLDER) -> list[Row]:
             raise Refusal(f"{path}: {row.command} has to come before that of {longest[row.name]} epochs")
         found[row.key], longest[row.name] = row, row.epochs
     return list(found.values())
+
+
+def _is(kind: type, of: type | None = None) -> Callable[[Any], bool]:
+    """Whether a value is of a type and, if it is a list, its items are."""
+    return lambda value: type(value) is kind and (of is None or all(type(item) is of for item in value))
+
+
+KNOWN = {  # what a table and its groups may have
+    **dict.fromkeys(("title", "experiment", "options", "method"), (_is(str), "a text")),
+    **dict.fromkeys(("ablation", "ablations_last"), (_is(bool), "true or false")),
+    "epochs": (_is(int), "a whole number"),
+    "seeds": (_is(list, int), "a list of whole numbers"),
+    "variants": (_is(list, str), "a list of texts"),
+    "group": (_is(list, dict), "a list of tables"),
+    "networks": (_is(dict), "a table"),
+}
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """The table in a file; raises Refusal if it or a group has what is not known, or of another type."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: {error}") from None
+    groups = table.get("group", [])
+    for part in (table, *(groups if type(groups) is list else [])):
+        for key, value in part.items():
+            if key not in KNOWN:
+                raise Refusal(f"{path}: {key} is not known; there are {', '.join(KNOWN)}")
+            accepted, text = KNOWN[key]
+            if not accepted(value):
+                raise Refusal(f"{path}: {key} must be {text}, not {value!r:.100}")
+    return table
+
+
+def _words(path: Path, text: Any) -> list[str]:
+    """The words of a command line; raises Refusal if it has none."""
+    try:
+        return shlex.split(text)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Refusal(f"{path}: {text!r:.100} is no command line: {error}") from None
 
 
 def networks(name: str, folder: Path = FOLDER) -> dict[str, Row]:
@@ -133,8 +175,8 @@ def networks(name: str, folder: Path = FOLDER) -> dict[str, Row]:
     path = folder / f"{name}.toml"
     rows = load(name, folder)
     found = {}
-    for network, text in tomllib.loads(path.read_text(encoding="utf-8")).get("networks", {}).items():
-        words = shlex.split(text)
+    for network, text in _table(path).get("networks", {}).items():
+        words = _words(path, text)
         some = [row for row in rows if list(row.argv[: row.argv.index("-N")])[-len(words) :] == words]
         if not some:
             raise Refusal(f"{path}: networks: no row of {network} is: {text}")

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 
 from reproduce import records
 from reproduce.grid import Row
+from training import checkpoint, device
 from training.errors import Refusal
 from training.interrupt import known
 from training.options import REPOSITORY
 
-TAKEN = "another process is training in"  # in the line of a script that finds its run locked
 STOPPING = known(("SIGTERM", "SIGINT"))
 # On Linux a row becomes its script after this. It is sent SIGTERM when the runner ends, even by SIGKILL, and takes no
 # notice of SIGUSR1 before it trains.
@@ -39,6 +40,15 @@ PYTHON = [sys.executable, *(["-I", "-c", FOLLOW] if sys.platform == "linux" else
 def log_of(dump: Path, row: Row) -> Path:
     """Where the output of a row's commands is kept."""
     return dump / "rows" / f"{row.key}.log"
+
+
+class End(Enum):
+    """How it ended to run a row."""
+
+    FINISHED = auto()
+    FAILED = auto()
+    TAKEN = auto()  # another process runs it
+    STOPPED = auto()  # as the runner was
 
 
 class Runner:
@@ -58,7 +68,7 @@ class Runner:
         self.gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if 0 < self.gpus < ranks:
             raise Refusal(f"argument --ranks: {ranks} ranks need as many GPUs; this machine has {self.gpus}")
-        self.threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
+        self.threads = max(1, device.cores() // (jobs * ranks))
         self.stopped: int | None = None
         self._processes: set[subprocess.Popen] = set()
         self._starting = threading.RLock()  # so that a signal misses no process; one may come during another
@@ -71,8 +81,8 @@ class Runner:
         """
         (self.dump / "rows").mkdir(parents=True, exist_ok=True)
         waiting = [row for row in rows if records.finished(self.dump, row) is None]
-        running: dict[int, tuple[Row, Future[str]]] = {}  # at most one row of a run
-        ends: dict[Row, str] = {}
+        running: dict[int, tuple[Row, Future[tuple[End, str]]]] = {}  # at most one row of a run
+        ends: dict[Row, End] = {}
         before = {number: signal.signal(number, self._hand_on) for number in (*STOPPING, *known(["SIGUSR1"]))}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
@@ -89,14 +99,14 @@ class Runner:
                     wait([future for _, future in running.values()], timeout=0.2, return_when=FIRST_COMPLETED)
                     for slot in [slot for slot, (_, future) in running.items() if future.done()]:
                         row, future = running.pop(slot)
-                        ends[row] = future.result()
-                        if ends[row]:
+                        ends[row], text = future.result()
+                        if ends[row] != End.STOPPED:
                             progress = records.progress(self.dump, rows).line(self.jobs)
-                            print(f"{row.key} {ends[row]}\n{progress}", flush=True)
+                            print(f"{row.key} {text}\n{progress}", flush=True)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        failed, taken = ([row for row in rows if ends.get(row, "").startswith(word)] for word in ("failed", "skipped"))
+        failed, taken = ([row for row in rows if ends.get(row) == end] for end in (End.FAILED, End.TAKEN))
         return failed, taken
 
     def _hand_on(self, number: int, frame: Any) -> None:
@@ -109,13 +119,13 @@ class Runner:
                 with contextlib.suppress(ValueError):  # Windows cannot pass on a Ctrl-C, but sends it to all itself
                     process.send_signal(number)
 
-    def _finish(self, row: Row, slot: int) -> str:
-        """Trains and tests a row, and writes its record; returns how it ended, nothing where it was stopped."""
+    def _finish(self, row: Row, slot: int) -> tuple[End, str]:
+        """Trains and tests a row, and writes its record; returns how it ended, also in words."""
         gpus = [(slot * self.ranks + rank) % self.gpus for rank in range(self.ranks)] if self.gpus else []
         argv, gpu = [*row.argv, *self.places], ["-gpu", str(gpus[0])] if gpus else []
         try:
             if records.finished(self.dump, row) is not None:  # by another runner, since this one began
-                return "was finished by another runner"
+                return End.FINISHED, "was finished by another runner"
             if records.state(self.dump, row).last.get("epoch", 0) <= row.epochs:  # else its run was extended before
                 print(f"{row.command}\n", end="", flush=True)  # in one piece: other rows start at the same time
                 for more in ([], ["-test"]):
@@ -125,14 +135,15 @@ class Runner:
                         status = self._call(row, [*argv, *gpu, *more])
                     if status:
                         last_line = _last_line(log_of(self.dump, row), self.ranks > 1)
-                        if TAKEN in last_line:
-                            return "skipped: another process runs it"
-                        return "" if self.stopped is not None else f"failed with status {status}: {last_line}"
+                        if checkpoint.TAKEN in last_line:
+                            return End.TAKEN, "skipped: another process runs it"
+                        end = End.FAILED if self.stopped is None else End.STOPPED
+                        return end, f"failed with status {status}: {last_line}"
             result = records.write(self.dump, row)["result"]
         except (OSError, ValueError) as error:
-            return f"failed: {error}"
+            return End.FAILED, f"failed: {error}"
         numbers = result["test_accuracy"], result["connectivity"]
-        return "finished: test accuracy {:.2%}, connectivity {:.2%}".format(*numbers).replace("%", " %")
+        return End.FINISHED, "finished: test accuracy {:.2%}, connectivity {:.2%}".format(*numbers).replace("%", " %")
 
     def _call(self, row: Row, argv: Sequence[str], gpus: Sequence[int] | None = None) -> int:
         """Runs the row's script to its end; returns its exit status.

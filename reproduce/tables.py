@@ -22,7 +22,7 @@ class Summary:
     """The rows that differ in their seed only."""
 
     entries: tuple[Entry, ...]  # in the grid's order
-    dense: float  # mean test accuracy of the dense rows of the same learning rate and epochs; NaN without any
+    dense: tuple[Entry, ...]  # the dense rows of the same learning rate and epochs
 
     @property
     def row(self) -> Row:
@@ -37,11 +37,15 @@ class Summary:
     def values(self, key: str) -> list[float]:
         """A number of each row: one of :attr:`Entry.numbers`, or ``loss``, the dense accuracy less the row's."""
         if key == "loss":
-            return [self.dense - accuracy for accuracy in self.values("test_accuracy")]
+            return [self.dense_mean("test_accuracy") - accuracy for accuracy in self.values("test_accuracy")]
         return [entry.numbers[key] for entry in self.entries]
 
     def mean(self, key: str) -> float:
         return statistics.mean(self.values(key))
+
+    def dense_mean(self, key: str) -> float:
+        """The mean of the dense rows; NaN without any."""
+        return statistics.mean(entry.numbers[key] for entry in self.dense) if self.dense else math.nan
 
     def deviation(self, key: str) -> float:
         """Standard deviation of the sample, 0 for one row."""
@@ -51,17 +55,17 @@ class Summary:
 def summarise(entries: Sequence[Entry]) -> list[Summary]:
     """The entries by title, setting and number of epochs, in the grid's order, ablations last."""
     groups: dict[tuple, list[Entry]] = defaultdict(list)
-    dense: dict[tuple, list[float]] = defaultdict(list)
+    dense: dict[tuple, list[Entry]] = defaultdict(list)
     for entry in entries:
         row = entry.row
         setting = row.name.replace(f"-seed-{row.seed}", "")
         groups[row.epochs, row.ablation, row.title, setting].append(entry)
         if not row.method.prunes:
-            dense[row.epochs, row.options.learning_rate].append(entry.numbers["test_accuracy"])
+            dense[row.epochs, row.options.learning_rate].append(entry)
     summaries = []
     for some in groups.values():
-        baseline = dense.get((some[0].row.epochs, some[0].row.options.learning_rate))
-        summaries.append(Summary(tuple(some), statistics.mean(baseline) if baseline else math.nan))
+        row = some[0].row
+        summaries.append(Summary(tuple(some), tuple(dense[row.epochs, row.options.learning_rate])))
     return sorted(summaries, key=lambda summary: summary.row.ablation)
 
 
@@ -109,20 +113,14 @@ def countings(summaries: Sequence[Summary]) -> str:
     It has the pruned rows whose grid has dense ones of the same learning rate and epochs. A loss is in points below the
     mean of these. Operations are in percent of theirs: SynOps alone, and with the MACs of the first layer.
     """
-    dense: dict[tuple, Summary] = {}
-    for summary in summaries:
-        if not summary.row.method.prunes:
-            dense.setdefault((summary.row.epochs, summary.row.options.learning_rate), summary)
     lines = []
     for summary in summaries:
         row = summary.row
-        baseline = dense.get((row.epochs, row.options.learning_rate))
-        if row.ablation or not row.method.prunes or baseline is None:
+        if row.ablation or not row.method.prunes or not summary.dense:
             continue
-        last, best = summary.values("test_accuracy"), summary.values("best_accuracy")
-        dense_last, dense_best = baseline.mean("test_accuracy"), baseline.mean("best_accuracy")
-        synops, macs = (summary.values(key) for key in ("synops", "macs"))
-        dense_synops, dense_macs = (baseline.mean(key) for key in ("synops", "macs"))
+        last, best, synops, macs = map(summary.values, ("test_accuracy", "best_accuracy", "synops", "macs"))
+        dense_last, dense_best = map(summary.dense_mean, ("test_accuracy", "best_accuracy"))
+        dense_synops, dense_macs = map(summary.dense_mean, ("synops", "macs"))
         columns = {
             "last epoch (%)": last,
             "best epoch (%)": best,

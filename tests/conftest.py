@@ -47,6 +47,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_for_this_arithmetic(tmp_path_factory):
     """torch.compile keeps what it made for one ATEN_CPU_CAPABILITY and takes it for another, where it does not fit."""

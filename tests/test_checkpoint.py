@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -409,6 +410,19 @@ def test_a_run_tells_where_it_has_been_before(run, tmp_path, monkeypatch):
         "precision": "fp32",
         "device": found["device"],
     }
+
+
+def test_a_run_that_another_torch_goes_on_with_names_both(run, tmp_path, monkeypatch):
+    run(*GRAD, "-N", "1")
+    (path,) = tmp_path.glob("logs/*/run.json")
+    first = json.loads(path.read_text())
+    path.write_text(json.dumps({**first, "versions": {**first["versions"], "torch": "1.0", "cuda": "9"}}))
+    run(*GRAD, "-N", "2")
+    found = json.loads(path.read_text())
+    (before,) = found["before"]
+    assert (before["versions"]["torch"], before["ranks"]) == ("1.0", 1)
+    assert run_info.everywhere(found, "versions") == {**first["versions"], "torch": f"1.0, then {version('torch')}"}
+    assert run_info.everywhere(found, "ranks") == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"before": 3}', b'{"before": [3, {}, {"cpu": []}]}'])

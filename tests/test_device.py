@@ -220,3 +220,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for how in ("keep", "return")
     ]
     assert faults[0] < faults[1] / 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process can be bound to a core here")
+def test_only_the_cores_that_the_process_may_use_count():
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert training.device.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert training.device.cores() == len(before)

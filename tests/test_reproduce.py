@@ -19,6 +19,7 @@ import torch
 from analysis.experiments import EXPERIMENTS
 from reproduce import __main__ as reproduce
 from reproduce import entries, figures, grid, outcome, records, runner, slurm, tables
+from training import device
 from training.errors import Refusal
 from training.methods import METHODS
 from training.methods.deep import TEMPERATURE
@@ -173,6 +174,13 @@ def test_rows_are_commands_the_first_seed_first_methods_before_ablations(rows):
         ),
         ("epochs = 1\n", 'epochs = 1\ntitle = "{no_such}"\n', r"mnist\.toml: title: .*'\{no_such\}'"),
         ("epochs = 1\n", 'epochs = 1\ntitle = "{"\n', r"mnist\.toml: title: .*'\{'"),
+        ("epochs = 1\n", "epochs = 1\nseed = [1]\n", r"mnist\.toml: seed is not known; there are title, "),
+        ("epochs = 1\n", 'epochs = "1"\n', r"mnist\.toml: epochs must be a whole number, not '1'"),
+        ("seeds = [2020, 1]", "seeds = 2020", r"mnist\.toml: seeds must be a list of whole numbers, not 2020"),
+        ("seeds = [2020, 1]", "seeds = [true]", r"mnist\.toml: seeds must be a list of whole numbers, not \[True\]"),
+        ('["-m no_prune"]', "[1]", r"mnist\.toml: variants must be a list of texts"),
+        ('title = "dense"\n', 'title = "dense"\nablation = "no"\n', r"mnist\.toml: ablation must be true or false"),
+        ("--dataset digits -lr 1e-2", "-lr '1", r"mnist\.toml: .* is no command line: No closing quot"),
         ("epochs = 1\n", "epochs = 3\n", r"-N 2 --seed 2020 has to come before that of 3 epochs"),
     ],
 )
@@ -307,7 +315,7 @@ def test_rows_are_trained_tested_and_recorded_once(rows, stub, capsys):
 
 
 def test_jobs_run_side_by_side_but_never_two_of_one_run(rows, stub, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 15)
+    monkeypatch.setattr(device, "cores", lambda: 15)
     (stub / "meet").touch()  # none ends before three have begun
     assert runner.Runner(stub, [], 7).run(rows) == ([], [])
     lines = calls(stub)
@@ -326,7 +334,7 @@ def threads_of(lines):
 
 @pytest.mark.parametrize(("name", "threads"), [("OMP", "5/3"), ("TORCHINDUCTOR_COMPILE", "3/5")])
 def test_the_threads_that_the_user_sets_stay(rows, stub, monkeypatch, name, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(device, "cores", lambda: 12)
     name = {"OMP": "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE": "TORCHINDUCTOR_COMPILE_THREADS"}[name]
     monkeypatch.setenv(name, "5")
     assert runner.Runner(stub, [], 4).run(rows) == ([], [])
@@ -363,7 +371,7 @@ def launches(tmp_path, stub, monkeypatch):
     """What torchrun was to start: its options, the GPUs and the threads."""
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     monkeypatch.setattr(runner, "PYTHON", [sys.executable, str(tmp_path / "launcher.py")])
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(device, "cores", lambda: 12)
     return lambda: [tuple(line.rsplit(" ", 2)) for line in (stub / "launches").read_text().splitlines()]
 
 
@@ -395,9 +403,9 @@ def test_a_row_of_several_ranks_that_fails_is_told_by_the_line_of_the_script(row
     (stub / "rows").mkdir()
     runner.log_of(stub, rows[0]).write_text("$ an earlier call\nmnist.py: error: another process is training in it\n")
     run = runner.Runner(stub, [], 1, ranks=2)
-    assert run._finish(rows[0], 0) == "failed with status 1: mnist.py: error: all is lost"
+    assert run._finish(rows[0], 0) == (runner.End.FAILED, "failed with status 1: mnist.py: error: all is lost")
     (runner.REPOSITORY / "mnist" / "mnist.py").write_text("print('=====')\n1 / 0\n")
-    assert run._finish(rows[0], 0) == "failed with status 1: ZeroDivisionError: division by zero"
+    assert run._finish(rows[0], 0) == (runner.End.FAILED, "failed with status 1: ZeroDivisionError: division by zero")
 
 
 def test_torchrun_is_not_sent_the_signal_that_only_saves(tmp_path):
@@ -938,7 +946,7 @@ def test_a_place_that_cannot_be_written_to_is_refused(option, tmp_path, capsys):
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_row_runs_by_the_real_script(tmp_path, monkeypatch, ranks):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(device, "cores", lambda: 1)
     table = TABLE.replace("seeds = [2020, 1]", "seeds = [2020]").replace("-lr 1e-2", "-lr 1e-2 -T 2", 1)
     (tmp_path / "mnist.toml").write_text(table)
     row = grid.load("mnist", tmp_path)[1]
@@ -1093,7 +1101,7 @@ def test_published_results_are_shown_beside_those_of_the_published_network(optio
     argv = shlex.split(f"-m no_prune -N 1 {options}")
     row = grid.Row("c10", "c10", "dense", False, tuple(argv), read(EXPERIMENTS["c10"], argv))
     numbers = {"test_accuracy": 0.5, "connectivity": 1.0}
-    figures.plane([tables.Summary((entries.Entry(row, numbers, {}, []),), 0.5)], "")
+    figures.plane([tables.Summary((entries.Entry(row, numbers, {}, []),), ())], "")
     assert any("published" in label.get_text() for label in labels) == shown
 
 
@@ -1182,6 +1190,11 @@ def test_rows_of_an_outcome_are_left_out(tmp_path, monkeypatch, capsys, rows, st
         tasks.append(int(re.search("--array=1-([0-9]+)", text)[1]))
     assert f"--dump-dir {fresh} --without {results} &\n" in text
     assert tasks == [len({row.name for row in some}) for some in (real, real[5:])]
+    monkeypatch.setattr(reproduce.grid, "load", lambda experiment: real[:5])
+    (tmp_path / "array.sh").unlink()
+    assert reproduce.main([*options, "--slurm", str(tmp_path / "array.sh")]) == 2
+    assert "argument --slurm: no row is left to run" in capsys.readouterr().err
+    assert not (tmp_path / "array.sh").exists()
 
 
 def test_rows_are_left_out_by_a_sound_outcome_only(tmp_path, monkeypatch, capsys, rows, results):

@@ -23,6 +23,7 @@ from training.logs import log_files, log_folder
 from training.options import RECORDING_OPTIONS, arguments
 
 FORMAT = 2
+TAKEN = "another process is training in"  # reproduce.runner looks for this in the last line of a script
 
 
 def load(path: Path) -> tuple[dict[str, Any] | None, Path]:
@@ -95,10 +96,7 @@ class Store:
                 with writing("--dump-dir", self.folder):
                     acquired = self.lock.acquire()
                 if not acquired:
-                    raise Refusal(
-                        f"argument --dump-dir: another process is training in {self.folder}; "
-                        "wait for it, or use another folder"
-                    )
+                    raise Refusal(f"argument --dump-dir: {TAKEN} {self.folder}; wait for it, or use another folder")
                 storage.temporary_of(self.path).unlink(missing_ok=True)  # left by a process that was killed
             self.saved = self._load()
         except BaseException:

@@ -52,6 +52,13 @@ def keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the free bytes at the end of the heap that are kept
 
 
+def cores() -> int:
+    """How many cores of the processor this process may use: a batch system may have bound it to some of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def name(device: torch.device) -> str:
     """The GPU's name, or "CPU" with the number of threads."""
     if device.type == "cuda":

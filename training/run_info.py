@@ -16,7 +16,8 @@ from training import device
 from training.files import json_files
 from training.options import REPOSITORY, arguments
 
-PLACE = ("precision", "device", "cpu", "git_commit")  # what may change while a run goes on
+# what may change while a run goes on
+PLACE = ("precision", "device", "compute_capability", "ranks", "cpu", "versions", "git_commit")
 
 
 def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -> dict[str, Any]:
@@ -59,10 +60,20 @@ def earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def everywhere(info: dict[str, Any], key: str) -> Any:
-    """What ``run.json`` says of a ``PLACE``; where a run has been elsewhere before, what it says of all, in order."""
+    """What ``run.json`` says of a ``PLACE``; where a run has been elsewhere before, what it says of all, in order.
+
+    Of a dictionary, as the versions are, this holds for each of its items.
+    """
     values = [place.get(key) for place in _places(info)]
+    if isinstance(info.get(key), dict):
+        places = [value for value in values if isinstance(value, dict)]
+        return {name: _in_order([place.get(name) for place in places]) for name in info[key]}
+    return _in_order(values)
+
+
+def _in_order(values: list[Any]) -> Any:
     texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
-    return ", then ".join(texts) if len(texts) > 1 else info.get(key)
+    return ", then ".join(texts) if len(texts) > 1 else values[-1]
 
 
 def _places(info: dict[str, Any]) -> list[dict[str, Any]]:
