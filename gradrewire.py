@@ -168,12 +168,14 @@ class ConnectivitySchedule:
     Until C is due, alpha is at most ``max_alpha``: a gradient that never changes its sign moves theta by eta_t in every
     step, so it can hold a connection against any alpha < 1. The schedule cannot raise the connectivity: where the
     gradient prunes more than is wanted, alpha is 0. The prior moves only weights that have a gradient and a learning
-    rate above 0: others stay connected, but they count. A group that is added later joins with the next segment.
+    rate above 0: others stay connected, but they count. Those with ``requires_grad=False`` don't: C is the share of the
+    rest. A group that is added later joins with the next segment.
 
     Args:
-        optimizer: the schedule sets alpha in its groups, and s where it is None: so that mu is -REACH times the
-            largest learning rate so far. There the prior leaves a pruned connection, near enough for the gradient to
-            bring it back; otherwise few connections would go before C is due.
+        optimizer: the schedule sets alpha in its groups, and s where it is None or from a schedule before: so that mu
+            is -REACH times the largest learning rate so far. There the prior leaves a pruned connection, near enough
+            for the gradient to bring it back; otherwise few connections would go before C is due. An s of 0.5 is not
+            accepted: mu would be 0, and pruned weights would not stay pruned.
         connectivity: C, in (0, 1].
         steps: after which C is reached, >= 1.
         begin, end: shares of ``steps``, 0 <= begin <= end <= 1.
@@ -191,6 +193,7 @@ class ConnectivitySchedule:
     """
 
     REACH = 7.0
+    OWN = "scheduled_s"  # in a group, the s that a schedule has set there: it is kept with the optimizer's state
 
     def __init__(
         self,
@@ -211,6 +214,8 @@ class ConnectivitySchedule:
         self._check({**settings, "segments": segments, "foresight": foresight})
         if not any(group["prune"] for group in optimizer.param_groups):
             raise ValueError("optimizer is not accepted: all of its groups have prune=False")
+        if any(group["prune"] and group["s"] == 0.5 and not self._is_free(group) for group in optimizer.param_groups):
+            raise ValueError("optimizer is not accepted: a group has s=0.5; leave s out, and the schedule sets it")
         self.optimizer, self.steps, self.foresight = optimizer, steps, foresight
         # NumPy's numbers are no plain data
         self.connectivity, self.begin, self.end, self.max_alpha = map(float, (connectivity, begin, end, max_alpha))
@@ -218,6 +223,10 @@ class ConnectivitySchedule:
         self.sets_s, self.largest_lr = [], 0.0
         self.before = max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
         self.begin_segment(0)
+
+    def _is_free(self, group: dict[str, Any]) -> bool:
+        """Whether the schedule may set a group's s: nobody has, or a schedule before."""
+        return group["s"] is None or group["s"] == group.get(self.OWN)
 
     @staticmethod
     def _check(settings: dict[str, Any]) -> None:
@@ -257,12 +266,13 @@ class ConnectivitySchedule:
         """Starts a segment after so many steps; :meth:`step` calls this when one is due."""
         groups = self.optimizer.param_groups
         length = min(self.length, self.steps - taken) if taken < self.steps else self.length
-        weights = [(p, group) for group in groups if group["prune"] for p in group["params"]]
+        weights = [(p, group) for group in groups if group["prune"] for p in group["params"] if p.requires_grad]
         size, theta_q = sum(p.numel() for p, _ in weights), 0.0
         if pruned := size - round(self.wanted((taken + length) / self.steps) * size):
             thetas = [self._theta(p, group, length) for p, group in weights]
-            theta_q = max(0.0, _smallest(thetas, pruned, [p for p, _ in weights]))
-        self.sets_s += [group["s"] is None for group in groups[len(self.sets_s) :]]  # groups may have been added
+            found = _smallest(thetas, pruned, [p for p, _ in weights])
+            theta_q = max(0.0, found) if math.isfinite(found) else 0.0
+        self.sets_s += map(self._is_free, groups[len(self.sets_s) :])  # groups may have been added
         self.taken, self.lrs, self.alphas = taken, [float(group["lr"]) for group in groups], []
         self.largest_lr = max(self.largest_lr, *self.lrs)
         for lr, group in zip(self.lrs, groups, strict=True):
@@ -282,7 +292,9 @@ class ConnectivitySchedule:
         if not self.foresight:
             return state["theta"]
         beta1, beta2 = group["betas"]
-        t, v = state["step"].double(), state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        t, v = state["step"].double(), state["exp_avg_sq"]
+        if group["amsgrad"]:  # turned on since the last step, it is not there yet
+            v = state.get("max_exp_avg_sq", v)
         d = v.sqrt().div_((1 - beta2**t).sqrt()).add_(group["eps"])
         etas = [float(group["lr"]) / (1 - beta1 ** (t + i)) for i in range(1, length + 1)]
         weight = sum(eta * beta1**i for i, eta in enumerate(etas, 1))  # of m / d, as m decays by beta1 in each step
@@ -303,7 +315,7 @@ class ConnectivitySchedule:
             else:
                 group["alpha"] = alpha
             if sets_s:  # mu = ln(2 (1 - s)) / alpha
-                group["s"] = min(1 - math.exp(-self.REACH * self.largest_lr * alpha) / 2, 0.9999)
+                group["s"] = group[self.OWN] = min(1 - math.exp(-self.REACH * self.largest_lr * alpha) / 2, 0.9999)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the schedule, for :meth:`load_state_dict`; plain data."""

@@ -62,6 +62,7 @@ class Memory:
         for name, tensor in named.items():
             shape = () if name == "step" else getattr(param, "shape", None)
             check(name, tensor, torch.int8 if name == "sign" else torch.float32, shape)
+            _check_counted(name, tensor)
         apart(named, named.keys() - {"sign"})
         self.named, self.starts = named, sorted(tensor.data_ptr() for tensor in named.values())
         self.parameter = _Parameter(n=param.numel(), **{name: tensor.data_ptr() for name, tensor in named.items()})
@@ -77,6 +78,7 @@ class Memory:
         self.parameter.moderate = False
         if (look := _look(grad)) != self.look:
             check("grad", grad, torch.float32, self.named["param"].shape)
+            _check_counted("grad", grad)
             start, size = grad.data_ptr(), grad.nbytes
             near = bisect_right(self.starts, start - size)
             if near < len(self.starts) and self.starts[near] < start + size:  # no tensor is larger than the gradient
@@ -99,11 +101,17 @@ class Memory:
         return now is not None and grad() is now and versions == [now._version, param._version]
 
 
+def _check_counted(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise Unfit(f"{name} was made in inference mode: torch does not count its changes")
+
+
 def _look(grad: Tensor) -> tuple[Any, ...] | None:
     """All that the checks of a gradient look at; None if it has no memory."""
     try:
         storage = grad.untyped_storage().nbytes()
-        return type(grad), grad.data_ptr(), storage, grad.dtype, grad.device, grad.shape, grad.stride(), grad.is_neg()
+        look = type(grad), grad.data_ptr(), storage, grad.dtype, grad.device, grad.shape, grad.stride()
+        return *look, grad.is_neg(), grad.is_inference()
     except (AttributeError, RuntimeError):
         return None
 

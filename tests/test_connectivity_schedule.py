@@ -96,6 +96,72 @@ def test_it_is_held_after_the_last_step():
     assert task.train(200, 260) == pytest.approx(0.1, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("reload", [None, "before", "after"])
+def test_another_schedule_goes_on_where_one_has_ended(reload):
+    """Also with what a checkpoint of the network and the optimizer has, without the first schedule's state."""
+    task = Task(rate=1e-2, wanted=0.3)
+    task.train(0, 200)
+    assert task.optimizer.param_groups[0]["s"] is not None
+    if reload is not None:
+        before, task = task, Task(rate=1e-2)
+        task.network.load_state_dict(before.network.state_dict())
+    if reload == "before":
+        task.optimizer.load_state_dict(copy.deepcopy(before.optimizer.state_dict()))
+    if reload != "after":
+        task.schedule = ConnectivitySchedule(task.optimizer, 0.05, 200)
+    else:
+        task.optimizer.load_state_dict(copy.deepcopy(before.optimizer.state_dict()))
+    assert task.train(200, 400) == pytest.approx(0.05, rel=TOLERANCE)
+
+
+def test_an_s_that_the_user_has_set_stays():
+    optimizer = grad_rewiring(s=0.95)
+    for _ in range(2):
+        ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+        assert (optimizer.param_groups[0]["s"], "scheduled_s" in optimizer.param_groups[0]) == (0.95, False)
+    optimizer = grad_rewiring()
+    ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+    optimizer.param_groups[0]["s"] = 0.9  # instead of what the schedule has set
+    ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+    assert optimizer.param_groups[0]["s"] == 0.9
+
+
+def test_with_an_s_of_a_half_no_weight_would_stay_pruned():
+    with pytest.raises(ValueError, match=r"^optimizer is not accepted: a group has s=0\.5; leave s out"):
+        ConnectivitySchedule(grad_rewiring(s=0.5), 0.5, 10)
+    ConnectivitySchedule(grad_rewiring(s=0.51), 0.5, 10)
+    optimizer = grad_rewiring()
+    schedule = ConnectivitySchedule(optimizer, 1.0, 10)
+    assert optimizer.param_groups[0]["s"] == 0.5  # with an alpha of 0, so that there is no prior
+    schedule = ConnectivitySchedule(optimizer, 0.5, 10)
+    optimizer.add_param_group({"params": [weight()], "prune": False})
+    schedule.step()
+
+
+@pytest.mark.parametrize("when", [0, 30])
+def test_frozen_weights_do_not_count(when):
+    """Else the others would be pruned for them."""
+    task = Task(wanted=0.1)
+    task.train(0, when)
+    frozen, rest = task.weights
+    frozen.requires_grad_(False)
+    if when == 0:
+        task.schedule = ConnectivitySchedule(task.optimizer, 0.1, 200)
+    frozen.grad = None
+    before = frozen.clone()
+    task.train(when, 200)
+    assert torch.equal(frozen, before)
+    assert connectivity([rest]) == pytest.approx(0.1, rel=TOLERANCE)
+
+
+def test_where_all_weights_are_frozen_there_is_no_penalty():
+    optimizer = grad_rewiring()
+    optimizer.param_groups[0]["params"][0].requires_grad_(False)
+    schedule = ConnectivitySchedule(optimizer, 0.1, 10, begin=0, end=0)
+    schedule.step()
+    assert optimizer.param_groups[0]["alpha"] == 0
+
+
 def test_without_the_schedule_it_is_missed_by_far():
     task = Task()
     task.schedule.step = lambda: None
@@ -196,6 +262,28 @@ def test_foresight_is_where_momentum_alone_takes_theta(foresight):
     penalties = [max(0, float(theta.kthvalue(5).values)) / moved(0.01, 0.9, 4, first=61) for theta in thetas]
     assert alpha == pytest.approx(penalties[foresight], rel=1e-4)
     assert abs(penalties[0] - penalties[1]) > 0.01 * penalties[0]
+
+
+def test_amsgrad_may_be_turned_on_between_steps():
+    task = Task()
+    task.train(0, 50)
+    task.optimizer.param_groups[0]["amsgrad"] = True
+    task.schedule.begin_segment(50)
+    assert task.train(50, 200) == pytest.approx(0.05, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_theta_that_is_not_finite_makes_no_penalty(bad):
+    """Which the optimizer would refuse at the next step."""
+    optimizer = grad_rewiring()
+    p = optimizer.param_groups[0]["params"][0]
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[p]["theta"].fill_(bad)
+    schedule = ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+    assert optimizer.param_groups[0]["alpha"] == 0
+    optimizer.step()
+    schedule.step()
 
 
 def test_segments_and_the_largest_penalty():

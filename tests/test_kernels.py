@@ -623,6 +623,10 @@ def test_the_kernels_leave_what_they_do_not_take_to_torch(monkeypatch):
         state["exp_avg"] = state["exp_avg"].t().contiguous().t()
 
     assert list(step(nn.Parameter(plain.clone()), plain, transpose)) == [True, True]
+    with torch.inference_mode():  # torch does not count its changes
+        inferred = torch.ones(4, 6)
+    assert list(step(nn.Parameter(plain.clone()), inferred)) == [True, True]
+    assert list(step(nn.Parameter(plain.clone()), plain)) == [False, False]
 
 
 # -- what the kernels are handed ---------------------------------------------------------------------

@@ -87,7 +87,10 @@ def test_the_fast_recipe_has_defaults_of_its_own(run_options, recipe):
     assert recipe.fast.epochs < recipe.paper.epochs
 
 
-@pytest.mark.parametrize(("connectivity", "sparsity"), [("0.05", 0.95), ("0.32", 0.68), ("0.8", 0.5), ("1e-9", 0.9999)])
+@pytest.mark.parametrize(
+    ("connectivity", "sparsity"),
+    [("0.05", 0.95), ("0.32", 0.68), ("0.45", 0.55), ("0.5", 0.55), ("0.8", 0.55), ("1", 0.55), ("1e-9", 0.9999)],
+)
 def test_the_target_sparsity_is_that_of_the_wanted_connectivity(run_options, connectivity, sparsity):
     options = run_options("-m", "grad", "--recipe", "fast", "--connectivity", connectivity)
     assert (options.sparsity, options.penalty) == (sparsity, None)
@@ -191,6 +194,7 @@ BAD = [
     ("-m grad --recipe fast --connectivity 0", "--connectivity", "above 0, at most 1"),
     ("-m grad --recipe fast --connectivity 1.1", "--connectivity", "above 0, at most 1"),
     ("-m grad --recipe fast --connectivity 0.1 -s 0.4", "-s/--sparsity", r"\[0.5, 1\)"),
+    ("-m grad --recipe fast --connectivity 0.1 -s 0.5", "-s/--sparsity", "above 0.5 with --connectivity"),
     ("-m grad --recipe fast", "-s/--sparsity", "required with -m grad"),
     ("-b 0", "-b/--batch-size", ">= 1"),
     ("-b 1.5", "-b/--batch-size", "whole number"),

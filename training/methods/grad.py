@@ -19,6 +19,8 @@ CONNECTIVITY = Option(
     beside=" and --recipe fast",
     listed=False,
 )
+LEAST = 0.55  # the default of -s with --connectivity: with 0.5, the prior would lift pruned weights again
+
 PLAIN_GRADIENT = Option("--plain-gradient", listed=False)
 
 
@@ -41,7 +43,9 @@ class GradR(Method):
             if options.penalty is not None:
                 PENALTY.refuse("not allowed with --connectivity, which schedules the penalty")
             if options.sparsity is None:
-                options.sparsity = min(max(round(1 - options.connectivity, 9), 0.5), 0.9999)
+                options.sparsity = min(max(round(1 - options.connectivity, 9), LEAST), 0.9999)
+            elif options.sparsity == 0.5:
+                SPARSITY.refuse("must be above 0.5 with --connectivity; leave it out")
         elif options.penalty is None:
             options.penalty = 1e-3
         if options.sparsity is None:
