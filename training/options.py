@@ -70,7 +70,8 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     add("--dump-dir", type=folder_path, metavar="DIR",
         help=f"folder for logs and models (default: runs/{experiment.name}, in the repository)")
     add("--compile", action="switch", default=True,
-        help="use fused kernels where possible: faster, same results within rounding (default: --compile)")
+        help="use fused kernels where possible: faster, same results within rounding, but for other random numbers in "
+        "Deep R (default: --compile)")
     add("--precision", choices=("fp32", "tf32", "bf16"),
         help="precision of matrix products and convolutions; all state stays fp32 "
         "(default: tf32 on a GPU, fp32 on the CPU)")
