@@ -91,6 +91,8 @@ class Snapshot:
             if name.endswith(("running_var", "num_batches_tracked")) and (tensor < 0).any():
                 raise ValueError(f"{name} has values below 0")
         network.load_state_dict(self.state, assign=True)
+        if missing := [name for name, buffer in network.named_buffers() if buffer.is_meta]:
+            raise ValueError(f"{missing[0]} is a buffer that no file holds: make it persistent")
         return network.eval().requires_grad_(False)
 
     def neuron(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Classification: the loss and the number of correct predictions."""
+"""Classification: the loss, the predictions and what they are worth: accuracy, its interval, the confusion matrix."""
 
 import math
 from collections.abc import Iterable
@@ -72,11 +72,25 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Runs the network in eval mode over all batches. The host waits for the device only at the end."""
+    """Runs the network in eval mode, in which it stays, over all batches.
+
+    The host waits for the device only at the end.
+
+    Args:
+        network: gives the classes' spike counts [N, classes] of inputs, and resets its neurons itself, as a
+            SpikingNetwork does.
+        batches: inputs and labels, int64 [N].
+
+    Raises:
+        ValueError: there is no batch.
+    """
     network.eval()
-    return Evaluation(sum(confusion(network(inputs), labels) for inputs, labels in batches).cpu())
+    found = sum(confusion(network(inputs), labels) for inputs, labels in batches)
+    if not isinstance(found, Tensor):
+        raise ValueError("batches is not accepted: there is none")
+    return Evaluation(found.cpu())
 
 
 def accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The share of images that the network classifies correctly in eval mode."""
+    """The share of images that the network classifies correctly in eval mode: see :func:`evaluate`."""
     return evaluate(network, batches).accuracy

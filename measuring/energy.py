@@ -127,12 +127,15 @@ class OperationCounter(SpikeCounter):
             raise ValueError("no image was counted")
         result = {}
         for number, (name, module) in enumerate(self._weighted.items()):
-            arrived, mask = self._counts[name], connected(module.weight)
+            kind, arrived, mask = "SynOp" if number else "MAC", self._counts[name], connected(module.weight)
+            if not isinstance(arrived, Tensor):  # it never ran
+                result[f"{name}.weight"] = Operations(self._images, 0, 0, kind)
+                continue
             if not torch.equal(arrived, arrived.round()):
                 raise ValueError(f"{name} is not the first layer, but its inputs are not spikes")
             pruned, dense = (
                 int((arrived.long() * fan_out(module, weights, arrived.shape)).sum())
                 for weights in (mask, torch.ones_like(mask))
             )
-            result[f"{name}.weight"] = Operations(self._images, pruned, dense, "SynOp" if number else "MAC")
+            result[f"{name}.weight"] = Operations(self._images, pruned, dense, kind)
         return result

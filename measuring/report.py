@@ -17,15 +17,16 @@ class Report:
     epoch: int  # the number of epochs for which the network was trained
     evaluation: measuring.Evaluation  # the confusion matrix of all images
     connected: dict[str, Connections]  # of each layer
-    structural: dict[str, Connections]  # those on a path from an input to an output, see measuring.paths
+    structural: dict[str, Connections]  # those on a path, see measuring.paths; empty where the layers are no chain
     rates: dict[str, Tensor]  # of each neuron, in spikes per image and time step
-    operations: dict[str, energy.Operations]  # of each layer, see measuring.energy
+    operations: dict[str, energy.Operations]  # of each layer, see measuring.energy; empty where they can't be counted
     position: int = 0  # the number of steps of the next epoch for which it was trained, too
+    left_out: tuple[str, ...] = ()  # what is empty, and why, a line each
 
     def lines(self) -> list[str]:
         """The report for the console, up to 100 columns wide."""
         blocks = (self._accuracy_lines(), self._structural_lines(), self._confusion_lines(), self._operation_lines())
-        return [line for block in blocks for line in ("", *block)][1:]
+        return [line for block in (*blocks, self.left_out) if block for line in ("", *block)][1:]
 
     def _accuracy_lines(self) -> list[str]:
         seen = self.evaluation
@@ -49,6 +50,8 @@ class Report:
         return lines
 
     def _structural_lines(self) -> list[str]:
+        if not self.structural:
+            return []
         rows = [["on a path from input to output", "connectivity", "connections", "of the connected"]]
         for (name, layer), (_, connected) in zip(
             _with_total(self.structural), _with_total(self.connected), strict=True
@@ -66,6 +69,8 @@ class Report:
         return _table(rows)
 
     def _operation_lines(self) -> list[str]:
+        if not self.operations:
+            return []
         rows = [["operations per image", "kind", "all connected", "pruned", "of all"]]
         for name, layer in self.operations.items():
             share = _share(layer.pruned, layer.dense)
@@ -92,9 +97,11 @@ class Report:
         record("images", seen.images)
         record("confusion", seen.confusion.tolist())
         measuring.record_connections(record, self.connected)
-        record("structural_connectivity", measuring.total(self.structural).connectivity)
+        if self.structural:
+            record("structural_connectivity", measuring.total(self.structural).connectivity)
+        for name, layer in self.connected.items():
+            record("layer_sparsity", layer.sparsity, layer=name)
         for name, structural in self.structural.items():
-            record("layer_sparsity", self.connected[name].sparsity, layer=name)
             record("structural", structural.connected, layer=name)
             record("structural_connectivity", structural.connectivity, layer=name)
         measuring.record_neurons(record, self.rates)
@@ -102,9 +109,10 @@ class Report:
             record("kind", layer.kind, layer=name)
             record("operations_pruned", layer.pruned / layer.images, layer=name)
             record("operations_dense", layer.dense / layer.images, layer=name)
-        total = energy.energy_per_image(self.operations.values())
-        record("energy_pruned", total.pruned)
-        record("energy_dense", total.dense)
+        if self.operations:
+            total = energy.energy_per_image(self.operations.values())
+            record("energy_pruned", total.pruned)
+            record("energy_dense", total.dense)
 
 
 def report_on(
@@ -112,22 +120,24 @@ def report_on(
 ) -> Report:
     """Tests a network in eval mode, in one pass over all batches. The report names the epoch and the position in it.
 
-    Raises:
-        ValueError: the operations cannot be counted, see :class:`measuring.energy.OperationCounter`, or the layers do
-            not form a chain, see :func:`measuring.paths.structural`.
+    It leaves out the operations where they cannot be counted, see :class:`measuring.energy.OperationCounter`, and the
+    connections on a path where the layers do not form a chain, see :func:`measuring.paths.structural`.
     """
     with energy.OperationCounter(network) as counter:
         evaluation = measuring.evaluate(network, batches)
-    masks = measuring.masks(network)
-    return Report(
-        epoch,
-        evaluation,
-        measuring.count(masks),
-        measuring.count(paths.structural(masks)),
-        counter.rates(),
-        counter.operations(),
-        position,
-    )
+    masks, left_out = measuring.masks(network), []
+    try:
+        structural = measuring.count(paths.structural(masks))
+    except ValueError as error:
+        structural = {}
+        left_out.append(f"Connections on a path from input to output are left out: {error}.")
+    try:
+        operations = counter.operations()
+    except ValueError as error:
+        operations = {}
+        left_out.append(f"Operations per image are left out: {error}.")
+    counted, rates = measuring.count(masks), counter.rates()
+    return Report(epoch, evaluation, counted, structural, rates, operations, position, tuple(left_out))
 
 
 def beyond(position: int) -> str:

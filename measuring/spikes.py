@@ -14,9 +14,14 @@ class SpikeCounter:
     """A context manager that counts the spikes of each neuron of a network.
 
     It covers all layers of SpikingJelly's neurons, LIF or other. The counts stay on the device until :meth:`rates`.
+
+    Raises:
+        TypeError: the network is no SpikingNetwork.
     """
 
     def __init__(self, network: SpikingNetwork):
+        if not isinstance(network, SpikingNetwork):
+            raise TypeError(f"network is {type(network).__name__}, not a SpikingNetwork")
         self.network = network
         self._neurons = {name: m for name, m in network.named_modules() if isinstance(m, neuron.BaseNode)}
         # the names tell fused kernels, which do not call the hooks, what to add

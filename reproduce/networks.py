@@ -62,6 +62,8 @@ def card(name: str, row: Row, commit: str, path: Path, dataset: Dataset, before:
     """The Markdown card of the network in a file; ``before`` is the run's."""
     snapshot = load_snapshot(path)
     report = tested(snapshot, dataset)
+    if report.left_out:
+        raise Refusal(f"{name}: {' '.join(report.left_out)}")
     total = measuring.total(report.connected)
     connections = f"{total.connected:,} of {total.weights:,} connections"
     synops = sum(part.pruned / part.images for part in report.operations.values() if part.kind == "SynOp")

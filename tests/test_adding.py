@@ -10,6 +10,7 @@ import torch
 from examples import magnitude, shallow
 from examples.stripes import STRIPES
 from run_helpers import assert_same_run, load, results, store
+from torch import Tensor
 
 import measuring
 from analysis import report
@@ -21,6 +22,9 @@ from mnist.model import MnistNet
 from reproduce import entries, grid, outcome, records
 from training.errors import Refusal
 from training.methods import METHODS
+from training.methods.method import Option
+from training.naming import run_name
+from training.options import read
 
 KEEP = ["-m", "magnitude", "--keep", "0.1", "-lr", "1e-2", "-b", "8"]
 
@@ -126,6 +130,37 @@ def test_the_options_of_a_method_are_its_own(run, added, capsys):
     assert "with -m magnitude: share of the weights of each layer to keep (default: none; required)" in text
 
 
+class AgeAdam(torch.optim.Adam):
+    """Has a state of its own, as the example has on SGD."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight].setdefault("age", torch.zeros(())).add_(1)
+
+
+def test_a_subclass_of_adam_may_have_more_in_its_state(run, added, tmp_path, monkeypatch):
+    optimizer = lambda self, weights, options: AgeAdam(weights, lr=options.learning_rate)  # noqa: E731
+    monkeypatch.setattr(magnitude.Magnitude, "optimizer", optimizer)
+    run(*KEEP, "-N", "3", dump=tmp_path / "one")
+    assert run(*KEEP, "-N", "1", dump=tmp_path / "parts").status == 0
+    assert run(*KEEP, "-N", "3", dump=tmp_path / "parts").status == 0
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+
+
+def test_an_option_of_a_method_has_a_name_of_its_own(run, monkeypatch):
+    class Named(magnitude.Magnitude):
+        options = {magnitude.KEEP: "", Option("--criterion", str, "C"): ""}  # noqa: RUF012
+
+    monkeypatch.setitem(METHODS, "magnitude", Named())
+    options = read(mnist.EXPERIMENT, ["-m", "magnitude", "--keep", "0.5", "--criterion", "size"])
+    assert "criterion-size" in run_name(options)
+    Named.options = {magnitude.KEEP: "", Option("--ranks", str, "R"): ""}
+    with pytest.raises(ValueError, match=r"^option --ranks of -m magnitude needs another name$"):
+        read(mnist.EXPERIMENT, ["-m", "magnitude"])
+
+
 def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, monkeypatch):
     run(*KEEP, "-N", "1", dump=tmp_path / "runs")
     run("-lr", "1e-2", "-b", "8", "-N", "1", dump=tmp_path / "runs")
@@ -182,6 +217,16 @@ def test_a_data_set_that_is_not_as_its_entry_says_is_refused(tmp_path, change):
         replace(STRIPES, **change).load(tmp_path)
 
 
+@pytest.mark.parametrize("change", [Tensor.byte, Tensor.float, lambda labels: labels.unsqueeze(1)])
+def test_labels_of_another_type_are_refused(tmp_path, change):
+    def read(folder):
+        data = STRIPES.read(folder)
+        return replace(data, test=replace(data.test, labels=change(data.test.labels)))
+
+    with pytest.raises(Refusal, match=r"^argument --dataset-dir: stripes in .* has labels .*, not \[N\] int64$"):
+        replace(STRIPES, read=read).load(tmp_path)
+
+
 # -- a network ---------------------------------------------------------------------------------------
 
 
@@ -208,3 +253,17 @@ def test_an_experiment_is_trained_resumed_tested_exported_and_reported(tmp_path,
     capsys.readouterr()
     html, _ = the_page(tmp_path, capsys, monkeypatch, tmp_path / "one")
     assert "shallow network on stripes" in html
+
+
+def test_a_network_with_a_buffer_that_no_file_holds_is_not_loaded(tmp_path, monkeypatch):
+    class Masked(shallow.ShallowNet):
+        def __init__(self, T=8, step_mode="m", width=4):
+            super().__init__(T, step_mode, width)
+            self.register_buffer("mask", torch.ones(10 * width), persistent=False)
+
+    experiment = replace(shallow.EXPERIMENT, network=Masked)
+    monkeypatch.setattr(shallow, "EXPERIMENT", experiment)
+    monkeypatch.setitem(EXPERIMENTS, "shallow", experiment)
+    assert shallow.main(["-N", "1", "--dump-dir", str(tmp_path)]) == 0
+    with pytest.raises(ValueError, match="mask is a buffer that no file holds: make it persistent"):
+        load_pruned(next(tmp_path.glob("models/*")))

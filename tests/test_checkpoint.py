@@ -671,6 +671,14 @@ def test_a_distribution_by_hand():
     counts = {i: n for i, n in enumerate(histogram["counts"]) if n}
     assert counts == {0: 1, BINS // 2: 2, BINS - 1: 2}
     assert distribution(torch.zeros(3)) == {"edges": [0.0, 0.0], "counts": [3]}
+    for dtype in (torch.float16, torch.bfloat16):  # in which many bins would have the same edges, or overflow
+        values = (60_000 * torch.linspace(-1, 1, 1000)).to(dtype)
+        assert distribution(values) == distribution(values.double())
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="must be finite"):
+            distribution(torch.tensor([0.0, bad]))
+    with pytest.raises(ValueError, match="empty"):
+        distribution(torch.zeros(0, 3))
 
 
 def test_run_json_says_what_ran(run, tmp_path, monkeypatch):

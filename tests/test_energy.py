@@ -303,6 +303,20 @@ def test_a_kernel_adds_what_leaves_neurons_and_what_enters_weights():
         assert torch.equal(counter.rates()[name], rates)
 
 
+def test_a_layer_that_never_runs_has_no_operations():
+    network = prune(TinyNet(), 0.0, 1)
+    network.head = nn.Linear(3, 2)
+    counter = counted(network, [grid_images(5, 1, 6, 6)])
+    assert counter.operations()["head.weight"] == energy.Operations(5, 0, 0, "SynOp")
+
+
+def test_a_network_without_spike_counts_is_refused_and_left_as_it_was():
+    network = nn.Sequential(nn.Linear(2, 2), lif())
+    with pytest.raises(TypeError, match="network is Sequential, not a SpikingNetwork"):
+        measuring.SpikeCounter(network)
+    assert not network._forward_hooks
+
+
 def test_nothing_counted_is_refused():
     with energy.OperationCounter(TinyNet()) as counter:
         pass

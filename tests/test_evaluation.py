@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from spikingjelly.activation_based import layer
 from test_energy import TinyNet, counted, grid_images, prune
 
 import measuring
@@ -169,6 +170,43 @@ def test_a_network_that_never_spikes_has_a_report():
     assert lines[0].startswith("test accuracy 33.33 % after 1 epoch (")
     assert any(re.match(r"body\.8\.weight +SynOps +0\.0 +0\.0 +-$", line) for line in lines)
     assert any(re.match(r"total +0\.00 % +0 +-$", line) for line in lines)
+
+
+class Residual(TinyNet):
+    """Has a second path beside its convolutions, so that its layers are no chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.shortcut = layer.Conv2d(2, 4, 1, stride=2, bias=False, step_mode="m")
+
+    def spiking(self, current):
+        spikes = self.body[0](current)
+        pooled = self.body[3](self.body[2](self.body[1](spikes)))
+        return self.body[5:](self.body[4](pooled) + self.shortcut(self.body[3](spikes)))
+
+
+def test_what_cannot_be_told_of_a_network_is_left_out_with_the_reason():
+    network = prune(Residual(), 0.3, 4)
+    report = report_on(network, [(grid_images(5, 1, 6, 6), torch.arange(5))], epoch=1)
+    assert report.structural == {}
+    assert report.operations.keys() == measuring.prunable(network).keys()
+    assert (
+        "Connections on a path from input to output are left out: shortcut.weight takes 2 inputs" in report.lines()[-1]
+    )
+    numbers = numbers_of(report)
+    assert numbers["images"] == 5
+    assert "structural_connectivity" not in numbers
+    assert "energy" in numbers
+    network.body[0] = torch.nn.Identity()
+    report = report_on(network, [(grid_images(5, 1, 6, 6) / 3, torch.arange(5))], epoch=1)
+    assert "Operations per image are left out: body.1 is not the first layer" in report.lines()[-1]
+    assert not numbers_of(report).keys() & {"energy", "operations", "structural_connectivity"}
+    assert any("true class" in line for line in report.lines())
+
+
+def test_no_batch_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^batches is not accepted: there is none$"):
+        measuring.evaluate(TinyNet(), [])
 
 
 # -- memory ----------------------------------------------------------------------------------------------

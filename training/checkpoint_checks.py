@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from measuring import connected, pack, prunable
 from rewiring import RewiringOptimizer
@@ -135,7 +135,8 @@ def _check_optimizer(old: Any, optimizer: Optimizer, names: dict[Tensor, str], s
         _check_settings(kind, group, present, getattr(optimizer, "LATER", {}))
     parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
     states = _check_type(f"{kind}'s state", old["state"], dict)
-    adam = isinstance(optimizer, (Adam, RewiringOptimizer))  # a RewiringOptimizer's state has that of Adam, and more
+    # a RewiringOptimizer's state has that of Adam, and more; that of another subclass may have anything
+    adam = type(optimizer) in (Adam, AdamW) or isinstance(optimizer, RewiringOptimizer)
     if adam:
         checks.keys(f"{kind}'s state", states, range(len(parameters)) if saved["step"] else ())
     elif unknown := states.keys() - range(len(parameters)):

@@ -103,7 +103,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("structural_connectivity", SHARE, (TEST, GRID), "Share of prunable weights that are connected and lie on "
            "some path from an input to an output through connected weights. The path's units are neurons of linear "
            "layers and channels of convolutions.",
-           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w"),
+           "#{w ≠ 0, its input is reached from an input, its output reaches an output} / #w", optional=True),
     Metric("pruned", "weights", (EPOCH,), "Connections of the previous epoch that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", also="`epochs.csv`, report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the previous epoch did not have.",
@@ -112,14 +112,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("connected", "weights", (EPOCH, TEST), "Connected weights of the layer.", "#{w ≠ 0}", LAYERS,
            also="report, export"),
     Metric("structural", "weights", (TEST,), "Connected weights of the layer that lie on a path from an input to an "
-           "output.", "structural_connectivity · #w", LAYERS),
+           "output.", "structural_connectivity · #w", LAYERS, optional=True),
     Metric("weights", "weights", (EPOCH, TEST), "Prunable weights of the layer.", "#w", LAYERS, also="report, export"),
     Metric("sparsity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are pruned.", "1 − connectivity",
            LAYERS, tag="layer sparsity/{layer}"),
     Metric("connectivity", SHARE, (EPOCH, TEST), "Share of the layer's weights that are connected.", "#{w ≠ 0} / #w",
            LAYERS, also="report"),
     Metric("structural_connectivity", SHARE, (TEST,), "Share of the layer's weights that are connected and lie on a "
-           "path from an input to an output.", "structural / #w", LAYERS),
+           "path from an input to an output.", "structural / #w", LAYERS, optional=True),
     Metric("pruned", "weights", (EPOCH,), "Connections that the layer had in the previous epoch and that are gone.",
            "#{w(e−1) ≠ 0, w(e) = 0}", LAYERS, tag="prune_cnt/{layer}", also="report"),
     Metric("regrown", "weights", (EPOCH,), "Connections that the layer did not have in the previous epoch.",
@@ -152,18 +152,20 @@ METRICS: tuple[Metric, ...] = (
     # the operations of a test
     Metric("kind", "", (TEST,), "What the layer's operations are: MAC, multiply-accumulates, in the first layer, which "
            "takes real numbers and runs once per image; SynOp, synaptic operations, in all others.", "–",
-           "operations/{layer}/kind"),
+           "operations/{layer}/kind", optional=True),
     Metric("operations_pruned", "per image", (TEST,), "SynOps: for every spike that arrives at the layer, the "
            "connected weights that it meets; weights of 0 and padding cost nothing. MACs: every input value times the "
            "connected weights that it meets.",
-           "SynOps: Σ_i spikes_i · fan-out_i / images; MACs: Σ_i fan-out_i", "operations/{layer}/pruned"),
+           "SynOps: Σ_i spikes_i · fan-out_i / images; MACs: Σ_i fan-out_i", "operations/{layer}/pruned",
+           optional=True),
     Metric("operations_dense", "per image", (TEST,), "The same spikes and input values, with every weight connected.",
-           "the same, with all weights in fan-out_i", "operations/{layer}/dense", also="`-test`: “all connected”"),
+           "the same, with all weights in fan-out_i", "operations/{layer}/dense", optional=True,
+           also="`-test`: “all connected”"),
     Metric("energy_pruned", "pJ per image", (TEST,), "Energy of this arithmetic, 32-bit float, 45 nm, without memory "
            f"access: {AC:g} pJ per accumulate, {MAC:g} pJ per multiply-accumulate (M. Horowitz, \"Computing's energy "
-           "problem (and what we can do about it)\", ISSCC 2014).", ENERGY, "energy/pruned"),
+           "problem (and what we can do about it)\", ISSCC 2014).", ENERGY, "energy/pruned", optional=True),
     Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.", ENERGY, "energy/dense",
-           also="`-test`: “all connected”"),
+           optional=True, also="`-test`: “all connected”"),
     # the rows of a grid
     Metric("connected", "weights", (GRID,), "Connected weights of all layers.", "Σ over layers of #{w ≠ 0}",
            also="`table.md`, figures"),

@@ -25,6 +25,10 @@ PLACE_OPTIONS = {
 RECORDING_OPTIONS = {"interval_test", "interval_train"}
 
 
+# in the options beside what the command line gives
+TAKEN = ("experiment", "ranks", "defaults", "spellings", "name", "device", "precision_used")
+
+
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     parser = Parser(
         description=f"Trains, prunes and tests the {experiment.label}, a spiking neural network.",
@@ -45,6 +49,8 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         about = "; ".join(f"{method.name}: {method.options[option]}" for method in takers)
         if len(takers) == 1:
             about = f"with -m {takers[0].name}{option.beside}: {takers[0].options[option]}"
+        if option.name in TAKEN:
+            raise ValueError(f"option {option.spellings} of -m {takers[0].name} needs another name")
         add(*option.spellings.split("/"), dest=option.name, help=f"{about} (default: {option.default})", **kind)
     add("--recipe", choices=("paper", "fast"), default="paper",
         help="paper: as published; fast: fewer epochs, larger batches, one cycle of the learning rate over -N epochs "

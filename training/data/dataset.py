@@ -14,7 +14,7 @@ from training.errors import Refusal
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
+    """Images, uint8 [N, C, H, W], and their labels, int64 [N], on one device."""
 
     images: Tensor
     labels: Tensor
@@ -78,6 +78,9 @@ class DataSource:
                 raise Refusal(f"{place} has images {found} {kind}, not {right} uint8")
             if len(split) == 0 or len(split.images) != len(split.labels):
                 raise Refusal(f"{place} has {len(split.images)} images and {len(split)} labels")
+            if split.labels.dtype != torch.int64 or split.labels.dim() != 1:
+                kind = str(split.labels.dtype).removeprefix("torch.")
+                raise Refusal(f"{place} has labels {list(split.labels.shape)} {kind}, not [N] int64")
             if not 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.classes:
                 raise Refusal(f"{place} has labels outside 0 to {self.classes - 1}")
         return dataset

@@ -13,6 +13,10 @@ from training.command_line import format_number, number
 from training.errors import Refusal
 
 
+def _in_name(value: Any) -> str:
+    return format_number(value) if isinstance(value, int | float) else str(value)
+
+
 @dataclass(frozen=True)
 class Option:
     """A command-line option of one or more methods."""
@@ -23,7 +27,7 @@ class Option:
     default: str = "off"  # as --help shows it
     place: str = "after"  # in a run's name: "first", among the "settings", "after" the method, or "last"
     label: str | None = None  # in a run's name, before the value or alone for a switch; None: the name with dashes
-    show: Callable[[Any], str] = format_number  # formats the value in a run's name
+    show: Callable[[Any], str] = _in_name  # formats the value in a run's name
     unnamed: Any = None  # a value that does not appear in a run's name, besides None
     beside: str = ""  # what the option needs besides its method, for a message
     listed: bool = True  # by the console's first line; not if the method's title or explanation says it
