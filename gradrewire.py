@@ -243,9 +243,12 @@ class ConnectivitySchedule:
             **dict(steps=from_1, segments=from_1, length=from_1, taken=from_0, before=from_0),
             **dict(largest_lr=not_negative, lrs=not_negative, alphas=not_negative),
         }
-        for name in [name for name in (*checks, "foresight", "sets_s") if name in settings]:
-            for value in settings[name] if name in ("lrs", "alphas", "sets_s") else [settings[name]]:
-                check_number(name, value, *checks[name]) if name in checks else check_bool(name, value)
+        for name, setting in settings.items():
+            for value in setting if name in ("lrs", "alphas", "sets_s") else [setting]:
+                if name in checks:
+                    check_number(name, value, *checks[name])
+                else:
+                    check_bool(name, value)
 
     def step(self) -> None:
         """Sets alpha for the optimizer's next step."""
@@ -363,26 +366,26 @@ def _smallest_by_counting(tensors: list[Tensor], k: int, of: list[Tensor] | None
     values on several ranks.
     """
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    largest = torch.iinfo(whole).max
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    largest = torch.iinfo(integer).max
 
     def number(place: int) -> Tensor:
         """The number at a place in their order: its bits as a whole number, those of negative ones reversed."""
-        bits = torch.tensor(place if place >= 0 else place ^ largest, dtype=whole, device="cpu")
+        bits = torch.tensor(place if place >= 0 else place ^ largest, dtype=integer, device="cpu")
         return bits.view(dtype)
 
     def place_of(value: float) -> int:
-        bits = int(torch.tensor(value, dtype=dtype, device="cpu").view(whole))
+        bits = int(torch.tensor(value, dtype=dtype, device="cpu").view(integer))
         return bits if bits >= 0 else bits ^ largest
 
     parts = [
-        (part, whole)
-        for tensor, whole in zip(tensors, of or tensors, strict=True)
+        (part, param)
+        for tensor, param in zip(tensors, of or tensors, strict=True)
         for part in tensor.detach().reshape(-1).split(COUNTED_AT_ONCE)
     ]
 
     def at_most(value: Tensor) -> int:
-        return sum_of_all([(part.to(dtype) <= value).sum() for part, _ in parts], [whole for _, whole in parts])
+        return sum_of_all([(part.to(dtype) <= value).sum() for part, _ in parts], [param for _, param in parts])
 
     low, high = place_of(-math.inf), place_of(math.inf) + 1  # beyond infinity, only NaN is left
     while low < high:

@@ -231,15 +231,16 @@ class SpikingNetwork(nn.Module):
                 module.ranks = ranks
 
     def static(self, images: Tensor) -> Tensor:
-        """The first layer: maps images to the input current of the first neurons."""
+        """The first layer: maps images [N, C, H, W] to the input current of the first neurons, [N, …]."""
         raise NotImplementedError
 
     def spiking(self, current: Tensor) -> Tensor:
-        """Maps the input current to output spikes, for one time step ('s') or for all, time first ('m')."""
+        """Maps the input current to output spikes: [N, …] to [N, O] in step mode 's', for one time step; [T, N, …] to
+        [T, N, O] in 'm', for all."""
         raise NotImplementedError
 
     def readout(self, counts: Tensor) -> Tensor:
-        """Maps the spike counts of the output neurons to one number per class."""
+        """Maps the spike counts of the output neurons, [N, O], to one number per class, [N, classes]."""
         return counts
 
     def _counts(self, current: Tensor) -> Tensor:

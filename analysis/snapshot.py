@@ -20,7 +20,7 @@ from training.files import checks, storage
 from training.files.json_files import nested
 from training.files.storage import CHECKPOINT
 
-FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch")  # of a snapshot, but for its state
+FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch")  # of a snapshot, as a file has them beside its state
 NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 
 

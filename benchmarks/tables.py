@@ -24,7 +24,10 @@ Tables = Iterable[dict]  # of :func:`table`, each when it is measured
 def in_turns(
     functions: dict[str, Callable], rounds: int, device: torch.device, warmup: int = 1, take=statistics.median
 ) -> dict[str, float]:
-    """The median of the seconds that each function takes. In each round they run one after the other."""
+    """The seconds that each function takes: their median, or what else ``take`` makes of them.
+
+    In each round the functions run one after the other.
+    """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = {name: [] for name in functions}
     for _ in range(warmup + rounds):

@@ -136,7 +136,7 @@ class Cifar10Net(SpikingNetwork):
         """The weights of :data:`CONVOLUTIONS` in the layout and the dtype in which a GPU reads them.
 
         Two kernels make those of all, and two their gradients; by itself, each convolution would have several.
-        None where the convolutions have hooks, or weights of different shapes.
+        None where spikes are counted, whose hooks have to be called, or where weights have different shapes.
         """
         weights = [self.conv[place].weight for place in CONVOLUTIONS]
         if self.spike_counts or len({weight.shape for weight in weights}) > 1:

@@ -48,7 +48,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("shard", "title", "first", "without"):
         if options.outcome and getattr(options, name) not in (WHOLE, None):
             raise Refusal(f"argument --{name}: not allowed with --outcome, which covers all rows")
-    options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.grid}-grid"
+    options.dump_dir = options.dump_dir or grid.dump_dir(options.grid)
     return options
 
 

@@ -16,7 +16,7 @@ from training.errors import Refusal
 from training.methods import METHODS, Method
 from training.methods.method import PENALTY
 from training.naming import run_name
-from training.options import read
+from training.options import REPOSITORY, read
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -67,6 +67,11 @@ class Row:
     def command(self) -> str:
         """The command line for a person to type, in the repository."""
         return shlex.join(["python", f"{self.experiment}/{self.experiment}.py", *self.argv])
+
+
+def dump_dir(name: str) -> Path:
+    """The default folder for logs and models of a grid."""
+    return REPOSITORY / "runs" / f"{name}-grid"
 
 
 def names(folder: Path = FOLDER) -> list[str]:

@@ -101,7 +101,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dump-dir", **folder, help=text)
     options = parser.parse_args(argv)
     options.output = options.output or shipped.folder(options.grid)
-    options.dump_dir = options.dump_dir or REPOSITORY / "runs" / f"{options.grid}-grid"
+    options.dump_dir = options.dump_dir or grid.dump_dir(options.grid)
     return options
 
 
@@ -128,8 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         commit = everywhere(records.state(options.dump_dir, row).info, "git_commit") or "not known"
         write_whole(path.with_suffix(".md"), card(name, row, commit, path, dataset, snapshot))
         print(f"{path}: {path.stat().st_size:,} bytes", flush=True)
-    for name in rows.keys() - finished.keys():
-        print(f"not there: {name}, {rows[name].command}")
+    for name, row in rows.items():
+        if name not in finished:
+            print(f"not there: {name}, {row.command}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Fused kernels for the networks and the rewiring optimizers: in C, compiled at first use, called through ctypes.
 
-For the blocks of the CIFAR-10 network there are kernels in Triton as well, for GPUs (docs/kernels.md).
+For GPUs there are kernels in Triton of the CIFAR-10 network's blocks and of the training images (docs/kernels.md).
 
 They compute what the modules of SpikingJelly and torch compute, within rounding, in a fraction of the time
 (benchmarks/RESULTS.md). Where there is no C compiler, :func:`unavailable` says so and the modules run. They work on

@@ -17,7 +17,7 @@ import measuring
 from gradrewire import GradRewiring
 from mnist import mnist
 from mnist.model import MnistNet
-from training import checkpoint, dump_dir, loop, randomness, run_info
+from training import checkpoint, logs, loop, randomness, run_info
 from training.divergence import FiniteCheck
 from training.files import json_files, storage
 from training.files.locks import Lock
@@ -463,7 +463,7 @@ def test_the_logs_of_another_run_are_refused_and_kept(run, tmp_path, monkeypatch
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read as a whole"))
     with open(own / "run.json", "wb") as file:
         file.truncate(json_files.LARGEST + 1)
-    assert dump_dir.run_info(own) == {}
+    assert logs.info(own) == {}
 
 
 # -- what cannot be gone on from --------------------------------------------------------------------

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from training import checkpoint_checks, dump_dir
+from training import checkpoint_checks
 from training.command_line import writing
 from training.errors import Refusal
 from training.files import checks, storage
 from training.files.locks import Lock
-from training.logs import log_files, log_folder
+from training.logs import info, log_files, log_folder
 from training.options import RECORDING_OPTIONS, arguments
 
 FORMAT = 2
@@ -126,7 +126,7 @@ class Store:
                 f"argument {option}: the run in {self.folder} was made with {was}, not {now}; "
                 "use the same value, or another --dump-dir"
             )
-        logged = dump_dir.run_info(logs).get("arguments")
+        logged = info(logs).get("arguments")
         if isinstance(logged, dict) and (found := _differing(options, logged, saved["arguments"])):
             option, theirs, ours = found
             raise Refusal(  # resuming would truncate them and mix the results of two runs

@@ -1,9 +1,8 @@
 """The default of --dump-dir."""
 
 from pathlib import Path
-from typing import Any
 
-from training.files import json_files
+from training import logs
 from training.logs import INFO
 
 
@@ -13,7 +12,7 @@ def choose(runs: Path, experiment: str, name: str) -> Path:
     ``runs`` is the old default for all experiments. Its runs must be resumed, not trained again.
     """
     own = runs / experiment
-    its_own = run_info(runs / "logs" / name).get("experiment") in (experiment, None)
+    its_own = logs.info(runs / "logs" / name).get("experiment") in (experiment, None)
     if _exists(own, name) or not _exists(runs, name) or not its_own:
         return own
     print(
@@ -26,11 +25,3 @@ def choose(runs: Path, experiment: str, name: str) -> Path:
 
 def _exists(dump: Path, name: str) -> bool:
     return (dump / "logs" / name / INFO).exists() or any((dump / "models" / name).glob("checkpoint*.pt"))
-
-
-def run_info(logs: Path) -> dict[str, Any]:
-    """The content of a log folder's ``run.json``; empty if the file is missing or damaged."""
-    try:
-        return json_files.read_object(logs / INFO) or {}
-    except ValueError:
-        return {}

@@ -5,12 +5,23 @@ import os
 import stat
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
+
+from training.files import json_files
 
 RESULTS, INFO = "results.jsonl", "run.json"
 
 
 def log_folder(options: Namespace) -> Path:
     return options.dump_dir / "logs" / options.name
+
+
+def info(folder: Path) -> dict[str, Any]:
+    """The content of a log folder's ``run.json``; empty if the file is missing or damaged."""
+    try:
+        return json_files.read_object(folder / INFO) or {}
+    except ValueError:
+        return {}
 
 
 def is_log(name: str) -> bool:

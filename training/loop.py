@@ -224,7 +224,7 @@ class Trainer:
             about = run_info.describe(self.options, self.network, checkpoint.versions())
             if self.writes:
                 path = self.folder / logs.INFO
-                before = run_info.earlier(path, about) if self.step else []
+                before = run_info.earlier(self.folder, about) if self.step else []
                 json_files.write(path, {**about, "before": before})
             self.saved_at = time.monotonic()
             if not self.lengths:

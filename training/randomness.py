@@ -1,6 +1,7 @@
 """Random numbers: seeds all generators at the start of a run, and saves and restores their states."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,17 +44,8 @@ def check_states(kept: dict[str, Any]) -> None:
         raise ValueError("the random state of python is not a state of its version 3")
     if checks.types(numpy) != (tuple, str, list, int, int, float) or numpy[0] != "MT19937" or numpy[3] not in (0, 1):
         raise ValueError("the random state of numpy is not a state of MT19937")
-    *drawn, place = python[1] or (None,)  # a Mersenne Twister: its words, the index of the next, a stored normal number
-    for name, words, index, normal in (("python", drawn, place, python[2]), ("numpy", *numpy[1:3], numpy[4])):
-        if len(words) != 624:
-            raise ValueError(f"the random state of {name} has {len(words)} words, not 624")
-        for word in words:
-            checks.whole_number(f"a word of the random state of {name}", word, 0, 2**32 - 1)
-        if not any(words):
-            raise ValueError(f"the random state of {name} has words of 0 only")
-        checks.whole_number(f"the index of the random state of {name}", index, 0, 624)
-        if normal is not None:
-            checks.number(f"the normal number of the random state of {name}", normal)
+    _check_twister("python", words=python[1][:-1], index=python[1][-1] if python[1] else None, normal=python[2])
+    _check_twister("numpy", words=numpy[1], index=numpy[2], normal=numpy[4])
     generator = torch.Generator()
     for name in ("torch", "data"):
         state = checks.tensor(f"the random state of {name}", kept[name], generator.get_state().shape, torch.uint8)
@@ -65,6 +57,19 @@ def check_states(kept: dict[str, Any]) -> None:
             raise ValueError(f"the random state of {name} is not the state of a generator")
     if "cuda" in kept:
         checks.tensor("the random state of cuda", kept["cuda"], (16,), torch.uint8)  # seed and offset
+
+
+def _check_twister(name: str, words: Sequence[Any], index: Any, normal: Any) -> None:
+    """Checks the state of a Mersenne Twister: its words, the index of the next one, a normal number that it keeps."""
+    if len(words) != 624:
+        raise ValueError(f"the random state of {name} has {len(words)} words, not 624")
+    for word in words:
+        checks.whole_number(f"a word of the random state of {name}", word, 0, 2**32 - 1)
+    if not any(words):
+        raise ValueError(f"the random state of {name} has words of 0 only")
+    checks.whole_number(f"the index of the random state of {name}", index, 0, 624)
+    if normal is not None:
+        checks.number(f"the normal number of the random state of {name}", normal)
 
 
 def set_states(kept: dict[str, Any], device: torch.device, data: torch.Generator) -> None:

@@ -217,10 +217,6 @@ class Ranks:
 
     # -- at the end ----------------------------------------------------------------------------------
 
-    def barrier(self) -> None:
-        """Waits until all ranks are here."""
-        self.largest(0)
-
     def outlast_the_first(self) -> None:
         """Waits until the first rank has ended, at most for a while: torchrun ends the others after one has failed."""
         import torch.distributed as dist

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from measuring import prunable
-from training import device
-from training.files import json_files
+from training import device, logs
 from training.options import REPOSITORY, arguments
 
 # what may change while a run goes on
@@ -45,12 +44,9 @@ def describe(options: Namespace, network: nn.Module, versions: dict[str, str]) -
     }
 
 
-def earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+def earlier(folder: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """Where a run has been before, in order: each ``PLACE`` that is not that of ``now``, by its last ``run.json``."""
-    try:
-        last = json_files.read_object(path) or {}
-    except ValueError:  # damaged
-        return []
+    last = logs.info(folder)
     found: list[dict[str, Any]] = []
     for place in _places(last):
         known = {key: place[key] for key in PLACE if key in place}

@@ -159,7 +159,7 @@ class TrainingStep:
         self.use_graph = graph and device.type == "cuda" and ranks is None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream: torch.cuda.Stream | None = None
-        self.calls = 0  # since the start, until the capture
+        self.calls = 0  # until the next capture
 
     def __call__(self, *batch: Tensor) -> Taken:
         if not self.use_graph:
