@@ -12,6 +12,7 @@ from spikingjelly.activation_based import base, functional, layer, neuron, surro
 from torch import Tensor, nn
 
 from spiking_kernels import Unfit, blocks
+from spiking_kernels.shapes import per_channel, update_running
 
 
 class LIFNode(neuron.LIFNode):
@@ -89,19 +90,15 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, variance = ctx.saved_tensors
         values = x[0].numel() // x.shape[2] * ctx.ranks.size  # of a channel in a time step
         inverse = (variance.double() + ctx.eps).rsqrt()  # [T, C]
-        g, centred = grad.float(), x.float() - _per_channel(mean)
+        g, centred = grad.float(), x.float() - per_channel(mean)
         own = torch.stack([y.sum((1, 3, 4), dtype=torch.float64) for y in (g, g * centred)])  # [2, T, C]
         mean_g, mean_gx = ctx.ranks.sum(own.clone()) / values
         slope = (mean_gx * inverse.square()).float()
-        grad_x = _per_channel((weight * inverse).float()) * (
-            g - _per_channel(mean_g.float()) - centred * _per_channel(slope)
+        grad_x = per_channel((weight * inverse).float()) * (
+            g - per_channel(mean_g.float()) - centred * per_channel(slope)
         )
         grad_weight, grad_bias = (own[1] * inverse).sum(0), own[0].sum(0)  # summed over the ranks with all gradients
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
-
-
-def _per_channel(x: Tensor) -> Tensor:
-    return x[:, None, :, None, None]  # [T, 1, C, 1, 1]
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -131,10 +128,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             own = [torch.var_mean(x_t.float(), (0, 2, 3), correction=0) for x_t in x]
             variance, mean = map(torch.stack, zip(*own, strict=True))
             mean, variance = self.ranks.pooled(mean, variance)
-            values = x[0].numel() // x.shape[2] * self.ranks.size
-            for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
-                self.running_mean.lerp_(m, self.momentum)
-                self.running_var.lerp_(v, self.momentum)
+            update_running(self, mean, variance, x[0].numel() // x.shape[2] * self.ranks.size)
             self.num_batches_tracked += len(x)
         return _Normalise.apply(x, self.weight, self.bias, mean, variance, self.eps, self.ranks)
 

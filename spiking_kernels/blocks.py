@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spiking_kernels import blocks_c, build
 from spiking_kernels.neurons import lif_steps
 from spiking_kernels.plain import gradients
-from spiking_kernels.shapes import Shape, Statistics
+from spiking_kernels.shapes import Shape, Statistics, per_channel
 from spiking_kernels.tensors import CPU, LARGEST, Unfit, check, flaw, laid_out, whole
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,13 +33,9 @@ def _plain(y: Tensor, weight: Tensor | None, bias: Tensor | None, found: Statist
         if found.own:
             mean, variance = x.mean((1, 3, 4)), x.var((1, 3, 4), correction=0)
         scale = weight * (variance + found.eps).rsqrt()
-        x = x * _per_channel(scale) + _per_channel(bias - mean * scale)
+        x = x * per_channel(scale) + per_channel(bias - mean * scale)
     spikes = lif_steps(x).flatten(0, 1)
     return (nn.functional.max_pool2d(spikes, 2) if shape.pool else spikes).to(y.dtype)
-
-
-def _per_channel(x: Tensor) -> Tensor:
-    return x[:, None, :, None, None]  # [T, 1, C, 1, 1]
 
 
 def _flaw(images: object) -> str | None:
@@ -250,6 +246,5 @@ def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:
 
 
 def _running_statistics(norm: nn.BatchNorm2d, T: int) -> Statistics:
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    rows = (norm.running_mean, norm.running_var, scale, norm.bias - norm.running_mean * scale)
-    return Statistics(*(row.repeat(T, 1) for row in rows), norm.eps, own=False)  # copies, which nobody changes
+    mean, variance = (x.repeat(T, 1) for x in (norm.running_mean, norm.running_var))  # copies, which nobody changes
+    return Statistics.of(norm, mean, variance, own=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_kernels import build
-from spiking_kernels.shapes import Shape, Statistics, images
+from spiking_kernels.shapes import Shape, Statistics, images, update_running
 from spiking_kernels.tensors import empty, pointer
 
 MAX_T = 64  # the potentials of a tile at all time steps are on the stack
@@ -29,12 +29,9 @@ def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int, ranks: Any = None) -> St
     if ranks is not None:
         mean, variance = ranks.pooled(mean, variance)
         values *= ranks.size
-    for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
-        norm.running_mean.mul_(1 - norm.momentum).add_(m, alpha=norm.momentum)
-        norm.running_var.mul_(1 - norm.momentum).add_(v, alpha=norm.momentum)
+    update_running(norm, mean, variance, values)
     norm.num_batches_tracked += T
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    return Statistics(mean, variance, scale, norm.bias - mean * scale, norm.eps, own=True, ranks=ranks)
+    return Statistics.of(norm, mean, variance, own=True, ranks=ranks)
 
 
 def forward(y: Tensor, found: Statistics | None, shape: Shape, counts: Tensor | None) -> Tensor:

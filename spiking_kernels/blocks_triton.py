@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from spiking_kernels.shapes import Shape, Statistics, images
+from spiking_kernels.shapes import Shape, Statistics, images, update_running
 
 MAX_T = 32  # potentials of a tile in registers
 PI = tl.constexpr(3.14159265358979)
@@ -264,12 +264,8 @@ def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int, ranks: Any = None) -> St
     if ranks is None:
         return Statistics(*made, norm.eps, own=True)
     mean, variance = ranks.pooled(*made[:2])
-    values = P * ranks.size
-    for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
-        norm.running_mean.lerp_(m, norm.momentum)
-        norm.running_var.lerp_(v, norm.momentum)
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    return Statistics(mean, variance, scale, norm.bias - mean * scale, norm.eps, own=True, ranks=ranks)
+    update_running(norm, mean, variance, P * ranks.size)
+    return Statistics.of(norm, mean, variance, own=True, ranks=ranks)
 
 
 def _tiles(y: Tensor, shape: Shape) -> tuple[int, int, int, int]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,29 @@ class Statistics:
     own: bool
     ranks: Any = None
 
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, own: bool, ranks: Any = None) -> "Statistics":
+        """Of a BatchNorm that normalises by these."""
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        return cls(mean, variance, scale, norm.bias - mean * scale, norm.eps, own, ranks)
+
     def through(self, sums: Tensor, values: int) -> Tensor:
         """What flows through the statistics: means of the whole batch, from the float64 sums of ``values`` numbers."""
         if self.ranks is not None:
             sums, values = self.ranks.sum(sums.clone()), values * self.ranks.size
         return sums * (self.own / values)
+
+
+def update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, values: int) -> None:
+    """Updates running statistics by those of each time step, [T, C] with biased variances of ``values``, in order."""
+    for m, v in zip(mean, variance * (values / (values - 1)), strict=True):
+        norm.running_mean.mul_(1 - norm.momentum).add_(m, alpha=norm.momentum)
+        norm.running_var.mul_(1 - norm.momentum).add_(v, alpha=norm.momentum)
+
+
+def per_channel(x: Tensor) -> Tensor:
+    """[T, C] for images [T, N, C, H, W]: [T, 1, C, 1, 1]."""
+    return x[:, None, :, None, None]
 
 
 def images(n: int, c: int, h: int, w: int, like: Tensor) -> Tensor:
