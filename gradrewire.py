@@ -155,10 +155,11 @@ class GradRewiring(RewiringOptimizer):
 class ConnectivitySchedule:
     """Leads the weights of a GradRewiring to the connectivity C, by setting the penalty alpha of its groups.
 
-    Call :meth:`step` after each step of the optimizer and of the learning-rate scheduler, if there is one.
-    Connectivity is the share of the weights that are not 0, over all groups together but those with ``prune=False``.
-    The schedule wants connectivity 1 until ``begin``; from there it falls, fast at first and then ever more slowly,
-    and is C from ``end`` on. It stays C after the last step, as long as :meth:`step` is called.
+    Call :meth:`step` after each step of the optimizer and of the learning-rate scheduler, if there is one. Connectivity
+    is the share of the weights that are not 0, over all groups together. Groups with ``prune=False`` and weights with
+    ``requires_grad=False`` are left out. The schedule wants connectivity 1 until ``begin``; from there it falls, fast
+    at first and then ever more slowly, and is C from ``end`` on. It stays C after the last step, as long as
+    :meth:`step` is called.
 
     At the start of each segment of the steps it looks for theta_q, the largest theta among the connections to prune in
     the segment, or 0 if enough are pruned. Grad R's prior lowers theta by alpha * eta_t in every step, so it prunes
@@ -168,14 +169,13 @@ class ConnectivitySchedule:
     Until C is due, alpha is at most ``max_alpha``: a gradient that never changes its sign moves theta by eta_t in every
     step, so it can hold a connection against any alpha < 1. The schedule cannot raise the connectivity: where the
     gradient prunes more than is wanted, alpha is 0. The prior moves only weights that have a gradient and a learning
-    rate above 0: others stay connected, but they count. Those with ``requires_grad=False`` don't: C is the share of the
-    rest. A group that is added later joins with the next segment.
+    rate above 0: others stay connected, but they count. A group that is added later joins with the next segment.
 
     Args:
-        optimizer: the schedule sets alpha in its groups, and s where it is None or from a schedule before: so that mu
-            is -REACH times the largest learning rate so far. There the prior leaves a pruned connection, near enough
-            for the gradient to bring it back; otherwise few connections would go before C is due. An s of 0.5 is not
-            accepted: mu would be 0, and pruned weights would not stay pruned.
+        optimizer: the schedule sets alpha in its groups, and s where it is None, from a schedule before, or 0.5 (mu
+            would be 0, and pruned weights would not stay pruned): so that mu is -REACH times the largest learning rate
+            so far. There the prior leaves a pruned connection, near enough for the gradient to bring it back; otherwise
+            few connections would go before C is due.
         connectivity: C, in (0, 1].
         steps: after which C is reached, >= 1.
         begin, end: shares of ``steps``, 0 <= begin <= end <= 1.
@@ -189,7 +189,8 @@ class ConnectivitySchedule:
 
     Raises:
         TypeError: ``optimizer`` is not a GradRewiring.
-        ValueError: another argument is not accepted; the message names it.
+        ValueError: another argument is not accepted; the message names it. Or s is 0.5 beside an alpha in a tensor,
+            for a captured graph, which would not see another s.
     """
 
     REACH = 7.0
@@ -214,8 +215,6 @@ class ConnectivitySchedule:
         self._check({**settings, "segments": segments, "foresight": foresight})
         if not any(group["prune"] for group in optimizer.param_groups):
             raise ValueError("optimizer is not accepted: all of its groups have prune=False")
-        if any(group["prune"] and group["s"] == 0.5 and not self._is_free(group) for group in optimizer.param_groups):
-            raise ValueError("optimizer is not accepted: a group has s=0.5; leave s out, and the schedule sets it")
         self.optimizer, self.steps, self.foresight = optimizer, steps, foresight
         # NumPy's numbers are no plain data
         self.connectivity, self.begin, self.end, self.max_alpha = map(float, (connectivity, begin, end, max_alpha))
@@ -225,8 +224,10 @@ class ConnectivitySchedule:
         self.begin_segment(0)
 
     def _is_free(self, group: dict[str, Any]) -> bool:
-        """Whether the schedule may set a group's s: nobody has, or a schedule before."""
-        return group["s"] is None or group["s"] == group.get(self.OWN)
+        """Whether the schedule sets a group's s: no user has, or to one with which there is no prior."""
+        if group["prune"] and group["s"] == 0.5 and isinstance(group["alpha"], Tensor):
+            raise ValueError("optimizer is not accepted: a group has s=0.5 and alpha in a tensor; give an s above 0.5")
+        return group["s"] in (None, 0.5, group.get(self.OWN))
 
     @staticmethod
     def _check(settings: dict[str, Any]) -> None:

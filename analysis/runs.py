@@ -236,7 +236,8 @@ def weights_of(run: SavedRun) -> tuple[str, dict[str, Tensor]]:
         epoch, position = (checks.whole_number(key, state.get(key, 0)) for key in ("epoch", "position"))
         return f"{epoch}{beyond(position)}", weights
     except Exception as error:  # what a damaged file raises is up to zipfile, pickle and torch
-        run.problems.append(f"{path}: damaged or not a checkpoint of this program ({reason(error)})")
+        what = "damaged or not a checkpoint of this program" if checks.is_about_content(error) else "cannot be read"
+        run.problems.append(f"{path}: {what} ({reason(error)})")
         return "", {}
 
 

@@ -17,7 +17,7 @@ class Report:
     epoch: int  # the number of epochs for which the network was trained
     evaluation: measuring.Evaluation  # the confusion matrix of all images
     connected: dict[str, Connections]  # of each layer
-    structural: dict[str, Connections]  # those on a path, see measuring.paths; empty where the layers are no chain
+    structural: dict[str, Connections]  # those on a path, see measuring.paths; empty where the sizes fit no chain
     rates: dict[str, Tensor]  # of each neuron, in spikes per image and time step
     operations: dict[str, energy.Operations]  # of each layer, see measuring.energy; empty where they can't be counted
     position: int = 0  # the number of steps of the next epoch for which it was trained, too
@@ -121,7 +121,7 @@ def report_on(
     """Tests a network in eval mode, in one pass over all batches. The report names the epoch and the position in it.
 
     It leaves out the operations where they cannot be counted, see :class:`measuring.energy.OperationCounter`, and the
-    connections on a path where the layers do not form a chain, see :func:`measuring.paths.structural`.
+    connections on a path where the sizes of the layers do not fit a chain, see :func:`measuring.paths.structural`.
     """
     with energy.OperationCounter(network) as counter:
         evaluation = measuring.evaluate(network, batches)

@@ -113,7 +113,7 @@ def load(name: str, folder: Path = FOLDER) -> list[Row]:
                 raise Refusal(f"{path}: {title}: {shlex.join(argv)}: {refusal}") from None
             try:
                 shown = heading.format_map(vars(options))
-            except (LookupError, ValueError, AttributeError):
+            except (LookupError, ValueError, AttributeError, TypeError):
                 raise Refusal(f"{path}: title: names in braces must be those of options: {heading!r}") from None
             row = Row(experiment, shown, title, ablation, tuple(argv), options)
             rows.append(((place, ablation and not in_place), row))
@@ -133,12 +133,16 @@ def _is(kind: type, of: type | None = None) -> Callable[[Any], bool]:
     return lambda value: type(value) is kind and (of is None or all(type(item) is of for item in value))
 
 
-KNOWN = {  # what a table and its groups may have
-    **dict.fromkeys(("title", "experiment", "options", "method"), (_is(str), "a text")),
-    **dict.fromkeys(("ablation", "ablations_last"), (_is(bool), "true or false")),
+TEXT, SWITCH = (_is(str), "a text"), (_is(bool), "true or false")
+GROUP = {  # what a group may have, of its own or from the head of the table
+    **dict(title=TEXT, options=TEXT, method=TEXT, ablation=SWITCH),
     "epochs": (_is(int), "a whole number"),
     "seeds": (_is(list, int), "a list of whole numbers"),
     "variants": (_is(list, str), "a list of texts"),
+}
+HEAD = {
+    **GROUP,
+    **dict(experiment=TEXT, ablations_last=SWITCH),
     "group": (_is(list, dict), "a list of tables"),
     "networks": (_is(dict), "a table"),
 }
@@ -150,15 +154,19 @@ def _table(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path}: {error}") from None
-    groups = table.get("group", [])
-    for part in (table, *(groups if type(groups) is list else [])):
-        for key, value in part.items():
-            if key not in KNOWN:
-                raise Refusal(f"{path}: {key} is not known; there are {', '.join(KNOWN)}")
-            accepted, text = KNOWN[key]
-            if not accepted(value):
-                raise Refusal(f"{path}: {key} must be {text}, not {value!r:.100}")
+    _check(path, table, HEAD)
+    for group in table.get("group", []):
+        _check(path, group, GROUP)
     return table
+
+
+def _check(path: Path, part: dict[str, Any], known: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    for key, value in part.items():
+        if key not in known:
+            raise Refusal(f"{path}: {key} is not known here; there are {', '.join(known)}")
+        accepted, text = known[key]
+        if not accepted(value):
+            raise Refusal(f"{path}: {key} must be {text}, not {value!r:.100}")
 
 
 def _words(path: Path, text: Any) -> list[str]:

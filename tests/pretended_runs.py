@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -197,33 +196,42 @@ class ForkServer:
     """A process that starts programs with torch imported already (pretended_gpu/fork_server.py), one after another."""
 
     def __init__(self, errors: Path) -> None:
+        self.errors = errors
         argv = [*program(1, 80), str(PATCHES / "fork_server.py")]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         with open(errors, "wb") as err:
             self.process = subprocess.Popen(argv, cwd=REPOSITORY, env=environment(), stderr=err, **pipes)
 
     def start(self, argv: list[str], environment: dict[str, str], out: Path, err: Path) -> "Forked":
-        self.process.stdin.write(json.dumps([argv, environment, str(out), str(err)]).encode() + b"\n")
-        return Forked(argv, self.process.stdout)
+        with contextlib.suppress(BrokenPipeError):  # the answer tells why
+            self.process.stdin.write(json.dumps([argv, environment, str(out), str(err)]).encode() + b"\n")
+        return Forked(self, argv)
+
+    def answer(self, word: str) -> int:
+        """The number in the server's next line, which begins with a word."""
+        found, _, number = self.process.stdout.readline().decode().partition(" ")
+        if found != word:
+            raise RuntimeError(f"the fork server has said {found!r}, not {word!r}: {self.errors.read_text()}")
+        return int(number)
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait()
+        self.process.wait(60)
         self.process.stdout.close()
 
 
 class Forked:
     """A program that a server has started: what is needed here of subprocess.Popen."""
 
-    def __init__(self, argv: list[str], answers: BinaryIO) -> None:
-        self.argv, self.answers, self.status = argv, answers, None
-        self.pid = int(answers.readline())
+    def __init__(self, server: ForkServer, argv: list[str]) -> None:
+        self.server, self.argv, self.status = server, argv, None
+        self.pid = server.answer("started")
 
     def wait(self, seconds: float) -> int:
         if self.status is None:
-            if not select.select([self.answers], [], [], seconds)[0]:
+            if not select.select([self.server.process.stdout], [], [], seconds)[0]:
                 raise subprocess.TimeoutExpired(self.argv, seconds)
-            self.status = int(self.answers.readline())
+            self.status = self.server.answer("ended")
         return self.status
 
     def poll(self) -> int | None:
@@ -265,12 +273,8 @@ def start(
         )
 
 
-def finish(process: subprocess.Popen | Forked, folder: Path, seconds: float) -> Run:
-    """Waits for the end of a command, and reads its reports."""
-    try:
-        status = process.wait(seconds)
-    finally:
-        process.kill()
+def finished(status: int, folder: Path) -> Run:
+    """Reads the reports of a command that has ended."""
     found = []
     for about in sorted((folder / "driver").glob("*.json"), key=lambda path: path.stat().st_mtime):
         content = json.loads(about.read_text())
@@ -303,8 +307,12 @@ def run(
         environment: more variables.
     """
     process = start(argv, folder, gpus, gigabytes, images, environment, server)
-    if stop is not None:
-        while process.poll() is None and not stop():
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-    return finish(process, folder, seconds)
+    try:
+        if stop is not None:
+            while process.poll() is None and not stop():
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+        status = process.wait(seconds)
+    finally:
+        process.kill()
+    return finished(status, folder)

@@ -156,9 +156,13 @@ def test_an_option_of_a_method_has_a_name_of_its_own(run, monkeypatch):
     monkeypatch.setitem(METHODS, "magnitude", Named())
     options = read(mnist.EXPERIMENT, ["-m", "magnitude", "--keep", "0.5", "--criterion", "size"])
     assert "criterion-size" in run_name(options)
-    Named.options = {magnitude.KEEP: "", Option("--ranks", str, "R"): ""}
-    with pytest.raises(ValueError, match=r"^option --ranks of -m magnitude needs another name$"):
-        read(mnist.EXPERIMENT, ["-m", "magnitude"])
+    options.criterion = "../size"
+    with pytest.raises(Refusal, match=r"^argument --criterion: must be without spaces, / .*, not '\.\./size'$"):
+        run_name(options)
+    for taken in ("--ranks", "--T"):
+        Named.options = {magnitude.KEEP: "", Option(taken, str, "R"): ""}
+        with pytest.raises(ValueError, match=f"^option {taken} of -m magnitude needs another name$"):
+            read(mnist.EXPERIMENT, ["-m", "magnitude"])
 
 
 def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, monkeypatch):

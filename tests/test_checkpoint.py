@@ -421,7 +421,8 @@ def test_a_run_that_another_torch_goes_on_with_names_both(run, tmp_path, monkeyp
     found = json.loads(path.read_text())
     (before,) = found["before"]
     assert (before["versions"]["torch"], before["ranks"]) == ("1.0", 1)
-    assert run_info.everywhere(found, "versions") == {**first["versions"], "torch": f"1.0, then {version('torch')}"}
+    expected = {**first["versions"], "torch": f"1.0, then {version('torch')}", "cuda": "9"}
+    assert run_info.everywhere(found, "versions") == expected
     assert run_info.everywhere(found, "ranks") == 1
 
 
@@ -538,12 +539,15 @@ def test_the_good_checkpoint_stays_until_another_takes_its_place(run, tmp_path, 
     path = the_checkpoint(tmp_path)
     good = previous_of(path).read_bytes()
     path.write_bytes(b"damaged")
-    monkeypatch.setattr(storage, "write", lambda *args: None)  # it is killed before anything is written
-    run(*GRAD, "-N", "2")
-    assert not path.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write", lambda *args: None)  # it is killed before anything is written
+        run(*GRAD, "-N", "2")
+    assert path.read_bytes() == b"damaged"
     assert previous_of(path).read_bytes() == good
-    monkeypatch.undo()
     assert "Resuming after epoch 1; 2 epochs in all." in run(*GRAD, "-N", "2").out
+    assert previous_of(path).read_bytes() == good
+    assert damaged_of(path).read_bytes() == b"damaged"
+    assert storage.read(path)["epoch"] == 2
 
 
 def test_a_refusal_names_the_file_that_it_is_about(run, tmp_path):
@@ -560,6 +564,11 @@ def test_a_refusal_names_the_file_that_it_is_about(run, tmp_path):
     storage.write(path, state)
     path.write_bytes(b"damaged")
     assert f"error: {previous_of(path)} does not fit: step is -1" in run(*GRAD, "-N", "3").err
+    network = {**state["network"], "fc.1.weight": state["network"]["fc.1.weight"][1:].clone()}
+    storage.write(path, {**state, "network": network})
+    storage.write(path, state)
+    path.write_bytes(b"damaged")
+    assert f"error: {previous_of(path)} does not fit: fc.1.weight" in run(*GRAD, "-N", "3").err
     assert path.read_bytes() == b"damaged"
 
 

@@ -126,16 +126,33 @@ def test_an_s_that_the_user_has_set_stays():
     assert optimizer.param_groups[0]["s"] == 0.9
 
 
-def test_with_an_s_of_a_half_no_weight_would_stay_pruned():
-    with pytest.raises(ValueError, match=r"^optimizer is not accepted: a group has s=0\.5; leave s out"):
-        ConnectivitySchedule(grad_rewiring(s=0.5), 0.5, 10)
-    ConnectivitySchedule(grad_rewiring(s=0.51), 0.5, 10)
+def test_a_group_that_a_schedule_has_had_joins_another():
     optimizer = grad_rewiring()
-    schedule = ConnectivitySchedule(optimizer, 1.0, 10)
-    assert optimizer.param_groups[0]["s"] == 0.5  # with an alpha of 0, so that there is no prior
-    schedule = ConnectivitySchedule(optimizer, 0.5, 10)
-    optimizer.add_param_group({"params": [weight()], "prune": False})
-    schedule.step()
+    ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+    (had,) = optimizer.param_groups
+    other = grad_rewiring()
+    schedule = ConnectivitySchedule(other, 0.5, 10)
+    other.add_param_group({**had, "params": [weight()]})
+    schedule.begin_segment(0)
+    assert schedule.sets_s == [True, True]
+
+
+@pytest.mark.parametrize("wanted", [0.05, 0.3])
+def test_an_s_of_a_half_with_which_no_weight_would_stay_pruned_is_set(wanted):
+    """An older optimizer's state has it without a mark, too, where its schedule's alpha was 0."""
+    task = Task(wanted=wanted)
+    task.optimizer.param_groups[0]["s"] = 0.5
+    task.schedule = ConnectivitySchedule(task.optimizer, wanted, 200)
+    assert task.train(0, 200) == pytest.approx(wanted, rel=TOLERANCE)
+
+
+def test_an_s_of_a_half_that_a_captured_graph_has_read_is_refused():
+    optimizer = grad_rewiring(alpha=torch.tensor(0.0, dtype=torch.float64), s=0.5, capturable=True)
+    with pytest.raises(ValueError, match=r"s=0\.5 and alpha in a tensor; give an s above 0\.5$"):
+        ConnectivitySchedule(optimizer, 0.5, 10)
+    optimizer.param_groups[0]["s"] = 0.6
+    ConnectivitySchedule(optimizer, 0.5, 10, begin=0, end=0)
+    assert optimizer.param_groups[0]["s"] == 0.6
 
 
 @pytest.mark.parametrize("when", [0, 30])
@@ -284,6 +301,23 @@ def test_a_theta_that_is_not_finite_makes_no_penalty(bad):
     assert optimizer.param_groups[0]["alpha"] == 0
     optimizer.step()
     schedule.step()
+
+
+def test_foresight_of_amsgrad_is_by_its_largest_moment():
+    """By the other one, after a large gradient, theta would go much further."""
+    optimizer = grad_rewiring(lr=0.01, amsgrad=True, betas=(0.9, 0.5))
+    p = optimizer.param_groups[0]["params"][0]
+    for size in (100.0, *[1.0] * 30):
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+    state, group = optimizer.state[p], optimizer.param_groups[0]
+    assert bool((state["max_exp_avg_sq"] > 100 * state["exp_avg_sq"]).all())
+    schedule = ConnectivitySchedule(optimizer, 1.0, 10)  # which needs no prior
+    expected = schedule._theta(p, group, 5)
+    p.grad = torch.zeros_like(p)
+    for _ in range(5):
+        optimizer.step()
+    torch.testing.assert_close(state["theta"], expected, rtol=1e-5, atol=0)
 
 
 def test_segments_and_the_largest_penalty():

@@ -30,6 +30,19 @@ SPARSITIES = (0.0, 0.5, 0.9, 0.995, 1.0)
 # -- what comes back -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_what_cannot_be_read_for_lack_of_memory_is_not_damaged(tmp_path, monkeypatch, error):
+    export(snapshot_of(mnist()), "npz", tmp_path / "file")
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(formats, "read_npz", fail)
+    with pytest.raises(type(error)) as raised:
+        load_pruned(tmp_path / "file")
+    assert raised.value is error
+
+
 @pytest.mark.parametrize("form", ["npz", "csr"])
 @pytest.mark.parametrize("name", ["static_conv.0.weight", "conv.2.running_mean"])
 def test_what_reads_back_otherwise_is_not_kept(form, tmp_path, monkeypatch, name):

@@ -623,10 +623,14 @@ def test_the_kernels_leave_what_they_do_not_take_to_torch(monkeypatch):
         state["exp_avg"] = state["exp_avg"].t().contiguous().t()
 
     assert list(step(nn.Parameter(plain.clone()), plain, transpose)) == [True, True]
-    with torch.inference_mode():  # torch does not count its changes
-        inferred = torch.ones(4, 6)
-    assert list(step(nn.Parameter(plain.clone()), inferred)) == [True, True]
+    assert list(step(nn.Parameter(plain.clone()), inferred(plain))) == [True, True]  # torch does not count its changes
     assert list(step(nn.Parameter(plain.clone()), plain)) == [False, False]
+
+    def infer(state):
+        with torch.inference_mode():
+            state["exp_avg"] = torch.zeros(4, 6)
+
+    assert list(step(nn.Parameter(plain.clone()), plain, infer)) == [True, True]
 
 
 # -- what the kernels are handed ---------------------------------------------------------------------
@@ -730,6 +734,11 @@ def moved(x, to):
     return x
 
 
+def inferred(x):
+    with torch.inference_mode():
+        return torch.empty(0).set_(x.untyped_storage(), 0, x.shape, x.stride())
+
+
 CHANGED = {  # a gradient that was taken once; most are the same object
     "negated": torch._neg_view,
     "subclass": lambda x: x.as_subclass(Subclass),
@@ -739,6 +748,7 @@ CHANGED = {  # a gradient that was taken once; most are the same object
     "strides": lambda x: x.t_(),
     "shape": lambda x: x.unsqueeze_(0),
     "fewer": lambda x: moved(x, lambda y: y[:2]),
+    "inferred": inferred,
     "freed": lambda x: x.untyped_storage().resize_(0) and x,
     "cut short": lambda x: x.untyped_storage().resize_(x.nbytes - 4) and x,
 }

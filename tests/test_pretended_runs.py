@@ -1,5 +1,8 @@
 """The pretended GPU itself: its reports are understood, and faults show in them (pretended_runs.py)."""
 
+import signal
+import subprocess
+
 import pretended_runs
 import pytest
 from pretended_runs import parse
@@ -75,3 +78,34 @@ graph.replay()
     else:
         with pytest.raises(AssertionError):
             run.check(status=run.status)
+
+
+def test_a_program_has_an_environment_and_a_main_module_of_its_own(gpu, monkeypatch):
+    code = "import os, pickle\nclass A: pass\nprint(os.environ.get('ASKED_FOR'), pickle.dumps(A()) != b'')"
+    monkeypatch.setenv("ASKED_FOR", "here")
+    assert gpu("-c", code).out == "here True\n"
+    monkeypatch.delenv("ASKED_FOR")
+    assert gpu("-c", code).out == "None True\n"
+
+
+def test_a_program_ends_with_a_test_that_fails_and_the_next_one_runs(gpu):
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        gpu("-c", "import time\ntime.sleep(600)", stop=fail)
+    assert gpu("-c", "import sys\nsys.exit(3)").status == 3
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu("-c", "import time\ntime.sleep(600)", seconds=0.5)
+    run = gpu("-c", "import os, signal\nprint(1, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (run.status, run.out) == (-signal.SIGKILL, "1\n")
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch):
+    if reason := pretended_runs.unavailable():
+        pytest.skip(reason)
+    monkeypatch.setattr(pretended_runs, "PATCHES", tmp_path)
+    server = pretended_runs.ForkServer(tmp_path / "err")
+    with pytest.raises(RuntimeError, match="No such file or directory"):
+        server.start(["-c", ""], {}, tmp_path / "out", tmp_path / "err 2")
+    server.close()

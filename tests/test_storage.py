@@ -125,6 +125,7 @@ def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monke
 
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
 def test_a_fault_behind_a_damaged_file_leaves_the_state_before_it(path, monkeypatch, error):
+    """Of which there is no other."""
     calls = 0
     while True:
         for file in path.parent.iterdir():
@@ -132,17 +133,14 @@ def test_a_fault_behind_a_damaged_file_leaves_the_state_before_it(path, monkeypa
         storage.write(path, state(1))
         storage.write(path, state(2))
         path.write_bytes(b"damaged")
-        storage.set_aside(path)
-        assert storage.damaged_of(path).read_bytes() == b"damaged"
         faulty = FaultyOS(calls + 1, "before", error)
         faulty.take_the_place_of_os(monkeypatch)
         try:
-            storage.write(path, state(3))
+            storage.write(path, state(3), damaged=True)
         except type(error):
             monkeypatch.undo()
-            read, complaints = storage.newest(path)
-            assert complaints == []
-            assert read["n"] == (1 if not path.exists() else 3)
+            assert storage.newest(path)[0]["n"] == (3 if path.exists() and path.stat().st_size > 9 else 1)
+            assert storage.read(storage.previous_of(path))["n"] == 1
             calls += 1
         else:
             monkeypatch.undo()
@@ -150,6 +148,21 @@ def test_a_fault_behind_a_damaged_file_leaves_the_state_before_it(path, monkeypa
     assert calls == len(faulty.log) >= 7
     assert storage.newest(path)[0]["n"] == 3
     assert storage.read(storage.previous_of(path))["n"] == 1
+    assert storage.damaged_of(path).read_bytes() == b"damaged"
+
+
+def test_a_writer_sets_what_is_damaged_aside_once(path):
+    storage.write(path, state(1))
+    storage.write(path, state(2))
+    path.write_bytes(b"damaged")
+    writer = storage.Writer(path)
+    writer.damaged = True
+    for n, before in ((3, 1), (4, 3)):
+        writer.submit(state(n))
+        writer.wait()
+        assert storage.read(path)["n"] == n
+        assert storage.read(storage.previous_of(path))["n"] == before
+    assert storage.damaged_of(path).read_bytes() == b"damaged"
 
 
 @pytest.mark.parametrize(

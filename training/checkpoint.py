@@ -138,9 +138,7 @@ class Store:
                 f"argument -N/--epoch: must be at least {saved['epoch']}, not {options.epoch}: "
                 f"the run in {self.folder} has finished as many epochs"
             )
-        if not options.test and self.source != self.path and self.path.exists():
-            with writing("--dump-dir", self.folder):
-                storage.set_aside(self.path)
+        self.writer.damaged = self.source != self.path
         return saved
 
     def save(self, state: dict[str, Any], logs: Iterable[Path]) -> None:

@@ -141,7 +141,7 @@ METRICS: tuple[Metric, ...] = (
     # neurons and distributions
     Metric("firing_rate", "spikes", (FULL, TEST), "Spikes per neuron, image and time step of the LIF layer on the test "
            "set.", "spikes / (neurons · images · T)", NEURONS, tag="avg_firing_rate/{layer}", optional=True,
-           also="report; of each neuron in `rate-<layer>-epoch-<epoch>.npy` after a test"),
+           also="report; of each neuron in `rate-<layer>-….npy` after a test"),
     Metric("silent", SHARE, (FULL, TEST), "Share of the LIF layer's neurons without a spike on the whole test set.",
            "#{spikes = 0} / neurons", NEURONS, tag="nonfire_prop/{layer}", optional=True, also="report"),
     Metric("w", DISTRIBUTION, (FULL,), "Distribution of the layer's weights w: `edges` of the bins, `counts` between "

@@ -49,8 +49,6 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
         about = "; ".join(f"{method.name}: {method.options[option]}" for method in takers)
         if len(takers) == 1:
             about = f"with -m {takers[0].name}{option.beside}: {takers[0].options[option]}"
-        if option.name in TAKEN:
-            raise ValueError(f"option {option.spellings} of -m {takers[0].name} needs another name")
         add(*option.spellings.split("/"), dest=option.name, help=f"{about} (default: {option.default})", **kind)
     add("--recipe", choices=("paper", "fast"), default="paper",
         help="paper: as published; fast: fewer epochs, larger batches, one cycle of the learning rate over -N epochs "
@@ -91,6 +89,10 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     add("-i2", "--interval-train", type=least_one, default=1024, metavar="STEPS",
         help="steps between recordings on the training set (default: %(default)s)")
     # fmt: on
+    taken = [*TAKEN, *(action.dest for action in parser._actions)]
+    for option, takers in methods.options().items():
+        if taken.count(option.name) > 1:
+            raise ValueError(f"option {option.spellings} of -m {takers[0].name} needs another name")
     return parser
 
 

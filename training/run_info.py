@@ -63,7 +63,8 @@ def everywhere(info: dict[str, Any], key: str) -> Any:
     values = [place.get(key) for place in _places(info)]
     if isinstance(info.get(key), dict):
         places = [value for value in values if isinstance(value, dict)]
-        return {name: _in_order([place.get(name) for place in places]) for name in info[key]}
+        names = dict.fromkeys(name for place in reversed(places) for name in place)
+        return {name: _in_order([place[name] for place in places if name in place]) for name in names}
     return _in_order(values)
 
 

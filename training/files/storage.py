@@ -54,7 +54,7 @@ def previous_of(path: Path) -> Path:
 
 
 def damaged_of(path: Path) -> Path:
-    """Where :func:`set_aside` moves a damaged file."""
+    """Where :func:`write` moves a damaged file."""
     return path.with_name(f"{path.stem}-damaged{path.suffix}")
 
 
@@ -62,8 +62,10 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def write(path: Path, state: Any) -> None:
+def write(path: Path, state: Any, damaged: bool = False) -> None:
     """Stores ``state`` in ``path`` and keeps what was there in :func:`previous_of`.
+
+    What is ``damaged`` there goes to :func:`damaged_of`: it does not take the place of the good state before it.
 
     Whatever fails, and whenever the process is killed, :func:`newest` finds the last state that was
     written completely: the new file takes its name only once all of it is on the disk.
@@ -83,7 +85,7 @@ def write(path: Path, state: Any) -> None:
         finally:
             os.close(descriptor)
         if path.exists():
-            files.replace(path, previous_of(path))
+            files.replace(path, damaged_of(path) if damaged else previous_of(path))
         files.replace(temporary, path)
         files.sync_folder(path.parent)
     except Exception as error:
@@ -112,7 +114,7 @@ def read(path: Path, verify: bool = True) -> Any:
     Raises:
         DamagedError: the file is cut short, changed, no regular file, or was not written by :func:`write`.
         OSError: the file cannot be read.
-        MemoryError: there is no room for its content.
+        MemoryError, RuntimeError: there is no memory for it.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise DamagedError("it is no regular file")
@@ -164,15 +166,6 @@ def newest(path: Path) -> tuple[Any, list[str]]:
     return None, []
 
 
-def set_aside(path: Path) -> None:
-    """Moves a damaged file out of the way of :func:`write`, which would put it in the place of the good one before it.
-
-    Raises:
-        OSError: the file cannot be moved.
-    """
-    files.replace(path, damaged_of(path))
-
-
 def _copy(value: Any, into: Any) -> Any:
     """Copies nested containers to the CPU; where tensors of ``into`` have the right shape, into those."""
     if isinstance(value, Tensor):
@@ -205,10 +198,13 @@ class Writer:
     """Stores states in the background, one at a time: the caller waits only while a state is copied.
 
     If that fails, the next call raises the error, once.
+
+    Attributes:
+        damaged: whether the file there is damaged now, as :func:`write` takes it.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.damaged = path, False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._copied: Any = None
@@ -233,7 +229,8 @@ class Writer:
         try:
             for path in logs:
                 files.sync_file(path)
-            write(self.path, state)
+            write(self.path, state, self.damaged)
+            self.damaged = False
         except BaseException as error:
             self._error = error
 

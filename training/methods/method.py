@@ -1,5 +1,6 @@
 """The base class of methods, and the options that several methods share."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,14 +46,18 @@ class Option:
         value, label = getattr(options, self.name), self.label or self.name.replace("_", "-")
         if self.type is None:
             return [label] if value else []
-        return [] if value is None or value == self.unnamed else [label, self.show(value)]
+        if value is None or value == self.unnamed:
+            return []
+        if re.search(r"[\s/\\:]", shown := self.show(value)):
+            self.refuse(f"must be without spaces, / \\ and :, as it becomes part of the run's name, not {shown!r}")
+        return [label, shown]
 
 
 SPARSITY = Option(
     "-s/--sparsity",
     number("from 0 to 1", lambda x: 0 <= x <= 1, share=True),
     "S",
-    default="none; required with grad and deep; with --connectivity 1 less it, from 0.55 to 0.9999",
+    default="none; required with grad and deep; with --connectivity C it is 1 − C, from 0.55 to 0.9999",
     place="settings",
     label="s",
     show=repr,
