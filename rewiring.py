@@ -302,6 +302,8 @@ class RewiringOptimizer(Optimizer):
             raise ValueError(f"a parameter of dtype {param.dtype} is not accepted: it must be one of {accepted}")
         if param.layout is not torch.strided:
             raise ValueError(f"a parameter of layout {param.layout} is not accepted: it must be torch.strided")
+        if torch.nn.parameter.is_lazy(param):  # it has no shape yet; the first step checks it
+            return
         if overlaps_itself(param):
             raise ValueError(
                 f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} is not accepted: "

@@ -245,6 +245,37 @@ def test_weights_that_share_memory_with_others_or_with_the_state(variant, path):
 
 @variants
 @paths
+def test_weights_of_lazy_modules_are_checked_once_they_have_a_shape(variant, path):
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 1))
+
+    x, results = torch.randn(8, 3), []
+    for before in (True, False):
+        lazy = network()
+        optimizer = make(variant, lazy.parameters(), **path) if before else None
+        torch.manual_seed(1)
+        lazy(x)
+        optimizer = optimizer or make(variant, lazy.parameters(), **path)
+        torch.manual_seed(2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            lazy(x).sum().backward()
+            optimizer.step()
+        results.append([p.detach() for p in lazy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    lazy = network()
+    optimizer = make(variant, lazy.parameters(), **path)
+    lazy(x)
+    weight = lazy[0].weight
+    weight.data = weight.data[:1].expand(4, 3)
+    lazy(x).sum().backward()
+    with pytest.raises(ValueError, match="its weights share memory"):
+        optimizer.step()
+
+
+@variants
+@paths
 @pytest.mark.parametrize("shape", ["expanded", "windows"])
 def test_weights_that_share_memory_among_themselves_are_refused(variant, path, shape):
     weights = torch.ones(5, 1).expand(5, 3) if shape == "expanded" else torch.ones(10).as_strided((4, 3), (1, 1))
