@@ -224,7 +224,10 @@ class ConnectivitySchedule:
         self.begin_segment(0)
 
     def _is_free(self, group: dict[str, Any]) -> bool:
-        """Whether the schedule sets a group's s: no user has, or to one with which there is no prior."""
+        """Whether the schedule sets a group's s: where it is None, 0.5, or what a schedule before has set.
+
+        Raises ValueError for 0.5 beside an alpha in a tensor.
+        """
         if group["prune"] and group["s"] == 0.5 and isinstance(group["alpha"], Tensor):
             raise ValueError("optimizer is not accepted: a group has s=0.5 and alpha in a tensor; give an s above 0.5")
         return group["s"] in (None, 0.5, group.get(self.OWN))

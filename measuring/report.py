@@ -24,7 +24,7 @@ class Report:
     left_out: tuple[str, ...] = ()  # what is empty, and why, a line each
 
     def lines(self) -> list[str]:
-        """The report for the console, up to 100 columns wide."""
+        """The report for the console, up to 100 columns wide but for why something is left out."""
         blocks = (self._accuracy_lines(), self._structural_lines(), self._confusion_lines(), self._operation_lines())
         return [line for block in (*blocks, self.left_out) if block for line in ("", *block)][1:]
 

@@ -215,7 +215,7 @@ def refused(run, tmp_path, monkeypatch, states):
             run(*argv)
             states[tuple(argv)] = load(tmp_path)
         state = changed(containers(states[tuple(argv)]), *keys, to=to)
-        monkeypatch.setattr(storage, "newest", lambda path: (state, []))
+        monkeypatch.setattr(storage, "newest", lambda path: (state, [], path))
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"}
         result = run(*(argv[:-2] if more == ["-N", "2"] else argv), *more)
         after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"}
@@ -232,7 +232,7 @@ def test_every_field_is_checked_before_training_goes_on(refused, edit):
     keys, to, message = edit
     line = refused(GRAD, ["-N", "2"], keys, to)
     assert re.search(message, line), line
-    assert re.search(r"checkpoint(-previous)?\.pt|argument", line)
+    assert "checkpoint.pt" in line or "argument" in line
 
 
 @pytest.mark.parametrize("edit", [*FIELDS[::4], *NETWORK[::3]], ids=lambda edit: f"{edit[0]} {edit[2]}"[:60])

@@ -47,7 +47,7 @@ def is_training(folder, since):
 def epochs_to_repeat(folder):
     """How many epochs the results have that the checkpoint has not."""
     (models,) = folder.glob("models/*")
-    state, _ = storage.newest(models / storage.CHECKPOINT)
+    state, *_ = storage.newest(models / storage.CHECKPOINT)
     lines = sum(path.read_bytes().count(b"\n") for path in folder.glob("logs/*/results.jsonl"))
     return lines - state["epoch"]
 

@@ -5,6 +5,7 @@ import functools
 import re
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +194,11 @@ def test_a_network_that_is_no_row_is_refused(tmp_path):
     (tmp_path / "mnist.toml").write_text(table)
     with pytest.raises(Refusal, match=r"mnist\.toml: networks: no row of small is: -m deep"):
         grid.networks("mnist", tmp_path)
+
+
+def test_a_network_of_which_something_cannot_be_told_gets_no_card(monkeypatch, tmp_path):
+    left_out = ("Operations per image are left out: it is so.",)
+    monkeypatch.setattr(networks, "load_snapshot", lambda path: None)
+    monkeypatch.setattr(networks, "tested", lambda snapshot, dataset: SimpleNamespace(left_out=left_out))
+    with pytest.raises(Refusal, match=r"^grad-5: Operations per image are left out: it is so\.$"):
+        networks.card("grad-5", None, "", tmp_path, None, None)

@@ -411,7 +411,7 @@ def test_a_killed_rank_stops_the_others_and_the_command_goes_on(tmp_path):
         assert len(err[1 - victim].splitlines()) == 1
         assert "another rank of the run has ended" in err[1 - victim]
     (models,) = killed.glob("models/*")
-    state, _ = storage.newest(models / storage.CHECKPOINT)  # the kill may have come between two renamings
+    state, *_ = storage.newest(models / storage.CHECKPOINT)  # the kill may have come between two renamings
     assert state["epoch"] < 4  # there was something left to do
     train(2, argv, killed)
     assert_same_run(tmp_path / "two", killed)

@@ -888,3 +888,15 @@ def test_nothing_imports_analysis():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "analysis" for name in names), path
+
+
+def test_pictures_are_drawn_on_the_cores_that_the_process_may_use(monkeypatch):
+    class Pool:
+        def __init__(self, workers, **settings):
+            raise InterruptedError(workers)
+
+    monkeypatch.setattr(report, "ProcessPoolExecutor", Pool)
+    for cores, workers in ((3, 3), (64, 5)):
+        monkeypatch.setattr(report, "cores", lambda cores=cores: cores)
+        with pytest.raises(InterruptedError, match=f"^{workers}$"):
+            report._sections([run_of([])] * 5)

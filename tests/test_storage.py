@@ -47,7 +47,7 @@ def test_a_quick_look_checks_the_length_and_reads_the_same(path):
 
 
 def test_nothing_stored_is_nothing_read(path):
-    assert storage.newest(path) == (None, [])
+    assert storage.newest(path) == (None, [], path)
 
 
 # -- faults ------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_a_fault_at_any_system_call_leaves_the_newest_complete_state(path, monke
                 storage.write(path, state(3))
             faults += 1
             monkeypatch.undo()
-            read, complaints = storage.newest(path)
+            read, complaints, _ = storage.newest(path)
             complete = at > published or (at == published and when == "after")
             assert read["n"] == (3 if complete else 2), (at, when, names[at - 1])
             assert torch.equal(read["weights"], state(read["n"])["weights"])
@@ -244,8 +244,8 @@ def test_the_state_before_is_found_behind_a_damaged_file(path):
     storage.write(path, state(1))
     storage.write(path, state(2))
     path.write_bytes(path.read_bytes()[:-200])
-    read, (complaint,) = storage.newest(path)
-    assert read["n"] == 1
+    read, (complaint,), source = storage.newest(path)
+    assert (read["n"], source) == (1, storage.previous_of(path))
     assert str(path) in complaint
     storage.previous_of(path).write_bytes(b"")
     with pytest.raises(storage.DamagedError, match=r"checkpoint\.pt .*; .*checkpoint-previous\.pt"):
@@ -258,8 +258,8 @@ def test_a_pipe_in_the_place_of_a_state_is_not_waited_for(path):
     storage.write(path, state(2))
     path.unlink()
     os.mkfifo(path)
-    read, (complaint,) = storage.newest(path)
-    assert read["n"] == 1
+    read, (complaint,), source = storage.newest(path)
+    assert (read["n"], source) == (1, storage.previous_of(path))
     assert f"{path} is damaged" in complaint
     assert "no regular file" in complaint
     storage.write(path, state(3))

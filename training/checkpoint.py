@@ -38,11 +38,9 @@ def load(path: Path) -> tuple[dict[str, Any] | None, Path]:
         Refusal: all checkpoints are damaged, or the newest is from another version or not accepted.
     """
     try:
-        state, complaints = storage.newest(path)
+        state, complaints, path = storage.newest(path)
     except storage.DamagedError as error:
         raise Refusal(f"{error}; no intact checkpoint is left: move the folder away and start again") from None
-    if complaints or not path.exists():
-        path = storage.previous_of(path)
     for complaint in complaints:
         print(f"{complaint}; using the previous checkpoint.", flush=True)
     if state is None:

@@ -144,11 +144,11 @@ def read(path: Path, verify: bool = True) -> Any:
             raise DamagedError(f"its content is not accepted ({checks.reason(error).split('. ')[0]})") from None
 
 
-def newest(path: Path) -> tuple[Any, list[str]]:
+def newest(path: Path) -> tuple[Any, list[str], Path]:
     """Reads ``path`` or, if it is damaged or missing, :func:`previous_of` it.
 
     Returns:
-        The state, None if nothing was ever stored, and what is wrong with a file that was passed over.
+        The state, None if nothing was ever stored; what is wrong with a file that was passed over; the file read.
 
     Raises:
         DamagedError: no good file is left; the message names each.
@@ -156,14 +156,14 @@ def newest(path: Path) -> tuple[Any, list[str]]:
     complaints = []
     for candidate in (path, previous_of(path)):
         try:
-            return read(candidate), complaints
+            return read(candidate), complaints, candidate
         except FileNotFoundError:
             continue
         except DamagedError as error:
             complaints.append(f"{candidate} is damaged or not a checkpoint of this program: {error}")
     if complaints:
         raise DamagedError("; ".join(complaints))
-    return None, []
+    return None, [], path
 
 
 def _copy(value: Any, into: Any) -> Any:

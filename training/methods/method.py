@@ -57,7 +57,7 @@ SPARSITY = Option(
     "-s/--sparsity",
     number("from 0 to 1", lambda x: 0 <= x <= 1, share=True),
     "S",
-    default="none; required with grad and deep; with --connectivity C it is 1 − C, from 0.55 to 0.9999",
+    default="none; required with grad and deep; with --connectivity C it is 1 - C, from 0.55 to 0.9999",
     place="settings",
     label="s",
     show=repr,
