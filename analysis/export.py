@@ -12,7 +12,7 @@ import measuring
 from analysis import shipped
 from analysis.formats import SUFFIXES, WRITERS, read
 from analysis.formats.packed import as_folded
-from analysis.snapshot import Snapshot, from_checkpoint, models_folder
+from analysis.snapshot import Snapshot, Unreadable, from_run, models_folder
 from measuring.report import beyond, percent
 from spiking import SpikingNetwork
 from training import data, device, files
@@ -20,7 +20,7 @@ from training.command_line import Parser, check_output, command, file_path, fold
 from training.console import counted
 from training.defaults import torch_defaults
 from training.errors import Refusal
-from training.files.storage import CHECKPOINT
+from training.files import storage
 from training.options import REPOSITORY, gpu_number
 from training.step import set_precision
 
@@ -35,8 +35,9 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
     ``network.requires_grad_()`` and ``network.train()``. No random number is drawn, and no code in a file is run.
 
     Args:
-        path: a run's folder (below models or logs), its checkpoint, or an export of any format; or, where there is no
-            such file, the name of a network that comes with this program, one of :func:`analysis.shipped.networks`.
+        path: a run's folder (below models or logs), whose newest intact checkpoint is loaded, a checkpoint, or an
+            export of any format; or, where there is no such file, the name of a network that comes with this program,
+            one of :func:`analysis.shipped.networks`.
 
     Raises:
         ValueError: the file is damaged or not one of this program; the message is one line.
@@ -48,11 +49,15 @@ def load_pruned(path: str | Path) -> SpikingNetwork:
 
 def load_snapshot(path: str | Path) -> Snapshot:
     """The network that :func:`load_pruned` loads, with what its file says of it."""
-    name, path = str(path), files.expanded(path)
+    name, path, known = str(path), files.expanded(path), shipped.networks()
     if path.is_dir():
-        return from_checkpoint(models_folder(path) / CHECKPOINT)
+        try:
+            return from_run(path)[0]
+        except Unreadable as error:
+            if name not in known:
+                raise
+            raise Unreadable(f"{error}; it hides the network {name}, which comes with this program") from None
     if not path.exists():
-        known = shipped.networks()
         if name not in known:
             text = f"No such file, and no network of this name: {', '.join(known) or 'there are none'}"
             raise FileNotFoundError(errno.ENOENT, text, name)
@@ -67,11 +72,22 @@ def export(snapshot: Snapshot, form: str, path: str | Path) -> int:
     The file is read back and compared with the network before it takes its name. If the process is killed, ``path``
     has its old content or the new file, whole (see :func:`training.files.replacing`).
 
+    Args:
+        snapshot: the network; that of a run by :func:`analysis.snapshot.from_run`.
+        form: the format, one of :data:`analysis.formats.WRITERS`.
+        path: the file.
+
     Raises:
-        Refusal: the format cannot hold this network, or a package that it needs is not installed.
+        Refusal: the format cannot hold this network, or a package that it needs is not installed; or ``path`` is the
+            checkpoint of a run.
+        ValueError: there is no such format.
         OSError: the file cannot be written; it names ``path``.
     """
     path = files.expanded(path)
+    if form not in WRITERS:
+        raise ValueError(f"the format must be one of {', '.join(WRITERS)}, not {form!r}")
+    if storage.is_stored(path):
+        raise Refusal(f"{path} is the checkpoint of a run")
     with files.replacing(path, parents=True) as temporary:
         content = WRITERS[form](snapshot)
         with files.naming(path):
@@ -119,13 +135,13 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    checkpoint = models_folder(options.run) / CHECKPOINT
-    output = options.output or checkpoint.with_name(f"export{SUFFIXES[options.format]}")
-    if os.path.realpath(output) in map(os.path.realpath, checkpoint.parent.glob("checkpoint*")):
+    models = models_folder(options.run)
+    output = options.output or models / f"export{SUFFIXES[options.format]}"
+    if os.path.realpath(output) in map(os.path.realpath, models.glob("checkpoint*")):
         raise Refusal(f"argument -o/--output: {output} is the run's checkpoint")
     if options.check and output.exists() and not output.is_file():
         raise Refusal(f"argument --check: {output} is not a file that can be read again")
-    snapshot = from_checkpoint(checkpoint)
+    snapshot, checkpoint = from_run(models)
     check_output("-o/--output", output, parents=True)
     place = argparse.Namespace(gpu=options.gpu, precision="fp32", deterministic=False, compile=False)
     if options.check:

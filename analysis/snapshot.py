@@ -1,7 +1,8 @@
 """The network of a run at its checkpoint: its weights, and what is needed to build it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from training.files import checks, storage
 from training.files.json_files import nested
 from training.files.storage import CHECKPOINT
 
-FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch")  # of a snapshot, as a file has them beside its state
+# of a snapshot, as a file has them beside its state
+FIELDS = ("experiment", "dataset", "T", "width", "run", "epoch", "position", "data")
 NEURON = ("tau", "v_threshold", "v_reset", "decay_input")
 
 
@@ -39,11 +41,14 @@ class Snapshot:
     run: str
     epoch: int
     state: dict[str, Tensor]  # the network's state_dict, float32 on the CPU
-    position: int = 0  # the steps of the next epoch that it has been trained for; exports do not keep them
+    position: int = 0  # the steps of the next epoch that it has been trained for
+    data: str = ""  # the fingerprint of the data set that it was trained on; empty where that is not known
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], state: dict[str, Tensor]) -> "Snapshot":
-        """Makes a snapshot of fields from a file. Older files lack the width: their networks have the default.
+        """Makes a snapshot of fields from a file.
+
+        Older files lack some: the width is the default one then, the position the end of an epoch.
 
         Raises:
             ValueError: a field is missing, of another type or out of range.
@@ -51,7 +56,7 @@ class Snapshot:
         experiment, dataset = fields.get("experiment"), fields.get("dataset")
         if type(experiment) is not str or experiment not in EXPERIMENTS:
             raise ValueError(f"experiment is {str(experiment)[:100]!r}, not one of {', '.join(EXPERIMENTS)}")
-        fields = {"width": EXPERIMENTS[experiment].width, **fields}
+        fields = {"width": EXPERIMENTS[experiment].width, "position": 0, "data": "", **fields}
         datasets = [source.name for source in EXPERIMENTS[experiment].datasets]
         if dataset not in datasets:
             raise ValueError(f"dataset is {str(dataset)[:100]!r}, not one of {', '.join(datasets)}")
@@ -59,6 +64,8 @@ class Snapshot:
         checks.whole_number("width", fields["width"], 1, checks.WIDTH_LIMIT)
         checks.text("run", fields.get("run"))
         checks.whole_number("epoch", fields.get("epoch"))
+        checks.whole_number("position", fields["position"])
+        checks.text("data", fields["data"])
         return cls(**{key: fields[key] for key in FIELDS}, state=state)
 
     @property
@@ -113,18 +120,35 @@ class Snapshot:
 
 
 def models_folder(path: Path) -> Path:
-    """Where a run's checkpoint is: ``path`` is the run's folder below models, or the one below logs.
+    """Where a run's checkpoints are: ``path`` is the run's folder below models, or the one below logs.
 
     Raises:
         Unreadable: there is no checkpoint.
     """
     real = path.resolve()
     for folder in (path, real.parent.parent / "models" / real.name):
-        if (folder / CHECKPOINT).is_file():
+        if (folder / CHECKPOINT).is_file() or storage.previous_of(folder / CHECKPOINT).is_file():
             return folder
     raise Unreadable(
         f"{path} has no {CHECKPOINT}: a run's folder is <dump-dir>/models/<name> or <dump-dir>/logs/<name>"
     )
+
+
+def from_run(path: Path) -> tuple[Snapshot, Path]:
+    """The network of a run's folder (see :func:`models_folder`), and the checkpoint that has it.
+
+    As in training, that is the one before the last where the last is damaged, which a warning says, or missing.
+
+    Raises:
+        Unreadable: there is no intact checkpoint.
+    """
+    try:
+        checkpoint, complaints, source = storage.newest(models_folder(path) / CHECKPOINT)
+    except storage.DamagedError as error:
+        raise Unreadable(f"{error}") from None
+    for complaint in complaints:
+        warnings.warn(f"{complaint}; this is the network of {source.name}", stacklevel=3)
+    return _of_checkpoint(source, lambda: checkpoint), source
 
 
 def from_checkpoint(path: Path) -> Snapshot:
@@ -133,15 +157,18 @@ def from_checkpoint(path: Path) -> Snapshot:
     Raises:
         Unreadable: the file is damaged, or not a checkpoint of this program.
     """
+    return _of_checkpoint(path, lambda: storage.read(path))
+
+
+def _of_checkpoint(path: Path, read: Callable[[], Any]) -> Snapshot:
     try:
-        checkpoint = storage.read(path)
+        checkpoint = read()
         arguments, state = (nested(checkpoint, key) for key in ("arguments", "network"))
         if arguments is None or state is None:
             raise ValueError("no arguments" if arguments is None else "no network")
         run = "".join(c if c.isprintable() else "?" for c in path.resolve().parent.name)
-        snapshot = Snapshot.of({**arguments, "run": run, "epoch": checkpoint.get("epoch")}, dict(state))
-        position = checks.whole_number("position", checkpoint.get("position", 0))  # older ones are of an epoch's end
-        snapshot = replace(snapshot, position=position)
+        counters = {key: checkpoint[key] for key in ("epoch", "position", "data") if key in checkpoint}
+        snapshot = Snapshot.of({**arguments, "run": run, **counters}, dict(state))
         snapshot.network()
     except (storage.DamagedError, ValueError) as error:
         raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None

@@ -92,7 +92,8 @@ def load(name: str, folder: Path = FOLDER) -> list[Row]:
     """
     path = folder / f"{name}.toml"
     table = _table(path)
-    table.pop("networks", None)
+    for key in ("networks", "data"):
+        table.pop(key, None)
     experiment, heading = table.pop("experiment", name), table.pop("title", name)
     in_place = not table.pop("ablations_last", True)
     if experiment not in EXPERIMENTS:
@@ -144,7 +145,7 @@ HEAD = {
     **GROUP,
     **dict(experiment=TEXT, ablations_last=SWITCH),
     "group": (_is(list, dict), "a list of tables"),
-    "networks": (_is(dict), "a table"),
+    **dict.fromkeys(("networks", "data"), (_is(dict), "a table")),
 }
 
 
@@ -175,6 +176,11 @@ def _words(path: Path, text: Any) -> list[str]:
         return shlex.split(text)
     except (TypeError, ValueError, AttributeError) as error:
         raise Refusal(f"{path}: {text!r:.100} is no command line: {error}") from None
+
+
+def data_note(name: str, fingerprint: str, folder: Path = FOLDER) -> str:
+    """What ``<name>.toml`` says in ``[data]`` of a data set, by its fingerprint; empty without a word on it."""
+    return _table(folder / f"{name}.toml").get("data", {}).get(fingerprint, "")
 
 
 def networks(name: str, folder: Path = FOLDER) -> dict[str, Row]:

@@ -58,8 +58,8 @@ def _right(report: measuring.report.Report) -> str:
     return f"{percent(seen.accuracy)}, {seen.right:,} of {seen.images:,} images"
 
 
-def card(name: str, row: Row, commit: str, path: Path, dataset: Dataset, before: Snapshot) -> str:
-    """The Markdown card of the network in a file; ``before`` is the run's."""
+def card(name: str, row: Row, commit: str, path: Path, dataset: Dataset, before: Snapshot, note: str) -> str:
+    """The Markdown card of the network in a file; ``before`` is the run's, and the ``note`` is on its data."""
     snapshot = load_snapshot(path)
     report = tested(snapshot, dataset)
     if report.left_out:
@@ -75,7 +75,7 @@ def card(name: str, row: Row, commit: str, path: Path, dataset: Dataset, before:
         "network": f"{type(snapshot.plan()).__name__}, width {snapshot.width}, T {snapshot.T}; {row.title}",
         "command": f"`{row.command}`",
         "commit": commit,
-        "data": f"{snapshot.dataset}: {dataset.fingerprint()}",
+        "data": f"{snapshot.dataset}: {snapshot.data}" + (f", {note}" if note else ""),
         "test accuracy": f"{_right(report)}; after the last of {counted(snapshot.epoch, 'epoch')}",
         "every fortieth test image in float64": right_of_some(snapshot, dataset),
         "connectivity": f"{percent(total.connectivity)}, {connections}",
@@ -122,11 +122,17 @@ def main(argv: list[str] | None = None) -> int:
     check_writable("-o/--output", options.output)
     (source,) = {snapshot.source for snapshot in finished.values()}
     dataset = source.load(options.dataset_dir)
+    found = dataset.fingerprint()
+    for name, snapshot in finished.items():
+        if snapshot.data != found:
+            text = f"{name} was trained on other data ({snapshot.data or 'not known'}), not {found}"
+            raise Refusal(f"argument --dataset-dir: {text}")
     for name, snapshot in finished.items():
         row, path = rows[name], options.output / f"{name}.safetensors"
+        note = grid.data_note(options.grid, snapshot.data)
         export(snapshot if row.method.prunes else in_half(snapshot), "safetensors", path)
         commit = everywhere(records.state(options.dump_dir, row).info, "git_commit") or "not known"
-        write_whole(path.with_suffix(".md"), card(name, row, commit, path, dataset, snapshot))
+        write_whole(path.with_suffix(".md"), card(name, row, commit, path, dataset, snapshot, note))
         print(f"{path}: {path.stat().st_size:,} bytes", flush=True)
     for name, row in rows.items():
         if name not in finished:

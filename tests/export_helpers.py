@@ -19,6 +19,7 @@ packed_forms = pytest.mark.parametrize("form", ["npz", "safetensors", "csr"], in
 
 OLD = Path(__file__).parent / "exports"
 OLD_EXPORTS = {"safetensors": OLD / "version-2.safetensors", "csr": OLD / "version-2.npz"}  # of :func:`old_network`
+OLD_EXPORTS["npz"] = OLD / "version-3.npz"
 
 
 @torch.no_grad()
@@ -89,11 +90,11 @@ def assert_same_counts(one, other, n: int = 16) -> None:
     assert torch.equal(other(images_for(one, n)), counts)
 
 
-def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run") -> Path:
-    """The checkpoint of a run, as training leaves it."""
+def write_run(folder: Path, network: SpikingNetwork, name: str = "a-run", **more: Any) -> Path:
+    """The checkpoint of a run, as training leaves it, with what is given besides."""
     path = folder / "models" / name / "checkpoint.pt"
     path.parent.mkdir(parents=True)
     (folder / "logs" / name).mkdir(parents=True)
     state = {"format": 1, "arguments": about(network), "epoch": 3, "network": network.state_dict(), "optimizers": []}
-    storage.write(path, state)
+    storage.write(path, state | more)
     return path.parent

@@ -16,6 +16,7 @@ from run_helpers import assert_same_run, load, results, same, scalars, store, th
 import measuring
 from gradrewire import GradRewiring
 from mnist import mnist
+from mnist.data import MNIST
 from mnist.model import MnistNet
 from training import checkpoint, logs, loop, randomness, run_info
 from training.divergence import FiniteCheck
@@ -508,6 +509,27 @@ def test_a_checkpoint_of_other_data_is_refused(run, tmp_path, mnist_folder):
     result = run(*GRAD, "-N", "2", data=other)
     assert result.status == 2
     assert "--dataset-dir: the run was made with other data" in result.err
+
+
+def test_a_test_on_other_data_says_so(run, tmp_path, mnist_folder):
+    """On a validation set, say: the console and the file tell it from a test on the run's own data."""
+    run(*GRAD, "-N", "1")
+    other = tmp_path / "other data"
+    shutil.copytree(mnist_folder, other)
+    labels = other / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    labels.write_bytes(content[:-1] + bytes([(content[-1] + 1) % 10]))
+    tested = {}
+    for folder in (mnist_folder, other):
+        found = MNIST.load(folder).fingerprint()
+        result = run(*GRAD, "-test", data=folder)
+        assert result.status == 0
+        (path,) = tmp_path.glob("logs/*/test.json")
+        tested[found] = json.loads(path.read_text())
+        assert (tested[found]["data"], tested[found]["precision"]) == (found, "fp32")
+        line = f"Testing with other data ({found}) than the run was made with ({next(iter(tested))}).\n"
+        assert (line in result.out) == (folder is other)
+    assert len(tested) == 2
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "list"])

@@ -28,6 +28,8 @@ def numbers_of(report):
     """What test.json says."""
     record = Recording(TEST)
     report.record(record)
+    record("data", "some")
+    record("precision", "fp32")
     return record.content()
 
 
@@ -82,6 +84,8 @@ def test_the_numbers_by_hand(example):
     cost = numbers.pop("energy")
     assert cost == pytest.approx({"pruned": 3000 * 4.6 + 50 * 0.9, "dense": 12000 * 4.6 + 200 * 0.9})  # pJ
     assert numbers == {
+        "data": "some",
+        "precision": "fp32",
         "epoch": 60,
         "position": 0,
         "accuracy": 95 / 97,

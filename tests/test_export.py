@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from analysis.formats import packed
 from analysis.snapshot import from_checkpoint, models_folder
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
+from training.command_line import output_file
+from training.errors import Refusal
 from training.files import storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +199,54 @@ def test_no_tensor_is_read_only(form, tmp_path, monkeypatch):
     assert all(array.flags.writeable for array in seen)
 
 
+def test_a_run_is_loaded_from_the_newest_checkpoint_that_is_good(tmp_path, capsys):
+    """As training resumes: from the one before where the last is damaged, or missing after a kill."""
+    older, newer = mnist(0.5), mnist(0.9)
+    models = write_run(tmp_path, older)
+    last, previous = models / "checkpoint.pt", models / "checkpoint-previous.pt"
+    saved = storage.read(last)
+    storage.write(last, saved | {"network": newer.state_dict(), "epoch": 4})
+    assert_same_counts(newer, load_pruned(models))
+    whole = last.read_bytes()
+    last.write_bytes(whole[:500] + b"?" + whole[501:])
+    with pytest.warns(
+        UserWarning, match=r"checkpoint\.pt is damaged.*; this is the network of checkpoint-previous\.pt"
+    ):
+        assert_same_counts(older, load_pruned(models))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+        load_pruned(last)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert main([str(models), "--format", "csr"]) == 0
+    assert f"checkpoint   {previous.stat().st_size:>11,} bytes" in capsys.readouterr().out
+    last.unlink()
+    with warnings.catch_warnings(action="error"):
+        for folder in (models, tmp_path / "logs" / "a-run"):
+            assert_same_counts(older, load_pruned(folder))
+        assert main([str(models), "--format", "csr"]) == 0
+    assert "after 3 epochs: " in capsys.readouterr().out
+    previous.write_bytes(whole[:500])
+    with pytest.raises(ValueError, match=r"checkpoint-previous\.pt is damaged"):
+        load_pruned(models)
+
+
+def test_a_folder_that_hides_a_network_of_its_name_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dense").mkdir()
+    with pytest.raises(ValueError, match=r"^dense has no checkpoint\.pt: .*; it hides the network dense, which comes"):
+        load_pruned("dense")
+    (tmp_path / "another").mkdir()
+    with pytest.raises(ValueError, match="another has no checkpoint") as raised:
+        load_pruned("another")
+    assert "hides" not in str(raised.value)
+
+
 # -- writing ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_format_is_named_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="must be one of npz, safetensors, csr, nir, not 'onnx'"):
+        export(snapshot_of(mnist()), "onnx", tmp_path / "new" / "file")
+    assert list(tmp_path.iterdir()) == []
 
 
 @forms
@@ -302,6 +352,24 @@ def test_no_checkpoint_is_replaced_by_an_export(tmp_path, capsys):
         assert main([str(models), "--format", "csr", "-o", str(output)]) == 2
         assert "is the run's checkpoint" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in models.iterdir()} == before
+
+
+def test_no_checkpoint_of_another_run_is_replaced(tmp_path, capsys):
+    """Whatever its name, and by whatever writes a file that an option names."""
+    run, other = (write_run(tmp_path, mnist(), name) for name in ("a-run", "other"))
+    kept = other / "checkpoint.pt"
+    kept = kept.rename(other / "kept.pt")
+    before = kept.read_bytes()
+    assert main([str(run), "--format", "csr", "-o", str(kept)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"argument -o/--output: {kept} is the checkpoint of a run")
+    with pytest.raises(Refusal, match=r"kept\.pt is the checkpoint of a run"):
+        export(snapshot_of(mnist()), "csr", kept)
+    with pytest.raises(Refusal, match=r"argument --json: .*kept\.pt is the checkpoint"), output_file("--json", kept):
+        pass
+    assert kept.read_bytes() == before
+    kept.write_bytes(before[:-1])  # damaged, so that nothing is lost
+    assert main([str(run), "--format", "csr", "-o", str(kept)]) == 0
 
 
 def test_the_check_fails_where_counts_differ(tmp_path, capsys, mnist_folder, monkeypatch):

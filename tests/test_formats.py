@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from export_helpers import (
 
 import measuring
 from analysis import formats
-from analysis.export import export, load_pruned
+from analysis.export import export, load_pruned, load_snapshot
 from analysis.formats import description, hdf5, layouts, packed
 from analysis.snapshot import Unreadable
 from c10.model import Cifar10Net
@@ -255,8 +256,14 @@ def test_a_foreign_safetensors_file(tmp_path):
 
 CHANGES = {
     "another program's": lambda d: d.update(format="another"),
-    "a later version": lambda d: d.update(version=4),
-    "version 2 with a width": lambda d: d.update(version=2),
+    "a later version": lambda d: d.update(version=5),
+    "a later version in text": lambda d: d.update(version="5"),
+    "version 3 with what is new in 4": lambda d: d.update(version=3),
+    "version 2 with a width": lambda d: [d.update(version=2), d.pop("position"), d.pop("data")],
+    "no position": lambda d: d.pop("position"),
+    "no data": lambda d: d.pop("data"),
+    "a negative position": lambda d: d.update(position=-1),
+    "data of two lines": lambda d: d.update(data="a\nb"),
     "no width": lambda d: d.pop("width"),
     "another width": lambda d: d.update(width=801),
     "a width of 0": lambda d: d.update(width=0),
@@ -307,7 +314,7 @@ def test_descriptions_that_do_not_fit(form, change, tmp_path, monkeypatch):
     refused(tmp_path / "file")
 
 
-@pytest.mark.parametrize("twice", ['"T": 8, "T"', '"version": 3, "version"', '"layers": {}, "layers"'])
+@pytest.mark.parametrize("twice", ['"T": 8, "T"', '"version": 4, "version"', '"layers": {}, "layers"'])
 @packed_forms
 def test_descriptions_that_say_one_thing_twice(form, twice, tmp_path, monkeypatch):
     key = twice.split('"')[1]
@@ -315,6 +322,32 @@ def test_descriptions_that_say_one_thing_twice(form, twice, tmp_path, monkeypatc
     monkeypatch.setattr(description, "describe", lambda *args: describe(*args).replace(f'"{key}"', twice, 1))
     (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
     assert "two members of one name" in refused(tmp_path / "file")
+
+
+@forms
+def test_an_export_of_a_newer_program_is_not_damaged(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(description, "VERSION", 5)
+    (tmp_path / "file").write_bytes(formats.WRITERS[form](snapshot_of(mnist())))
+    monkeypatch.setattr(description, "VERSION", 4)
+    line = refused(tmp_path / "file")
+    assert line == f"{tmp_path / 'file'} is an export of version 5, from a newer program: this one reads up to 4"
+
+
+@forms
+def test_an_export_says_after_which_step_and_on_which_data(form, tmp_path):
+    snapshot = replace(snapshot_of(mnist()), position=17, data="40+20 images, crc32 01234567")
+    export(snapshot, form, tmp_path / "file")
+    found = load_snapshot(tmp_path / "file")
+    assert replace(found, state=snapshot.state) == snapshot
+
+
+def test_the_members_of_an_archive_may_be_in_any_order(tmp_path):
+    export(snapshot_of(mnist()), "npz", tmp_path / "file.npz")
+    with np.load(tmp_path / "file.npz") as file:
+        arrays = dict(reversed(dict(file).items()))
+    np.savez(tmp_path / "other.npz", **arrays)
+    assert next(iter(arrays)) != "network"
+    assert_same_counts(mnist(), load_pruned(tmp_path / "other.npz"))
 
 
 def arrays_in(form: str, network) -> tuple[str, dict[str, np.ndarray]]:
@@ -694,10 +727,12 @@ def test_nir_takes_networks_of_bounded_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", OLD_EXPORTS)
-def test_exports_of_version_2_are_read(form):
+def test_exports_of_versions_2_and_3_are_read(form):
     pytest.importorskip("safetensors")
     with warnings.catch_warnings(action="error"):
         network = load_pruned(OLD_EXPORTS[form])
+        snapshot = load_snapshot(OLD_EXPORTS[form])
+    assert (snapshot.epoch, snapshot.position, snapshot.data) == (3, 0, "")
     for name, weight in measuring.prunable(old_network()).items():
         assert torch.equal(network.get_parameter(name), weight)
     assert_same_counts(old_network(), network)
@@ -754,7 +789,8 @@ def version_1(form: str, path: Path, change=lambda arrays: None) -> Path:
         with h5py.File(path, "r+") as file:
             del file["node/metadata/sha256"]
             text = json.loads(file["node/metadata/network"][()]) | {"version": 1}
-            del text["width"]
+            for key in ("width", "position", "data"):
+                del text[key]
             replaced(file, "node/metadata/network", json.dumps(text))
     return path
 

@@ -76,7 +76,7 @@ def test_the_files_have_the_keys_that_readers_know(run, tmp_path):
         *(f"layers/{name}/{key}" for name in weights for key in of_layer),
         *rates,
         *(f"operations/{name}/{key}" for name in weights for key in ("kind", "pruned", "dense")),
-        *("energy/pruned", "energy/dense"),
+        *("energy/pruned", "energy/dense", "data", "precision"),
     ]
 
 

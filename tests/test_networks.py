@@ -3,6 +3,7 @@
 import copy
 import functools
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from measuring.report import percent
 from mnist.data import MNIST
 from reproduce import grid, networks
 from training.errors import Refusal
-from training.files import json_files, storage
+from training.files import json_files
 
 SHIPPED = shipped.networks()
 MOST = 3_000_000  # bytes of a grid's networks
@@ -120,15 +121,15 @@ def test_a_file_comes_before_a_network_of_its_name(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def dump(tmp_path):
+def dump(tmp_path, mnist_folder):
     """A dump folder with the finished runs of two of MNIST's networks, and three others: one that is not finished, one
     within the epoch behind its row's last, and one that has just begun."""
     places = {"grad-5": (60, 0), "dense": (60, 0), "grad-2": (59, 0), "grad-17": (60, 3)}
     for name, (epoch, position) in places.items():
         run = grid.networks("mnist")[name].name
-        models = write_run(tmp_path / "dump", {"grad-5": mnist(0.95), "dense": mnist(0.0, 0.0)}.get(name, mnist()), run)
-        saved = storage.read(models / "checkpoint.pt") | {"epoch": epoch, "position": position}
-        storage.write(models / "checkpoint.pt", saved)
+        network = {"grad-5": mnist(0.95), "dense": mnist(0.0, 0.0)}.get(name, mnist())
+        data = MNIST.load(mnist_folder).fingerprint()
+        write_run(tmp_path / "dump", network, run, epoch=epoch, position=position, data=data)
         json_files.write(tmp_path / "dump" / "logs" / run / "run.json", {"git_commit": f"commit of {name}"})
     (tmp_path / "dump" / "models" / grid.networks("mnist")["grad-1"].name).mkdir()
     return tmp_path / "dump"
@@ -136,7 +137,7 @@ def dump(tmp_path):
 
 def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path, mnist_folder, capsys):
     pytest.importorskip("safetensors")
-    argv = ["mnist", "--dump-dir", str(dump), "--dataset-dir", str(mnist_folder), "-o", str(tmp_path / "out")]
+    argv = ["mnist", "--dump-dir", str(dump), "-o", str(tmp_path / "out"), "--dataset-dir", str(mnist_folder)]
     assert networks.main(argv) == 0
     out = capsys.readouterr().out
     for name in ("grad-1", "grad-2", "grad-17"):
@@ -169,6 +170,25 @@ def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path
     before = {name: path.read_text() for name, path in files.items() if path.suffix == ".md"}
     assert networks.main(argv) == 0
     assert {name: files[name].read_text() for name in before} == before
+    other = tmp_path / "other"
+    shutil.copytree(mnist_folder, other)
+    labels = next(other.rglob("t10k-labels*"))
+    content = bytearray(labels.read_bytes())
+    content[-1] = (content[-1] + 1) % 10
+    labels.write_bytes(content)
+    assert networks.main([*argv[:-1], str(other)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "argument --dataset-dir: " in line
+    assert "was trained on other data (40+20 images, crc32 " in line
+    assert {name: files[name].read_text() for name in before} == before
+
+
+def test_a_card_says_what_the_grid_says_of_the_data():
+    for name, path in SHIPPED.items():
+        assert (", JPEG copies of the images" in card_of(path)["data"]) == name.startswith("c10-narrow/")
+        snapshot, note = load_snapshot(name), grid.data_note(path.parent.parent.name, load_snapshot(name).data)
+        assert card_of(path)["data"] == f"{snapshot.dataset}: {snapshot.data}" + (f", {note}" if note else "")
+    assert grid.data_note("c10-narrow", "other") == ""
 
 
 def _batches(folder):
@@ -201,4 +221,4 @@ def test_a_network_of_which_something_cannot_be_told_gets_no_card(monkeypatch, t
     monkeypatch.setattr(networks, "load_snapshot", lambda path: None)
     monkeypatch.setattr(networks, "tested", lambda snapshot, dataset: SimpleNamespace(left_out=left_out))
     with pytest.raises(Refusal, match=r"^grad-5: Operations per image are left out: it is so\.$"):
-        networks.card("grad-5", None, "", tmp_path, None, None)
+        networks.card("grad-5", None, "", tmp_path, None, None, "")

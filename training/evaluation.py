@@ -53,8 +53,8 @@ def in_memory(evaluate: Callable[[], Result], batches: TestBatches) -> Result:
         print(f"No memory for {before} test images at a time: testing {batches.batch_size} at a time.", flush=True)
 
 
-def store_report(folder: Path, report: Report) -> None:
-    """Prints a test's results and stores them in the log folder."""
+def store_report(folder: Path, report: Report, data: str, precision: str) -> None:
+    """Prints a test's results and stores them in the log folder, with the data's fingerprint and the precision."""
     folder.mkdir(parents=True, exist_ok=True)
     print("\n".join(report.lines()))
     place = f"epoch-{report.epoch}" + (f"-step-{report.position}" if report.position else "")
@@ -64,5 +64,7 @@ def store_report(folder: Path, report: Report) -> None:
         files.write_whole(folder / f"rate-{name}-{place}.npy", array.getvalue())
     record = Recording(TEST)
     report.record(record)
+    record("data", data)
+    record("precision", precision)
     json_files.write(folder / FILES[TEST], record.content())
     print(f"\nThe firing rates of all neurons and {FILES[TEST]} are in {folder}.")

@@ -139,10 +139,11 @@ class Trainer:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         """Loads a checkpoint; for a test, only the network and the counters."""
-        if not self.options.test and saved["data"] != self.fingerprint:
-            raise Refusal(
-                f"argument --dataset-dir: the run was made with other data ({saved['data']}), not {self.fingerprint}"
-            )
+        if saved["data"] != self.fingerprint:
+            if not self.options.test:
+                text = f"the run was made with other data ({saved['data']}), not {self.fingerprint}"
+                raise Refusal(f"argument --dataset-dir: {text}")
+            print(f"Testing with other data ({self.fingerprint}) than the run was made with ({saved['data']}).")
         with checkpoint.checking(self.store.source):
             checkpoint_checks.check_network(saved, self.network)
             if not self.options.test:
@@ -400,7 +401,7 @@ class Trainer:
         found = in_memory(self._report, self.test_set)
         if self.position:
             print(f"The checkpoint was saved {self._place()}.")
-        store_report(self.folder, found)
+        store_report(self.folder, found, data=self.fingerprint, precision=self.options.precision_used)
 
     def _report(self) -> report.Report:
         with self._test_bar() as bar:

@@ -166,6 +166,9 @@ METRICS: tuple[Metric, ...] = (
            "problem (and what we can do about it)\", ISSCC 2014).", ENERGY, "energy/pruned", optional=True),
     Metric("energy_dense", "pJ per image", (TEST,), "The same with every weight connected.", ENERGY, "energy/dense",
            optional=True, also="`-test`: “all connected”"),
+    Metric("data", "", (TEST,), "What the test was of: the numbers of training and test images, and a checksum of all "
+           "pixels and labels.", also="`export`"),
+    Metric("precision", "", (TEST,), "Precision of the test's matrix products and convolutions."),
     # the rows of a grid
     Metric("connected", "weights", (GRID,), "Connected weights of all layers.", "Σ over layers of #{w ≠ 0}",
            also="`table.md`, figures"),

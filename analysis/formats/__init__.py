@@ -30,9 +30,10 @@ def read(path: Path) -> Snapshot:
     if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
         raise Unreadable(f"{path} is not a file")
     with open(path, "rb") as file:
-        head = file.read(41)
-    if head.startswith(b"PK"):  # an archive, with the name of its first member
-        reader = read_npz if head[30:] == b"network.npy" else from_checkpoint
+        head = file.read(30 + 200)
+    if head.startswith(b"PK"):  # an archive, with the name of its first member and that name's length
+        first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+        reader = read_npz if first.endswith(b".npy") else from_checkpoint
     elif head.startswith(b"\x89HDF"):
         reader = read_nir
     elif head[8:9] == b"{":

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.snapshot import FIELDS, Snapshot
+from analysis.snapshot import FIELDS, Snapshot, Unreadable
 from training.files import checks
 
-FORMAT, VERSION = "gradrewire network", 3
+FORMAT, VERSION = "gradrewire network", 4
+SINCE = {"width": 3, "position": 4, "data": 4}  # the version that has a field first, if not the first version
 SMALL, EXPANSION = 1 << 30, 1000  # bytes; deflate makes nothing smaller than a thousandth
 LENGTH = 1 << 16  # characters of a description; it has a few hundred
 
@@ -78,8 +79,12 @@ def described(path: Path, text: str, sha256: str | None) -> tuple[Snapshot, dict
     description = parse(text)
     if type(description) is not dict or description.get("format") != FORMAT:
         raise ValueError(f"it has no description of a {FORMAT}")
-    version = checks.whole_number("its version", description.get("version"), 1, VERSION)
-    fields = [key for key in FIELDS if key != "width" or version >= 3]
+    version = checks.whole_number("its version", description.get("version"), 1)
+    if version > VERSION:
+        raise Unreadable(
+            f"{path} is an export of version {version}, from a newer program: this one reads up to {VERSION}"
+        )
+    fields = [key for key in FIELDS if version >= SINCE.get(key, 1)]
     checks.keys("its description", description, {"format", "version", *fields, "neuron", "normalisation", "layers"})
     if (version == 1) != (sha256 is None):
         raise ValueError(f"its version is {version}, {'without' if sha256 is None else 'with'} a digest")

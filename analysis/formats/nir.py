@@ -43,8 +43,8 @@ def write_nir(snapshot: Snapshot) -> bytes:
             f"argument --format: nir cannot hold the {snapshot.experiment} network: NIR has no node for max pooling; "
             "use npz, safetensors or csr"
         )
-    nir = imported("nir", "this format")
-    imported("nirtorch", "this format")
+    nir = imported("nir", "the format nir")
+    imported("nirtorch", "the format nir")
     from spikingjelly.activation_based.nir_exchange import export_to_nir
 
     for name in snapshot.state.keys() - set(WEIGHTS.values()):
@@ -63,7 +63,7 @@ def write_nir(snapshot: Snapshot) -> bytes:
 
 def read_nir(path: Path) -> Snapshot:
     """Reads a graph of :func:`write_nir`, and no other, as data: a general importer would make modules of it."""
-    imported("h5py", "this format")
+    imported("h5py", str(path))
     found = hdf5.read(path)
     texts = [found.pop(f"node/metadata/{key}", None) for key in ("network", "sha256")]
     if texts[0] is None or any(text is not None and (text.shape, text.dtype.kind) != ((), "U") for text in texts):

@@ -193,7 +193,7 @@ def _smaller(weight: NDArray) -> str:
 
 
 def write_safetensors(snapshot: Snapshot) -> bytes:
-    save = imported("safetensors.numpy", "this format").save
+    save = imported("safetensors.numpy", "the format safetensors").save
     texts, arrays = pack(snapshot, _smaller)
     content = save(arrays, metadata=texts)
     (length,) = struct.unpack("<Q", content[:8])
@@ -205,7 +205,7 @@ def write_safetensors(snapshot: Snapshot) -> bytes:
 
 
 def read_safetensors(path: Path) -> Snapshot:
-    safe_open = imported("safetensors", "this format").safe_open
+    safe_open = imported("safetensors", str(path)).safe_open
     header = _header(path)
     texts = header.pop("__metadata__", None)
     if type(texts) is not dict or "network" not in texts or texts.keys() - {"network", "sha256"}:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from training import files
 from training.errors import Refusal
+from training.files import storage
 
 LARGEST = 2**63 - 1  # the largest whole number in a tensor
 
@@ -114,10 +115,13 @@ def output_file(option: str, path: Path, parents: bool = False) -> Iterator[Path
     """:func:`training.files.replacing` for the file that an option names.
 
     Raises:
-        Refusal: the file cannot be written. This is known at the start, before anything is computed.
+        Refusal: the file cannot be written, or is a checkpoint. This is known at the start, before anything is
+            computed.
     """
     with contextlib.ExitStack() as stack:
         with writing(option, path):
+            if storage.is_stored(path):
+                raise Refusal(f"argument {option}: {path} is the checkpoint of a run")
             temporary = stack.enter_context(files.replacing(path, parents=parents))
         yield temporary
 

@@ -62,6 +62,15 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def is_stored(path: Path) -> bool:
+    """Whether a file, if there is one, ends as those of :func:`write`: it may be the only copy of a state."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - FOOTER_LENGTH, 0))
+        return FOOTER.fullmatch(file.read()) is not None
+
+
 def write(path: Path, state: Any, damaged: bool = False) -> None:
     """Stores ``state`` in ``path`` and keeps what was there in :func:`previous_of`.
 

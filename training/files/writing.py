@@ -142,7 +142,7 @@ def replacing(path: Path, parents: bool = False, ours: bool = False) -> Iterator
         special = mode is not None and not regular and not ours
         folder = Path(tempfile.gettempdir()) if special else target.parent
         temporary = folder / (f"{_short(path.name)}.tmp" if ours else f".{os.getpid()}-{secrets.token_hex(8)}.tmp")
-        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary.unlink(missing_ok=True)  # ours has the name that one of a process that was killed has
         temporary.touch(0o600 if special else 0o666, exist_ok=False)
     try:
         yield temporary
