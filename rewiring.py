@@ -842,12 +842,13 @@ def _flat(lists: Lists) -> Lists:
 def _compiled(update: Callable[..., None]) -> Callable[..., None]:
     """An update, compiled; the plain one from then on, and one line, where that fails."""
     compiled = torch.compile(update, dynamic=True)
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
 
     def run(lists: Lists, **settings: Any) -> None:
         nonlocal compiled
         if compiled is not None:
             try:
-                with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                with torch._dynamo.config.patch(**{limit: RECOMPILE_LIMIT}):
                     return compiled(_flat(lists), **_as_tensors(settings))
             except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, nothing has been changed
                 reason = type(getattr(error, "inner_exception", error)).__name__

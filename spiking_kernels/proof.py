@@ -12,7 +12,12 @@ import torch
 from spikingjelly.activation_based import functional, layer, surrogate
 from torch import nn
 from torch.jit import is_tracing
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -22,6 +27,7 @@ from spiking_kernels.tensors import Unfit
 STATE = frozenset({"_memories", "_memories_rv"})  # of a neuron, and where it starts; may hold tensors
 # Tensors and layers are compared as such; the rest changes nothing that is computed.
 APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook", "v_seq"})
+GLOBAL_HOOKS = (_global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
 # layers go by their weights
 SIZES = frozenset({"in_features", "out_features", "in_channels", "out_channels", "num_features"})
 
@@ -218,7 +224,7 @@ def check_unwatched() -> None:
         Unfit: a kernel would hide operations from what watches them.
     """
     for obstacle, found in (
-        ("there are hooks on all modules", _has_any_global_hook()),
+        ("there are hooks on all modules", any(GLOBAL_HOOKS)),
         ("torch.jit traces the network", is_tracing()),
         ("a transform of torch.func is active", torch._C._are_functorch_transforms_active()),
         ("a mode of torch's dispatcher is active", torch._C._len_torch_dispatch_stack()),
