@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -58,21 +59,19 @@ def adam(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Advances Adam's moments by the gradients (Kingma and Ba, ICLR 2015, algorithm 1).
 
+    Where ``lists`` has "sizes" instead of "step", these are used: see :func:`step_sizes`.
+
     Returns:
         Adam's changes eta_t * m / d_t (new tensors of the weights' shapes) and the step sizes eta_t, 0-dimensional.
-
-    Bias corrections are 0-dimensional float64 tensors where ``step`` lives: on the CPU they enter a
-    CUDA kernel by value, on the device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
     """
     beta1, beta2 = betas
+    etas, corrections = step_sizes(lists["step"], lr, betas) if "step" in lists else _pairs(lists["sizes"])
     grads, ms, vs = lists["grad"], lists["exp_avg"], lists["exp_avg_sq"]
     if maximize:
         grads = torch._foreach_neg(grads)
     if weight_decay is not None:
         weights, alpha = _scaled(lists["weight"], weight_decay)
         grads = torch._foreach_add(grads, weights, alpha=alpha)
-    torch._foreach_add_(lists["step"], 1)
-    ts = [step.double() for step in lists["step"]]
     # not lerp_, which rounds differently from the trajectories that the paper's implementation takes
     torch._foreach_mul_(ms, each(beta1, ms))
     parts, alpha = _scaled(grads, 1 - beta1)
@@ -84,12 +83,48 @@ def adam(
         torch._foreach_maximum_(lists["max_exp_avg_sq"], vs)
         vs = lists["max_exp_avg_sq"]
     denominators = torch._foreach_sqrt(vs)
-    torch._foreach_div_(denominators, [(1 - beta2**t).sqrt() for t in ts])
+    torch._foreach_div_(denominators, corrections)
     torch._foreach_add_(denominators, each(eps, denominators))
-    etas = [lr / (1 - beta1**t) for t in ts]
     changes = torch._foreach_mul(ms, etas)
     torch._foreach_div_(changes, denominators)
     return changes, etas
+
+
+def step_sizes(
+    steps: list[Tensor], lr: float | Tensor, betas: tuple[float, float] | tuple[Tensor, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Counts a step; returns the step sizes eta_t and the roots sqrt(1 - beta2^t).
+
+    They are 0-dimensional float64 tensors where the ``steps`` live: on the CPU they enter a CUDA kernel by value, on
+    the device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
+    """
+    beta1, beta2 = betas
+    torch._foreach_add_(steps, 1)
+    ts = [step.double() for step in steps]
+    return [lr / (1 - beta1**t) for t in ts], [(1 - beta2**t).sqrt() for t in ts]
+
+
+def _with_sizes(lists: Lists, lr: float | Tensor, betas: tuple[float, float]) -> Lists:
+    """The lists for compiled code, with :func:`step_sizes`: in it, every weight would compute its powers in float64.
+
+    On a GPU all are one tensor [2, n], which takes as few kernels as those of one weight.
+    """
+    steps = lists["step"]
+    others = {key: tensors for key, tensors in lists.items() if key != "step"}
+    if not steps[0].is_cuda:
+        return others | {"sizes": [*chain(*step_sizes(steps, lr, betas))]}
+    torch._foreach_add_(steps, 1)
+    beta1, beta2 = betas
+    ts = torch.stack(steps).double()
+    return others | {"sizes": [torch.stack([lr / (1 - beta1**ts), (1 - beta2**ts).sqrt()])]}
+
+
+def _pairs(sizes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The two lists that :func:`_with_sizes` has put into one, or into one tensor."""
+    if sizes[0].dim():
+        etas, corrections = sizes[0].unbind()
+        return [*etas.unbind()], [*corrections.unbind()]
+    return sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]
 
 
 def each(value: float | Tensor, tensors: list[Tensor]) -> float | list[Tensor]:
@@ -833,7 +868,7 @@ def _flat(lists: Lists) -> Lists:
     """
     contiguous = all(tensor.is_contiguous() for tensors in lists.values() for tensor in tensors)
     return {
-        key: [t.view(-1).detach() if contiguous and key != "step" else t.detach() for t in tensors]
+        key: [t.view(-1).detach() if contiguous and key != "sizes" else t.detach() for t in tensors]
         for key, tensors in lists.items()
     }
 
@@ -846,11 +881,12 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
 
     def run(lists: Lists, **settings: Any) -> None:
         nonlocal compiled
+        lists = _with_sizes(lists, settings["lr"], settings["betas"])
         if compiled is not None:
             try:
                 with torch._dynamo.config.patch(**{limit: RECOMPILE_LIMIT}):
                     return compiled(_flat(lists), **_as_tensors(settings))
-            except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, nothing has been changed
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, no weight has been changed
                 reason = type(getattr(error, "inner_exception", error)).__name__
                 warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=2)
                 compiled = None

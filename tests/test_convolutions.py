@@ -98,6 +98,8 @@ def test_only_the_gradients_that_are_needed(needed):
 @pytest.mark.parametrize("how", ["create_graph", "saved tensors"])
 def test_hooks_are_called_once(how):
     """Also where torch computes the gradients."""
+    if how == "saved tensors" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 itself forgets the hooks of a tensor that comes back from such hooks")
     (spikes, weight), grad = spikes_and_weight(*SIZES[1]), gradient(*SIZES[1])
     if how == "create_graph":
         around = contextlib.nullcontext()

@@ -94,7 +94,7 @@ def compiled(kernel, capability, dtype, **constants):
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if name in numbers else "*" + (dtype if name in POINTERS else "fp32")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    source = ASTSource(kernel, signature, constants)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert built.asm["cubin"]
     assert not re.search(r"\b(atom|red)\.", built.asm["ptx"]), f"{kernel.__name__} adds in no fixed order"

@@ -51,7 +51,7 @@ def compile_all(capability):
         constants = dict(C=channels, BLOCK=images_triton.BLOCK)
         names = [parameter.name for parameter in images_triton._lookup.params]
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-        source = ASTSource(fn=images_triton._lookup, signature=signature, constexprs=constants)
+        source = ASTSource(images_triton._lookup, signature, constants)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 

@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 
 def interpret(program: Path, *arguments: str) -> None:
     """Compares the values that Triton's interpreter computes."""
+    if version("triton").startswith("3.2."):
+        pytest.skip("Triton 3.2's interpreter fails with NumPy 2.4: an array of one number is no number there")
     _run([str(program), "values", *arguments], {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
