@@ -4,20 +4,25 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+OLD = find_spec("triton") is not None and version("triton").startswith("3.2.")
+
 
 def interpret(program: Path, *arguments: str) -> None:
     """Compares the values that Triton's interpreter computes."""
-    if version("triton").startswith("3.2."):
+    if OLD:
         pytest.skip("Triton 3.2's interpreter fails with NumPy 2.4: an array of one number is no number there")
     _run([str(program), "values", *arguments], {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
 
 
 def compile(program: Path, capability: int, cache: Path) -> None:
     """Compiles the kernels for a compute capability, 90 for 9.0 say, with an empty cache."""
+    if OLD and capability >= 100:
+        pytest.skip("Triton 3.2 does not compile for compute capability 10.0")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     _run([str(program), "compile", str(capability)], environment)
