@@ -236,6 +236,29 @@ def test_the_fused_update_is_compiled_without_kernels_too(monkeypatch):
     assert_as_eager("grad", fused=True, changes={3: {"lr": 0.02}, 5: {"betas": (0.5, 0.9)}})
 
 
+@pytest.mark.parametrize("variant", ["grad", "deep", "soft deep"])
+def test_no_weight_computes_powers_in_the_compiled_update(variant, monkeypatch):
+    """Inductor would compute those of the bias corrections in float64 for every weight, in the loop over them."""
+    traced, compile = [], torch.compile
+
+    def keep(graph, inputs):
+        traced.append([str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method")])
+        return graph.forward
+
+    rewiring._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda update, dynamic: compile(update, dynamic=dynamic, backend=keep))
+    monkeypatch.setattr("rewiring.spiking_kernels", None)
+    plain, _ = training(variant, lambda step: step, foreach=False)
+    fused, optimizer = training(variant, lambda step: step, fused=True)
+    rewiring._compiled.cache_clear()
+    assert traced
+    assert all(len(calls) > 10 and not any("pow" in call for call in calls) for calls in traced)
+    assert [int(state["step"]) for state in optimizer.state.values()] == [8, 8]
+    if variant != "deep":  # which draws other random numbers
+        for p, q in zip(plain, fused, strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("variant", ["grad", "deep"])
