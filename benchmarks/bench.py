@@ -5,6 +5,7 @@ are medians, because the machine may be shared and noisy. Of a slow execution, o
 time of an epoch is computed from them; the tables say from how many.
 """
 
+import gc
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -188,6 +189,7 @@ def step_rows(
     on_gpu, base = device.type == "cuda", None
     for name, settings in executions.items():
         try:
+            gc.collect()  # the execution before, whose batches hold it
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -35,6 +37,7 @@ from training.run_info import git_commit, processor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds that a process has to stop by itself
+FIRST = ("step", "models", "schedule", "batches_on_gpu", "divergence", "energy", "export", "storage")  # files of tests
 TESTS, TRAINING = "Tests that need a GPU", "Training on CIFAR-10's images, fast recipe"
 SHARES = {"tests": 0.13, **{name: part.share for name, part in PARTS.items()}, "training": 0.32}
 RUNS = {  # the first two have as many epochs as both have time for, then the next two
@@ -46,7 +49,9 @@ RUNS = {  # the first two have as many epochs as both have time for, then the ne
 START = 40.0  # seconds that a run needs before its first epoch, until one has told
 
 
-def finish(argv: list[str], log: Path, seconds: float) -> str | None:
+def finish(
+    argv: list[str], log: Path, seconds: float, environment: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
     """Runs a command for at most so many seconds; returns why it failed, in one line."""
     with open(log, "ab") as out:
         out.write(f"\n$ {shlex.join(argv)}\n".encode())
@@ -56,7 +61,7 @@ def finish(argv: list[str], log: Path, seconds: float) -> str | None:
             argv,
             cwd=REPOSITORY,
             # columns for pytest's reasons; unbuffered, as an error would otherwise come before what was printed earlier
-            env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1", **environment},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -93,14 +98,24 @@ def stop(process: subprocess.Popen) -> None:
 
 def run_tests(report: Report, log: Path, seconds: float, small: bool) -> None:
     begin = log.stat().st_size if log.exists() else 0
-    which = ["tests/test_step.py"] if small else []
+    which = ["tests/test_step.py"] if small else gpu_tests()
     options = ["-v", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    reason = finish([sys.executable, "-m", "pytest", "-m", "gpu", *options, *which], log, seconds)
+    # read at the first product of a process, and tests of deterministic runs may come after it
+    workspace = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    reason = finish([sys.executable, "-m", "pytest", "-m", "gpu", *options, *which], log, seconds, workspace)
     counts, failures = outcomes(log.read_bytes()[begin:].decode(errors="replace"))
     said = ", ".join(f"{n} {outcome.lower()}" for outcome, n in counts.items()) or "none ran"
     note = said if reason is None or (failures and not reason.startswith("stopped")) else f"{said}; {reason}"
     made = table("Tests that did not pass", ("test", "reason"), failures) if failures else None
     report.add(TESTS, made, note=note)
+
+
+def gpu_tests() -> list[str]:
+    """The files with tests that need a GPU, in the order in which they tell most, for there may be no time for all."""
+    files = [path for path in (REPOSITORY / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+    places = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    files.sort(key=lambda path: (places.get(path.name, len(FIRST)), path.name))
+    return [f"tests/{path.name}" for path in files]
 
 
 def outcomes(text: str) -> tuple[Counter, list[tuple[str, str]]]:

@@ -1,6 +1,7 @@
 """What benchmarks.gpu measures, each part in a process of its own: it adds its tables to the report, row by row."""
 
 import argparse
+import gc
 import importlib.util
 import re
 import sys
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import measuring
 from benchmarks.bench import C10, MNIST, STEP_HEAD, WARMUP, Execution, ceiling, step_rows
 from benchmarks.gpu_report import Report
-from benchmarks.optimizers import bench_optimizers
+from benchmarks.optimizers import OPTIMIZERS, SHAPES, bench_optimizers
 from benchmarks.tables import Tables, in_turns, noise, table
 from spiking import StepwiseBatchNorm2d, lif
 from training import data
@@ -65,6 +66,7 @@ class Trained:
 
 
 def trained(experiment, dataset: data.Dataset, device: torch.device, mode: str, line: str) -> Trained:
+    gc.collect()  # an execution before this one, whose batches hold it
     execution = Execution(experiment, dataset, device, line, mode=mode)
     execution.network.train()
     set_precision(execution.precision, device)
@@ -234,15 +236,24 @@ def bench_profile(device: torch.device, small: bool) -> Tables:
     plain = "layer by layer, plain (--no-compile)"
     executions = ways(C10, "bf16", small)
     for name in (FAST, "compiled and captured", plain):
+        execution = None
+        gc.collect()
         execution = Execution(C10, images(C10, 1280), device, **executions[name])
         execution.train(2 if small else WARMUP)
         yield profile_table(execution, 2 if small else 10, f"CIFAR-10 training step, bf16: {name}")
 
 
 def bench_updates(device: torch.device, small: bool) -> Tables:
+    """Each optimizer in turns with Adam: two of them fit on any card, and a row is there as soon as it is measured."""
+    sizes, names = dict(reversed(SHAPES.items())), list(OPTIMIZERS)  # the large ones tell more
     if small:
-        return bench_optimizers(device, 1, {"few weights": ([(8, 4)], 1)}, {"Adam, fused", "Grad R, fused"})
-    return bench_optimizers(device, 3)
+        sizes, names = {"few weights": ([(8, 4)], 1)}, ["Adam, fused", "Grad R, fused"]
+    for what, size in sizes.items():
+        rows = []
+        for name in names:
+            (made,) = bench_optimizers(device, 1 if small else 3, {what: size}, {"Adam, fused", name})
+            rows += [row for row in made["rows"] if row[0] == name]
+            yield table(made["title"], made["head"], rows)
 
 
 # --

@@ -229,6 +229,9 @@ def _factors(
 
 # -- called from Python ------------------------------------------------------------------------------
 
+# one rounding for a product and the sum that takes it; said, as Triton's default is about to change
+FUSION = {"enable_fp_fusion": True}
+
 
 def _channels(C: int) -> int:
     return min(64, triton.next_power_of_2(C))
@@ -253,14 +256,14 @@ def statistics(y: Tensor, norm: nn.BatchNorm2d, T: int, ranks: Any = None) -> St
     tiles = max(TILES, triton.cdiv(P, ROWS * MOMENTS))
     parts = triton.cdiv(P, ROWS * tiles)
     means, squares = y.new_empty((2, T, parts, C), dtype=torch.float32)
-    _moments[parts, triton.cdiv(C, BC), T](y, means, squares, P, C, tiles, ROWS, BC)
+    _moments[parts, triton.cdiv(C, BC), T](y, means, squares, P, C, tiles, ROWS, BC, **FUSION)
     made = y.new_empty((4, T, C), dtype=torch.float32)
     running = norm.running_mean, norm.running_var
     if ranks is not None:  # those of the share are of no use
         running = tuple(y.new_empty((2, C), dtype=torch.float32))
     tensors = (means, squares, norm.weight, norm.bias, *running, norm.num_batches_tracked, *made)
     settings = (P, C, T, parts, ROWS * tiles, norm.eps, norm.momentum, triton.next_power_of_2(parts), 16)
-    _merge[triton.cdiv(C, 16),](*tensors, *settings)
+    _merge[triton.cdiv(C, 16),](*tensors, *settings, **FUSION)
     if ranks is None:
         return Statistics(*made, norm.eps, own=True)
     mean, variance = ranks.pooled(*made[:2])
@@ -288,7 +291,7 @@ def forward(y: Tensor, found: Statistics | None, shape: Shape, counts: Tensor | 
     spikes = images(*shape.output(y), like=y)
     scale, shift = (y, y) if found is None else (found.scale, found.shift)
     settings = (N, H, W, C, T, found is not None, shape.constant, Q, K, BC)
-    _forward[tiles, triton.cdiv(C, BC)](y, scale, shift, spikes, *settings)
+    _forward[tiles, triton.cdiv(C, BC)](y, scale, shift, spikes, *settings, **FUSION)
     if counts is not None:
         counts += spikes.sum(0, dtype=torch.float32).permute(1, 2, 0).long()
     return spikes
@@ -305,7 +308,7 @@ def backward(
     dy = images(*y.shape, like=y)
     if found is None:
         settings = (N, H, W, C, 1, T, steps, False, shape.constant, False, Q, K, BC)
-        _backward[tiles, groups](y, y, y, grad, y, y, y, y, dy, *settings)
+        _backward[tiles, groups](y, y, y, grad, y, y, y, y, dy, *settings, **FUSION)
         return dy, None, None
     each = triton.cdiv(tiles, PARTS)
     parts = triton.cdiv(tiles, each)
@@ -313,16 +316,16 @@ def backward(
     mean_g, slope = y.new_empty((2, T, C), dtype=torch.float32)
     grad_weight, grad_bias = y.new_empty((2, C), dtype=torch.float32)
     tensors = (y, found.scale, found.shift, grad, found.mean, mean_g, slope, partial, dy)
-    _backward[parts, groups](*tensors, N, H, W, C, each, T, steps, True, False, True, Q, K, BC)
+    _backward[parts, groups](*tensors, N, H, W, C, each, T, steps, True, False, True, Q, K, BC, **FUSION)
     outputs = (grad_weight, grad_bias, mean_g, slope)
     if found.ranks is None:
         through = found.own / (N * H * W)  # without it, no gradient flows through the statistics
         settings = (C, T, parts, found.eps, through, triton.next_power_of_2(parts), 16)
-        _factors[triton.cdiv(C, 16),](partial, found.variance, *outputs, *settings)
+        _factors[triton.cdiv(C, 16),](partial, found.variance, *outputs, *settings, **FUSION)
     else:
         total, inverse = partial.sum(0, dtype=torch.float64), (found.variance.double() + found.eps).rsqrt()
         mean_all, mean_gy = found.through(total, N * H * W)
         made = ((total[1] * inverse).sum(0), total[0].sum(0), mean_all, mean_gy * inverse.square())
         torch._foreach_copy_(list(outputs), list(made))
-    _backward[tiles, groups](*tensors, N, H, W, C, 1, T, steps, True, False, False, Q, K, BC)
+    _backward[tiles, groups](*tensors, N, H, W, C, 1, T, steps, True, False, False, Q, K, BC, **FUSION)
     return dy, grad_weight, grad_bias

@@ -51,6 +51,14 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def deterministic_in_one_test():
+    """What a run with --deterministic asks of torch does not outlast its test."""
+    yield
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_for_this_arithmetic(tmp_path_factory):
     """torch.compile keeps what it made for one ATEN_CPU_CAPABILITY and takes it for another, where it does not fit."""

@@ -112,6 +112,15 @@ def test_the_outcomes_of_the_tests_are_read():
     ]
 
 
+def test_all_files_with_tests_for_a_gpu_run_and_what_tells_most_first():
+    names = gpu.gpu_tests()
+    assert names[:2] == ["tests/test_step.py", "tests/test_models.py"]
+    assert {"tests/test_rewiring.py", "tests/test_checkpoint.py"} < set(names)
+    assert "tests/test_docs.py" not in names
+    assert {f"tests/test_{name}.py" for name in gpu.FIRST} < set(names)
+    assert len(names) == len(set(names))
+
+
 def test_without_pytest_one_line_says_so(tmp_path, monkeypatch):
     report = Report(tmp_path)
     (tmp_path / "log").touch()

@@ -12,6 +12,7 @@ import measuring
 from c10.model import Cifar10Net
 from mnist.model import MnistNet
 from spiking import StepwiseBatchNorm2d, lif
+from training.step import set_precision
 
 modes = pytest.mark.parametrize("step_mode", ["s", "m"])
 
@@ -363,7 +364,8 @@ def test_on_cuda_as_on_the_cpu(step_mode):
     for net in (network, other):
         net.fc[1].p = 0.0
     images, labels = torch.randn(3, 3, 32, 32), torch.tensor([1, 2, 3])
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    set_precision("fp32", torch.device("cuda"))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         counts, _, buffers = run(network, images, labels)
         others, _, other_buffers = run(other, images.cuda(), labels.cuda())
     # a rounding difference may flip single spikes
