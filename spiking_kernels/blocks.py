@@ -58,7 +58,7 @@ def _kernels(y: Tensor) -> ModuleType:
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight, bias, found: Statistics | None, shape: Shape, counts) -> Tensor:
-        ctx.found, ctx.shape = found, shape
+        ctx.found, ctx.shape, ctx.of = found, shape, y.shape
         ctx.save_for_backward(y, weight, bias)
         return _kernels(y).forward(y, found, shape, counts)
 
@@ -66,7 +66,8 @@ class _Block(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         found, shape, (y, weight, bias) = ctx.found, ctx.shape, ctx.saved_tensors
         # what was saved may come back as another tensor: torch.autograd.graph.saved_tensors_hooks
-        if torch.is_grad_enabled() or _flaw(grad) or _flaw(y) or grad.dtype is not y.dtype:
+        other = grad.dtype is not y.dtype or y.shape != ctx.of
+        if torch.is_grad_enabled() or _flaw(grad) or _flaw(y) or other:
             if found is not None and found.ranks is not None:
                 raise RuntimeError("over several ranks there are no gradients of gradients, nor hooks on saved tensors")
             plain = functools.partial(_plain, found=found, shape=shape)
@@ -166,7 +167,7 @@ def lif_block(
         raise Unfit(f"y {reason}")
     whole("T", shape.T, 1, _kernels(y).MAX_T)
     y = laid_out(y, torch.channels_last)
-    _check_sizes(y, pool=shape.pool)
+    _check_sizes(y, shape)
     if not shape.constant and len(y) % shape.T:
         raise Unfit(f"y has {len(y)} images, not a multiple of T={shape.T}")
     if counts is not None:
@@ -197,7 +198,7 @@ def batch_norm(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         raise Unfit(reason)
     if not norm.track_running_stats or type(norm.momentum) is not float or not norm.eps > 0:
         raise Unfit("the BatchNorm has no moving average, or no positive eps")
-    _check_sizes(y)
+    _check_sizes(y, Shape(1))
     _check_norm(norm, y, Shape(1))
     with torch.no_grad():
         found = blocks_c.statistics(y, norm, 1)
@@ -228,11 +229,11 @@ class _Norm(torch.autograd.Function):
         return *(x if need else None for x, need in zip(found, needed, strict=True)), None, None, None
 
 
-def _check_sizes(y: Tensor, pool: bool = False) -> None:
-    """Raises Unfit for images [N, C, H, W] that are none, or whose sizes are too large for an int in C."""
+def _check_sizes(y: Tensor, shape: Shape) -> None:
+    """Raises Unfit for images [N, C, H, W] that are none, or whose sizes are too large for a kernel's int."""
     for name, size in zip("NCHW", y.shape, strict=True):
-        whole(name, size, 2 if pool and name in "HW" else 1, LARGEST)
-    whole("N H W", y.numel() // y.shape[1], 1, LARGEST)
+        whole(name, size, 2 if shape.pool and name in "HW" else 1, LARGEST)
+    whole("T N H W", y.numel() // y.shape[1] * (shape.T if shape.constant else 1), 1, LARGEST)
 
 
 def _check_norm(norm: nn.BatchNorm2d, y: Tensor, shape: Shape) -> None:

@@ -221,8 +221,9 @@ def _factors(
         inverse = 1.0 / tl.sqrt_rn(tl.load(variance + t * C + c, c < C, other=1.0) + eps)
         of_bias += sum_g
         of_weight += sum_gy * inverse
-        tl.store(mean_g + t * C + c, sum_g * through, c < C)
-        tl.store(slope + t * C + c, sum_gy * through * inverse * inverse, c < C)
+        flows = through != 0.0  # else also a sum that is not finite
+        tl.store(mean_g + t * C + c, tl.where(flows, sum_g * through, 0.0), c < C)
+        tl.store(slope + t * C + c, tl.where(flows, sum_gy * through * inverse * inverse, 0.0), c < C)
     tl.store(grad_weight + c, of_weight, c < C)
     tl.store(grad_bias + c, of_bias, c < C)
 

@@ -16,7 +16,12 @@ from pathlib import Path
 from spiking_kernels import kept
 
 FOLDER = Path(__file__).parent  # every .c file in it is compiled, and may include every .h file
-FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FAST = {
+    "-Ofast",
+    "-ffast-math",
+    "-funsafe-math-optimizations",
+}  # left out of CC: gcc 12 links what rounds denormals to 0
 # Of each row the first that the compiler takes, or none. Without -fopenmp the kernels have one thread.
 ALTERNATIVES = (("-march=native", "-mcpu=native"), ("-fopenmp", "-fopenmp-simd"))
 PROBE = """int probe(int n) {
@@ -103,7 +108,11 @@ def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
             path = _path(command, chosen, options)
             if (loaded := _load_kept(path)) is not None:
                 return loaded
-            content = compile_files(command, sources(), [*FLAGS, *filter(None, chosen), *options], folder)
+            try:
+                content = _compiled(command, chosen, options, folder)
+            except _OptionFails:  # an assembler that is older than the compiler, say
+                chosen[0] = None
+                path, content = _path(command, chosen, options), _compiled(command, chosen, options, folder)
     except OSError as error:
         raise Unavailable(f"they cannot be compiled ({error})") from None
     loaded = _load(content)
@@ -111,7 +120,9 @@ def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
     try:
         if path:
             kept.write(content, path)
-            return loaded
+            if kept.read(path) is not None:
+                return loaded
+            reason = f"{path}: others can write there, or its file system says so"
     except OSError as error:
         reason = f"{path}: {error.strerror}"
     warnings.warn(
@@ -122,9 +133,13 @@ def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
     return loaded
 
 
+def _compiled(command: list[str], chosen: list[str | None], options: tuple[str, ...], folder: Path) -> bytes:
+    return compile_files(command, sources(), [*FLAGS, *filter(None, chosen), *options], folder)
+
+
 def _path(command: list[str], chosen: list[str | None], options: tuple[str, ...]) -> Path | None:
     """Where a library is kept; the name holds all that its content depends on."""
-    texts = [path.read_text() for path in sources("*.[ch]")]
+    texts = [path.read_bytes() for path in sources("*.[ch]")]
     parts = (texts, command, FLAGS, chosen, options, platform.libc_ver(), _processor())
     folder = kept.folder()
     return folder and folder / f"cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.kernels"
@@ -144,10 +159,10 @@ def _processor() -> str:
 
 
 def compiler() -> list[str]:
-    """The words of CC, which may hold arguments."""
+    """The words of CC, which may hold arguments, without those for arithmetic that knows no NaN and infinity."""
     text, problem = os.environ.get("CC", "cc"), ""
     try:
-        if words := shlex.split(text):
+        if words := [word for word in shlex.split(text) if word not in FAST]:
             return words
     except ValueError as error:
         problem = f": {error}"

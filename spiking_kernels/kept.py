@@ -129,4 +129,16 @@ def _places() -> list[Path]:
     places = [folder()]
     with contextlib.suppress(OSError):
         places.append(Path(tempfile.gettempdir()))
-    return [place for place in places if place]
+    return [place for place in places if place and _ours(place)]
+
+
+def _ours(folder: Path) -> bool:
+    """Whether nobody else can put something in the place of what is in a folder, which need not exist."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return True
+    if not hasattr(os, "geteuid"):
+        return True
+    shared = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+    return status.st_uid in (0, os.geteuid()) and not shared

@@ -52,7 +52,7 @@ class Statistics:
         """What flows through the statistics: means of the whole batch, from the float64 sums of ``values`` numbers."""
         if self.ranks is not None:
             sums, values = self.ranks.sum(sums.clone()), values * self.ranks.size
-        return sums * (self.own / values)
+        return sums / values if self.own else torch.zeros_like(sums)  # also where a sum is not finite
 
 
 def update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, values: int) -> None:

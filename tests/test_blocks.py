@@ -304,6 +304,30 @@ def test_statistics_that_change_before_the_backward_pass_do_not_change_it(T):
 
 
 @needs_kernels
+def test_what_comes_back_with_other_sizes_is_refused():
+    y = torch.randn(4, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: torch.cat([x, x]) if x.dim() == 4 else x):
+        spikes = blocks.lif_block(y, Shape(2), norms(4)[0])
+    with pytest.raises(RuntimeError):
+        spikes.sum().backward()
+
+
+@needs_kernels
+def test_what_is_not_finite_stays_where_it_is_without_statistics_of_the_batch():
+    """A gradient that is infinite spoils the gradients of one neuron, as in the layers."""
+    torch.manual_seed(0)
+    y = torch.randn(2 * 2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    gradient = torch.ones(4, 3, 4, 4)
+    gradient[3, 1, 2, 2] = torch.inf
+    norm = norms(3)[0].eval()
+    given = y.clone(memory_format=torch.channels_last).requires_grad_()
+    blocks.lif_block(given, Shape(2), norm).backward(gradient)
+    bad = (~given.grad.isfinite()).nonzero().tolist()
+    assert [3, 1, 2, 2] in bad
+    assert {tuple(place[1:]) for place in bad} == {(1, 2, 2)}
+
+
+@needs_kernels
 @pytest.mark.parametrize("pool", [False, True])
 def test_bfloat16_is_rounded_only_where_it_is_written(pool):
     """Spikes and sums are those of the same numbers in float32; the gradient is its nearest bfloat16."""

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,8 @@ def test_a_library_that_belongs_to_another_user_is_not_loaded(compiler, places, 
     calls()
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    build.library()
+    with pytest.warns(UserWarning, match="cannot be kept"):  # as what is written still belongs to the old one
+        build.library()
     assert calls()
 
 
@@ -405,11 +407,72 @@ def test_arguments_of_the_compiler(compiler, places):
     calls = compiler(arguments="-one 'two three'")
     assert works(build.library("-four"))
     call = calls()[-1]
-    assert call.startswith("-one two three -O3 ")
+    assert call.startswith("-one two three -O3 -fno-fast-math ")
     assert " -four -o " in call
     build.library("-five")
     assert " -five -o " in calls()[-1]
     assert len(files(places.cache)) == 2
+
+
+def test_arithmetic_without_nan_and_infinity_is_not_asked_for(compiler, places):
+    """The kernels look for both; and a library that gcc 12 makes so rounds denormals to 0 in all of the process."""
+    calls = compiler(arguments="-one -ffast-math -Ofast -funsafe-math-optimizations -two")
+    assert works(build.library())
+    for call in calls():
+        assert call.startswith("-one -two -")
+        assert "fast" not in call.replace("-fno-fast-math", "")
+
+
+@pytest.mark.usefixtures("working_compiler")
+def test_kernels_of_fast_arithmetic_count_as_they_should(places, monkeypatch):
+    monkeypatch.setenv("CC", f"{shlex.join(build.compiler())} -ffast-math")
+    x, counts = np.array([[np.inf, 1], [2, np.nan]], dtype=np.float32), np.empty(2, dtype=np.float32)
+    build.library("-O1").lif_count_forward(x.ctypes.data, counts.ctypes.data, 2, 2)
+    expected = torch.zeros(2)
+    v = torch.zeros(2)
+    for step in torch.from_numpy(x):
+        h = v + (step - v) / 2
+        expected += h >= 1
+        v = torch.where(h >= 1, h - h, h)
+    assert counts.tolist() == expected.tolist()
+    assert np.float32(1e-20) * np.float32(1e-20) > 0
+
+
+def test_where_the_real_code_does_not_compile_for_this_processor_it_does_for_another(compiler, places):
+    """An assembler that is older than the compiler knows not all of its instructions."""
+    calls = compiler('case "$*" in *native*updates.c*) echo "Error: no such instruction" >&2; exit 1;; esac')
+    assert works(build.library())
+    assert "native" not in calls()[-1]
+    (kept_file,) = files(places.cache)
+    forget()
+    assert works(build.library())
+    assert files(places.cache) == [kept_file]
+
+
+def test_a_cache_that_cannot_be_read_again_is_named(compiler, places, monkeypatch):
+    """On a file system that shows every file as writable by all, or as another user's."""
+    calls, fstat = compiler(), os.fstat
+    monkeypatch.setattr(os, "fstat", lambda descriptor: as_of_all(fstat(descriptor)))
+    with pytest.warns(UserWarning, match="cannot be kept .*others can write there.*every process compiles"):
+        assert works(build.library())
+    assert calls()
+
+
+def as_of_all(status):
+    return os.stat_result((status.st_mode | 0o022, *status[1:]))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="folders have no owners here")
+def test_no_library_is_built_where_others_can_put_another_one(compiler, places):
+    compiler()
+    places.cache.mkdir(parents=True)
+    places.cache.chmod(0o777)
+    assert kept._places() == [places.temporary]
+    places.cache.chmod(0o1777)
+    assert kept._places() == [places.cache, places.temporary]
+    places.cache.chmod(0o770)
+    with kept.workspace() as folder:
+        assert folder.parent == places.temporary
 
 
 def test_a_compiler_that_talks(compiler, places):

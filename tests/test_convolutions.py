@@ -95,6 +95,19 @@ def test_only_the_gradients_that_are_needed(needed):
         assert torch.equal(tensor.grad, expected) if need else tensor.grad is None
 
 
+def test_what_comes_back_with_other_sizes_is_refused():
+    """By torch, as for its own convolution; the kernels would read past the gradient."""
+    spikes, weight = spikes_and_weight(*SIZES[1])
+
+    def twice(x):
+        return torch.cat([x, x]).contiguous(memory_format=torch.channels_last) if x.shape == spikes.shape else x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, twice):
+        y = convolutions.convolution(spikes, weight)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(y, (spikes, weight), gradient(*SIZES[1]))
+
+
 @pytest.mark.parametrize("how", ["create_graph", "saved tensors"])
 def test_hooks_are_called_once(how):
     """Also where torch computes the gradients."""

@@ -223,7 +223,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process can be bound to a core here")
-def test_only_the_cores_that_the_process_may_use_count():
+def test_only_the_cores_that_the_process_may_use_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(training.device, "LIMIT", tmp_path / "no limit")
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -231,3 +232,14 @@ def test_only_the_cores_that_the_process_may_use_count():
     finally:
         os.sched_setaffinity(0, before)
     assert training.device.cores() == len(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1), ("max 100000", 6), ("9900000 100000", 6), ("", 6)],
+)
+def test_a_container_may_have_the_time_of_a_few_cores(text, cores, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {*range(6)}, raising=False)
+    monkeypatch.setattr(training.device, "LIMIT", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert training.device.cores() == cores

@@ -1,15 +1,20 @@
 """The device and how to use it: precision, deterministic algorithms, fused kernels."""
 
+import contextlib
 import ctypes
+import math
 import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 import spiking_kernels
 from training.errors import Refusal
+
+LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of this container, on Linux: microseconds of the processor, and in which time
 
 
 def choose(options: Namespace, local_rank: int | None = None) -> None:
@@ -53,10 +58,15 @@ def keep_freed_memory() -> None:
 
 
 def cores() -> int:
-    """How many cores of the processor this process may use: a batch system may have bound it to some of them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many cores of the processor this process may use.
+
+    A batch system may have bound it to some of them, and a container may have the time of a few.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no Linux, another version of cgroups, or no limit
+        quota, period = LIMIT.read_text().split()
+        found = min(found, max(1, math.ceil(int(quota) / int(period))))
+    return found
 
 
 def name(device: torch.device) -> str:

@@ -151,7 +151,11 @@ def parse(experiment: Experiment, argv: Sequence[str] | None = None, ranks: Rank
     device.choose(options, local_rank)
     options.name = run_name(options)
     if options.dump_dir is None:
-        options.dump_dir = dump_dir.choose(REPOSITORY / "runs", experiment.name, options.name)
+        try:
+            runs = folder_path(str(REPOSITORY / "runs"))
+        except argparse.ArgumentTypeError as error:
+            raise Refusal(f"argument --dump-dir: the default {error}: give one") from None
+        options.dump_dir = dump_dir.choose(runs, experiment.name, options.name)
     check_writable("--dump-dir", options.dump_dir)
     return options
 
