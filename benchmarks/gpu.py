@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds that a process has to stop by itself
 FIRST = ("step", "models", "schedule", "batches_on_gpu", "divergence", "energy", "export", "storage")  # files of tests
 TESTS, TRAINING = "Tests that need a GPU", "Training on CIFAR-10's images, fast recipe"
-SHARES = {"tests": 0.13, **{name: part.share for name, part in PARTS.items()}, "training": 0.32}
+SHARES = {"tests": 0.12, **{name: part.share for name, part in PARTS.items()}, "training": 0.30}
 RUNS = {  # the first two have as many epochs as both have time for, then the next two
     "5 %": "-m grad --connectivity 0.05",
     "dense": "-m no_prune",

@@ -277,13 +277,13 @@ class Part:
 
 PARTS = {
     "equality": Part("Equality with the CPU", 0.12, bench_equality),
-    "blocks": Part("Kernels of the CIFAR-10 network's blocks", 0.04, bench_blocks, "spiking_kernels.blocks_triton"),
+    "blocks": Part("Kernels of the CIFAR-10 network's blocks", 0.06, bench_blocks, "spiking_kernels.blocks_triton"),
     "c10-bf16": Part("CIFAR-10 in bf16", 0.09, partial(bench_steps, C10, ("bf16",))),
     "c10-tf32": Part("CIFAR-10 in tf32", 0.06, partial(bench_steps, C10, ("tf32",))),  # on the CPU: fp32
-    "c10-fp32": Part("CIFAR-10 in fp32", 0.05, partial(bench_steps, C10, ("fp32",))),
+    "c10-fp32": Part("CIFAR-10 in fp32", 0.04, partial(bench_steps, C10, ("fp32",))),
     "mnist": Part("MNIST", 0.06, partial(bench_steps, MNIST, ("bf16", "tf32", "fp32"))),
-    "profile": Part("Profile", 0.05, bench_profile),
-    "optimizers": Part("Optimizers", 0.08, bench_updates),
+    "profile": Part("Profile", 0.06, bench_profile),
+    "optimizers": Part("Optimizers", 0.09, bench_updates),
 }
 
 
