@@ -107,15 +107,14 @@ def step_sizes(
 def _with_sizes(lists: Lists, lr: float | Tensor, betas: tuple[float, float]) -> Lists:
     """The lists for compiled code, with :func:`step_sizes`: in it, every weight would compute its powers in float64.
 
-    On a GPU all are one tensor [2, n], which takes as few kernels as those of one weight.
+    The step is not counted yet. On a GPU all are one tensor [2, n], which takes as few kernels as those of one weight.
     """
     steps = lists["step"]
     others = {key: tensors for key, tensors in lists.items() if key != "step"}
     if not steps[0].is_cuda:
-        return others | {"sizes": [*chain(*step_sizes(steps, lr, betas))]}
-    torch._foreach_add_(steps, 1)
+        return others | {"sizes": [*chain(*step_sizes([step.clone() for step in steps], lr, betas))]}
     beta1, beta2 = betas
-    ts = torch.stack(steps).double()
+    ts = torch.stack(steps).double() + 1
     return others | {"sizes": [torch.stack([lr / (1 - beta1**ts), (1 - beta2**ts).sqrt()])]}
 
 
@@ -881,15 +880,17 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
 
     def run(lists: Lists, **settings: Any) -> None:
         nonlocal compiled
-        lists = _with_sizes(lists, settings["lr"], settings["betas"])
+        sized = _with_sizes(lists, settings["lr"], settings["betas"])
         if compiled is not None:
             try:
                 with torch._dynamo.config.patch(**{limit: RECOMPILE_LIMIT}):
-                    return compiled(_flat(lists), **_as_tensors(settings))
+                    compiled(_flat(sized), **_as_tensors(settings))
             except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, no weight has been changed
                 reason = type(getattr(error, "inner_exception", error)).__name__
                 warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=2)
                 compiled = None
-        update(lists, **settings)
+        if compiled is None:
+            update(sized, **settings)
+        torch._foreach_add_(lists["step"], 1)  # at last: whatever stops a compilation has changed no weight
 
     return run

@@ -22,7 +22,7 @@ from training.data import TestBatches
 from training.data.dataset import Dataset, Split
 from training.errors import Refusal
 from training.files import write_whole
-from training.files.storage import CHECKPOINT
+from training.files.storage import CHECKPOINT, previous_of
 from training.options import REPOSITORY
 from training.run_info import everywhere
 
@@ -113,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         raise Refusal(f"argument grid: reproduce/{options.grid}.toml names no networks")
     finished = {}
     for name, row in rows.items():
-        if ((models := options.dump_dir / "models" / row.name) / CHECKPOINT).is_file():
+        models = options.dump_dir / "models" / row.name
+        if any(path.is_file() for path in (models / CHECKPOINT, previous_of(models / CHECKPOINT))):
             snapshot = load_snapshot(models)
             if (snapshot.epoch, snapshot.position) == (row.epochs, 0):
                 finished[name] = snapshot

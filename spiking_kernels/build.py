@@ -111,8 +111,13 @@ def _build(command: list[str], options: tuple[str, ...]) -> ctypes.CDLL:
             try:
                 content = _compiled(command, chosen, options, folder)
             except _OptionFails:  # an assembler that is older than the compiler, say
+                if chosen[0] is None:
+                    raise
                 chosen[0] = None
-                path, content = _path(command, chosen, options), _compiled(command, chosen, options, folder)
+                path = _path(command, chosen, options)
+                if (loaded := _load_kept(path)) is not None:
+                    return loaded
+                content = _compiled(command, chosen, options, folder)
     except OSError as error:
         raise Unavailable(f"they cannot be compiled ({error})") from None
     loaded = _load(content)

@@ -75,7 +75,7 @@ def workspace() -> Iterator[Path]:
             created = tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent, ignore_cleanup_errors=True)
             break
     if created is None:
-        raise OSError("no folder for temporary files: TMPDIR names one")
+        raise OSError("no folder for temporary files that others cannot write to: TMPDIR names one")
     with created:
         for path in parent.glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
@@ -133,7 +133,7 @@ def _places() -> list[Path]:
 
 
 def _ours(folder: Path) -> bool:
-    """Whether nobody else can put something in the place of what is in a folder, which need not exist."""
+    """Whether nobody else can put something in the place of what is in a folder, by its own mode. It need not exist."""
     try:
         status = folder.stat()
     except OSError:

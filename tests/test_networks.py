@@ -184,6 +184,7 @@ def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path
 
 
 def test_a_card_says_what_the_grid_says_of_the_data():
+    pytest.importorskip("safetensors")
     for name, path in SHIPPED.items():
         assert (", JPEG copies of the images" in card_of(path)["data"]) == name.startswith("c10-narrow/")
         snapshot, note = load_snapshot(name), grid.data_note(path.parent.parent.name, load_snapshot(name).data)

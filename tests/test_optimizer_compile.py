@@ -259,6 +259,47 @@ def test_no_weight_computes_powers_in_the_compiled_update(variant, monkeypatch):
             torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
 
 
+def test_a_compilation_that_is_interrupted_counts_no_step(monkeypatch):
+    """And the next one is the first."""
+    compile, fails = torch.compile, [KeyboardInterrupt, KeyboardInterrupt]
+
+    def backend(graph, inputs):
+        if fails:
+            raise fails.pop()
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda update, dynamic: compile(update, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr("rewiring.spiking_kernels", None)
+    expected, _ = training("grad", lambda step: step, foreach=False)
+    rewiring._compiled.cache_clear()
+
+    def again(step):
+        def tried(x):
+            while True:
+                try:
+                    return step(x)
+                except KeyboardInterrupt:
+                    continue
+
+        return tried
+
+    found, optimizer = training("grad", again, fused=True)
+    rewiring._compiled.cache_clear()
+    assert not fails
+    assert [int(state["step"]) for state in optimizer.state.values()] == [8, 8]
+    for p, q in zip(expected, found, strict=True):
+        torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_step_sizes_come_back_in_their_order(stacked):
+    etas, corrections = rewiring.step_sizes([torch.tensor(0.0), torch.tensor(4.0)], 0.1, (0.9, 0.99))
+    assert [float(eta) for eta in etas] == [pytest.approx(1), pytest.approx(0.1 / (1 - 0.9**5))]
+    assert [float(root) for root in corrections] == [pytest.approx(0.1), pytest.approx((1 - 0.99**5) ** 0.5)]
+    sizes = [torch.stack([torch.stack(etas), torch.stack(corrections)])] if stacked else [*etas, *corrections]
+    assert rewiring._pairs(sizes) == (etas, corrections)
+
+
 @pytest.mark.slow
 @needs_cpp
 @pytest.mark.parametrize("variant", ["grad", "deep"])

@@ -474,10 +474,11 @@ def test_fused_and_foreach_exclude_each_other(variant):
 
 @pytest.mark.gpu
 @variants
-def test_the_compiled_update_on_cuda(variant):
+@pytest.mark.parametrize("capturable", [True, False])
+def test_the_compiled_update_on_cuda(variant, capturable):
     plain, compiled = parameters(device="cuda"), parameters(device="cuda")
     for params, fused in ((plain, False), (compiled, True)):
-        train(make(variant, params, fused=fused, capturable=True), params, steps=10)
+        train(make(variant, params, fused=fused, capturable=capturable), params, steps=10)
     for p, q in zip(plain, compiled, strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
 

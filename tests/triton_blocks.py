@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from spiking import StepwiseBatchNorm2d
 from spiking_kernels import blocks_c, blocks_triton
-from spiking_kernels.shapes import Shape
+from spiking_kernels.shapes import Shape, Statistics
 
 SHAPES = [  # T, N, C, H, W, maximum, constant input, BatchNorm
     (1, 1, 8, 4, 4, False, False, True),
@@ -75,6 +75,20 @@ def values(dtype):
             assert error <= bound, f"{name} of {shape} is off by {error}, not at most {bound}"
 
 
+def not_finite():
+    """Without statistics of the batch, a gradient that is not finite stays with its neuron."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(4, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last)
+    gradient = torch.ones(4, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    gradient[3, 1, 2, 2] = torch.inf
+    norm = StepwiseBatchNorm2d(3, "m")
+    with torch.no_grad():
+        found = Statistics.of(norm, *(x.repeat(2, 1) for x in (norm.running_mean, norm.running_var)), own=False)
+    grads = [kernels.backward(y, gradient, found, Shape(2))[0] for kernels in (blocks_triton, blocks_c)]
+    assert torch.equal(*(grad.isfinite() for grad in grads))
+    assert int((~grads[0].isfinite()).sum()) in (1, 2)
+
+
 COUNTERS = {"tracked"}  # to int64
 POINTERS = {"y", "spikes", "grad", "dy"}  # to numbers of the run's precision; the others are float32
 NUMBERS = {"eps", "momentum", "through"}
@@ -119,5 +133,6 @@ if __name__ == "__main__":
     what, which = sys.argv[1:]
     if what == "values":
         values(getattr(torch, which))
+        not_finite()
     else:
         compile_all(int(which))
