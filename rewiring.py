@@ -891,6 +891,6 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
                 compiled = None
         if compiled is None:
             update(sized, **settings)
-        torch._foreach_add_(lists["step"], 1)  # at last: whatever stops a compilation has changed no weight
+        torch._foreach_add_(lists["step"], 1)  # last: what stops a compilation has changed no weight
 
     return run

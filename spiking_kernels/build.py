@@ -17,11 +17,8 @@ from spiking_kernels import kept
 
 FOLDER = Path(__file__).parent  # every .c file in it is compiled, and may include every .h file
 FLAGS = ("-O3", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-FAST = {
-    "-Ofast",
-    "-ffast-math",
-    "-funsafe-math-optimizations",
-}  # left out of CC: gcc 12 links what rounds denormals to 0
+# Left out of CC: by each of these, gcc 12 links in what rounds denormals to 0 in all of the process.
+FAST = {"-Ofast", "-ffast-math", "-funsafe-math-optimizations"}
 # Of each row the first that the compiler takes, or none. Without -fopenmp the kernels have one thread.
 ALTERNATIVES = (("-march=native", "-mcpu=native"), ("-fopenmp", "-fopenmp-simd"))
 PROBE = """int probe(int n) {

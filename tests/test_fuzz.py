@@ -1,6 +1,7 @@
 """The fuzzer, in short (make fuzz is the long form), and that it notices what it is there for."""
 
 import copy
+import mmap
 import os
 from pathlib import Path
 
@@ -89,7 +90,10 @@ class Loads:
         raise Unreadable(f"{path} is damaged")
 
     def takes_memory(self, path):
-        torch.ones(1 << 26)  # 256 MB: a system that is short of memory may take some back meanwhile
+        # 256 MB: a system that is short of memory may take some back meanwhile. Not of the heap, where a run in this
+        # process, which keeps what is freed, may have left as much.
+        with mmap.mmap(-1, 1 << 28) as memory:
+            memory[:: mmap.PAGESIZE] = bytes([1]) * len(range(0, 1 << 28, mmap.PAGESIZE))
         raise Unreadable(f"{path} is damaged")
 
 
