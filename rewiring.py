@@ -59,13 +59,18 @@ def adam(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Advances Adam's moments by the gradients (Kingma and Ba, ICLR 2015, algorithm 1).
 
-    Where ``lists`` has "sizes" instead of "step", these are used: see :func:`step_sizes`.
+    Where ``lists`` has the "sizes" of a step instead of "step", it does not count the step: see :func:`step_sizes`.
 
     Returns:
         Adam's changes eta_t * m / d_t (new tensors of the weights' shapes) and the step sizes eta_t, 0-dimensional.
     """
     beta1, beta2 = betas
-    etas, corrections = step_sizes(lists["step"], lr, betas) if "step" in lists else _pairs(lists["sizes"])
+    if "step" in lists:
+        torch._foreach_add_(lists["step"], 1)
+        sizes = [step_sizes(step, lr, betas) for step in lists["step"]]
+        etas, corrections = [eta for eta, _ in sizes], [root for _, root in sizes]
+    else:
+        etas, corrections = _pairs(lists["sizes"])
     grads, ms, vs = lists["grad"], lists["exp_avg"], lists["exp_avg_sq"]
     if maximize:
         grads = torch._foreach_neg(grads)
@@ -91,17 +96,16 @@ def adam(
 
 
 def step_sizes(
-    steps: list[Tensor], lr: float | Tensor, betas: tuple[float, float] | tuple[Tensor, Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Counts a step; returns the step sizes eta_t and the roots sqrt(1 - beta2^t).
+    step: Tensor, lr: float | Tensor, betas: tuple[float, float] | tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The step size eta_t and the root sqrt(1 - beta2^t) of a step t, or of some.
 
-    They are 0-dimensional float64 tensors where the ``steps`` live: on the CPU they enter a CUDA kernel by value, on
-    the device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
+    They are float64 tensors where ``step`` lives: on the CPU, 0-dimensional ones enter a CUDA kernel by value, on the
+    device they can be captured; in float32, 1 - 0.999^1 would be off by 3e-5.
     """
     beta1, beta2 = betas
-    torch._foreach_add_(steps, 1)
-    ts = [step.double() for step in steps]
-    return [lr / (1 - beta1**t) for t in ts], [(1 - beta2**t).sqrt() for t in ts]
+    t = step.double()
+    return lr / (1 - beta1**t), (1 - beta2**t).sqrt()
 
 
 def _with_sizes(lists: Lists, lr: float | Tensor, betas: tuple[float, float]) -> Lists:
@@ -112,10 +116,8 @@ def _with_sizes(lists: Lists, lr: float | Tensor, betas: tuple[float, float]) ->
     steps = lists["step"]
     others = {key: tensors for key, tensors in lists.items() if key != "step"}
     if not steps[0].is_cuda:
-        return others | {"sizes": [*chain(*step_sizes([step.clone() for step in steps], lr, betas))]}
-    beta1, beta2 = betas
-    ts = torch.stack(steps).double() + 1
-    return others | {"sizes": [torch.stack([lr / (1 - beta1**ts), (1 - beta2**ts).sqrt()])]}
+        return others | {"sizes": [*chain(*zip(*(step_sizes(step + 1, lr, betas) for step in steps), strict=True))]}
+    return others | {"sizes": [torch.stack(step_sizes(torch.stack(steps) + 1, lr, betas))]}
 
 
 def _pairs(sizes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

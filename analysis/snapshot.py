@@ -1,7 +1,7 @@
 """The network of a run at its checkpoint: its weights, and what is needed to build it."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def models_folder(path: Path) -> Path:
     """
     real = path.resolve()
     for folder in (path, real.parent.parent / "models" / real.name):
-        if (folder / CHECKPOINT).is_file() or storage.previous_of(folder / CHECKPOINT).is_file():
+        if storage.is_there(folder / CHECKPOINT):
             return folder
     raise Unreadable(
         f"{path} has no {CHECKPOINT}: a run's folder is <dump-dir>/models/<name> or <dump-dir>/logs/<name>"
@@ -148,7 +148,7 @@ def from_run(path: Path) -> tuple[Snapshot, Path]:
         raise Unreadable(f"{error}") from None
     for complaint in complaints:
         warnings.warn(f"{complaint}; this is the network of {source.name}", stacklevel=3)
-    return _of_checkpoint(source, lambda: checkpoint), source
+    return _of_checkpoint(source, checkpoint), source
 
 
 def from_checkpoint(path: Path) -> Snapshot:
@@ -157,12 +157,15 @@ def from_checkpoint(path: Path) -> Snapshot:
     Raises:
         Unreadable: the file is damaged, or not a checkpoint of this program.
     """
-    return _of_checkpoint(path, lambda: storage.read(path))
-
-
-def _of_checkpoint(path: Path, read: Callable[[], Any]) -> Snapshot:
     try:
-        checkpoint = read()
+        checkpoint = storage.read(path)
+    except storage.DamagedError as error:
+        raise _unreadable(path, error) from None
+    return _of_checkpoint(path, checkpoint)
+
+
+def _of_checkpoint(path: Path, checkpoint: Any) -> Snapshot:
+    try:
         arguments, state = (nested(checkpoint, key) for key in ("arguments", "network"))
         if arguments is None or state is None:
             raise ValueError("no arguments" if arguments is None else "no network")
@@ -170,6 +173,10 @@ def _of_checkpoint(path: Path, read: Callable[[], Any]) -> Snapshot:
         counters = {key: checkpoint[key] for key in ("epoch", "position", "data") if key in checkpoint}
         snapshot = Snapshot.of({**arguments, "run": run, **counters}, dict(state))
         snapshot.network()
-    except (storage.DamagedError, ValueError) as error:
-        raise Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})") from None
+    except ValueError as error:
+        raise _unreadable(path, error) from None
     return snapshot
+
+
+def _unreadable(path: Path, error: Exception) -> Unreadable:
+    return Unreadable(f"{path} is damaged or not a checkpoint of this program ({checks.reason(error)})")

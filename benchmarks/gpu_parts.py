@@ -237,7 +237,7 @@ def bench_profile(device: torch.device, small: bool) -> Tables:
     executions = ways(C10, "bf16", small)
     for name in (FAST, "compiled and captured", plain):
         execution = None
-        gc.collect()
+        gc.collect()  # the execution before, whose batches hold it
         execution = Execution(C10, images(C10, 1280), device, **executions[name])
         execution.train(2 if small else WARMUP)
         yield profile_table(execution, 2 if small else 10, f"CIFAR-10 training step, bf16: {name}")

@@ -21,8 +21,7 @@ from training.console import counted
 from training.data import TestBatches
 from training.data.dataset import Dataset, Split
 from training.errors import Refusal
-from training.files import write_whole
-from training.files.storage import CHECKPOINT, previous_of
+from training.files import storage, write_whole
 from training.options import REPOSITORY
 from training.run_info import everywhere
 
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     finished = {}
     for name, row in rows.items():
         models = options.dump_dir / "models" / row.name
-        if any(path.is_file() for path in (models / CHECKPOINT, previous_of(models / CHECKPOINT))):
+        if storage.is_there(models / storage.CHECKPOINT):
             snapshot = load_snapshot(models)
             if (snapshot.epoch, snapshot.position) == (row.epochs, 0):
                 finished[name] = snapshot

@@ -33,5 +33,7 @@ def affine_lookup(images: Tensor, index: Tensor, matrices: Tensor, table: Tensor
     grid = n, triton.cdiv(height * width, BLOCK)
     if n and out.numel():
         with torch.cuda.device_of(images):  # Triton launches on the current device
-            _lookup[grid](images, index, matrices, table, out, many, height, width, channels, BLOCK)
+            _lookup[grid](
+                images, index, matrices, table, out, many, height, width, channels, BLOCK, enable_fp_fusion=True
+            )
     return out.permute(0, 3, 1, 2)

@@ -293,7 +293,8 @@ def test_a_compilation_that_is_interrupted_counts_no_step(monkeypatch):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_step_sizes_come_back_in_their_order(stacked):
-    etas, corrections = rewiring.step_sizes([torch.tensor(0.0), torch.tensor(4.0)], 0.1, (0.9, 0.99))
+    steps = (torch.tensor(1.0), torch.tensor(5.0))
+    etas, corrections = map(list, zip(*(rewiring.step_sizes(t, 0.1, (0.9, 0.99)) for t in steps), strict=True))
     assert [float(eta) for eta in etas] == [pytest.approx(1), pytest.approx(0.1 / (1 - 0.9**5))]
     assert [float(root) for root in corrections] == [pytest.approx(0.1), pytest.approx((1 - 0.99**5) ** 0.5)]
     sizes = [torch.stack([torch.stack(etas), torch.stack(corrections)])] if stacked else [*etas, *corrections]

@@ -62,6 +62,11 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file that :func:`newest` would look at."""
+    return path.is_file() or previous_of(path).is_file()
+
+
 def is_stored(path: Path) -> bool:
     """Whether a file, if there is one, ends as those of :func:`write`: it may be the only copy of a state."""
     if not path.is_file():
