@@ -61,8 +61,11 @@ clean: ## remove .venv
 	rm -rf .venv
 
 .venv/ready: requirements.txt tests/requirements.txt constraints.txt
-	@echo "Setting up .venv: about 3 GB to download, 6 GB on disk, most of it PyTorch's CUDA libraries. The CPU build is"
-	@echo "much smaller: stop this, and put PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before make."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] + ", and 3.11 or newer is needed: set PYTHON, as in make PYTHON=python3.12")'
+	@if [ "$$(uname -s)" = Linux ]; then \
+	    echo "Setting up .venv: about 3 GB to download, 6 GB on disk, most of it PyTorch's CUDA libraries. The CPU build is"; \
+	    echo "much smaller: stop this, and put PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before make."; \
+	fi
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt -c constraints.txt
 	touch $@

@@ -68,12 +68,17 @@ def deep_rewiring(
     torch._foreach_copy_(weights, hs)
 
 
+def _wide(device: torch.device) -> torch.dtype:
+    """The floating-point type in which counts are exact: an Apple GPU has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float | Tensor, whole: Tensor) -> Tensor:
     """Which dormant connections to re-activate, so that the dormant fraction of the whole is max_s in expectation."""
     dormant = w == 0
     candidates = dormant & (sign != 0)
     dormant_count, candidate_count = sums(whole, dormant.sum(), candidates.sum())
-    excess = dormant_count.double() - max_s * whole.numel()
+    excess = dormant_count.to(_wide(w.device)) - max_s * whole.numel()
     # no candidate and no excess is 0 / 0: NaN, which no uniform is below
     return candidates & (uniform < excess / candidate_count)
 

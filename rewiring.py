@@ -877,7 +877,11 @@ def _flat(lists: Lists) -> Lists:
 @functools.cache
 def _compiled(update: Callable[..., None]) -> Callable[..., None]:
     """An update, compiled; the plain one from then on, and one line, where that fails."""
-    compiled = torch.compile(update, dynamic=True)
+    try:
+        compiled = torch.compile(update, dynamic=True)
+    except RuntimeError as error:  # torch refuses a Python that is newer than it knows
+        _warn_of_plain_updates(error)
+        compiled = None
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
 
     def run(lists: Lists, **settings: Any) -> None:
@@ -888,11 +892,15 @@ def _compiled(update: Callable[..., None]) -> Callable[..., None]:
                 with torch._dynamo.config.patch(**{limit: RECOMPILE_LIMIT}):
                     compiled(_flat(sized), **_as_tensors(settings))
             except torch._dynamo.exc.BackendCompilerFailed as error:  # so far, no weight has been changed
-                reason = type(getattr(error, "inner_exception", error)).__name__
-                warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=2)
+                _warn_of_plain_updates(error)
                 compiled = None
         if compiled is None:
             update(sized, **settings)
         torch._foreach_add_(lists["step"], 1)  # last: what stops a compilation has changed no weight
 
     return run
+
+
+def _warn_of_plain_updates(error: Exception) -> None:
+    reason = type(getattr(error, "inner_exception", error)).__name__
+    warnings.warn(f"torch.compile fails ({reason}): fused=True is as slow as foreach=False", stacklevel=3)

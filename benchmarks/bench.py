@@ -89,17 +89,18 @@ class Execution:
         spikes.rates()
 
 
+def _collate(transform: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return default_collate([(transform(image), label) for image, label in pairs])
+
+
 def torchvision_loader(dataset: data.Dataset, batch_size: int) -> DataLoader:
     """The plain way: per-image transforms of PIL images in two worker processes."""
     move = transforms.RandomAffine(degrees=30, translate=(0.15, 0.15), scale=(0.85, 1.11))
     to_tensor, normalise = transforms.ToTensor(), transforms.Normalize(MNIST.datasets[0].mean, MNIST.datasets[0].std)
     transform = transforms.Compose([transforms.ToPILImage(), move, to_tensor, normalise])
 
-    def collate(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        return default_collate([(transform(image), label) for image, label in pairs])
-
     images = TensorDataset(dataset.train.images, dataset.train.labels)
-    workers = dict(num_workers=2, persistent_workers=True, collate_fn=collate)
+    workers = dict(num_workers=2, persistent_workers=True, collate_fn=partial(_collate, transform))
     return DataLoader(images, batch_size, shuffle=True, drop_last=True, **workers)
 
 

@@ -77,7 +77,7 @@ def test_a_method_is_trained_stopped_resumed_and_tested(run, added, tmp_path, mo
     assert result.status == 0
     (tested,) = one.glob("logs/*/test.json")
     assert tested.parent.name == "lr-1e-2-b-8-T-8-keep-1e-1-magnitude"
-    assert json.loads(tested.read_text())["connectivity"] == last["connectivity"]
+    assert json.loads(tested.read_text("utf-8"))["connectivity"] == last["connectivity"]
 
 
 def test_a_method_whose_optimizer_needs_several_gradients_in_a_step_is_refused(run, added, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_method_is_in_the_report_and_in_a_grid(run, added, tmp_path, capsys, m
     assert kept.numbers["connectivity"] == pytest.approx(0.1, abs=1e-4)
     (tmp_path / "outcome").mkdir()
     files = outcome.write(tmp_path / "runs", rows, tmp_path / "outcome")
-    assert "| magnitude | `--keep 1e-1 -lr 1e-2` | 1 | 1 |" in (tmp_path / "outcome" / "table.md").read_text()
+    assert "| magnitude | `--keep 1e-1 -lr 1e-2` | 1 | 1 |" in (tmp_path / "outcome" / "table.md").read_text("utf-8")
     assert {path.name for path in files} >= {"plane.png", "rows.csv", "rewiring.png"}
 
 
@@ -211,7 +211,10 @@ def test_a_data_set_is_trained_on_and_tested(run, tmp_path, monkeypatch):
     assert sorted(normalised.unique().tolist()) == [-1.0, 1.0]
     (tested,) = tmp_path.glob("logs/*/test.json")
     network = load_pruned(tmp_path / "network.npz")
-    assert int((network(normalised).argmax(1) == dataset.test.labels).sum()) == json.loads(tested.read_text())["right"]
+    assert (
+        int((network(normalised).argmax(1) == dataset.test.labels).sum())
+        == json.loads(tested.read_text("utf-8"))["right"]
+    )
     assert snapshot.source is STRIPES
 
 

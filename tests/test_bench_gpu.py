@@ -32,7 +32,7 @@ def python(tmp_path, code, seconds=gpu.GRACE + 60):
 
 def test_what_ends_well_has_no_reason(tmp_path):
     assert python(tmp_path, "print('hello')") is None
-    assert "hello" in (tmp_path / "log").read_text()
+    assert "hello" in (tmp_path / "log").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_report_grows_and_is_read_again(tmp_path, capsys):
     assert again.number("one", "b | c", "s/epoch") is None
     assert again.number("one", "c", "s/epoch") is None
     assert again.number("three", "a", "s/epoch") is None
-    page = (tmp_path / "gpu.md").read_text()
+    page = (tmp_path / "gpu.md").read_text("utf-8")
     assert page.count("### speed") == 1
     assert "| b ¦ c | error |" in page  # a table has two columns still
     assert page.endswith("## two (3 s)\n\nLeft out.\n")
@@ -234,8 +234,8 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch, c
 
 
 def read(out):
-    content = json.loads((out / "gpu.json").read_text())
-    page = (out / "gpu.md").read_text()
+    content = json.loads((out / "gpu.json").read_text("utf-8"))
+    page = (out / "gpu.md").read_text("utf-8")
     assert re.findall(r"^## (.*?)(?: \(\d+ s\))?$", page, re.MULTILINE) == list(content["parts"])
     return content
 

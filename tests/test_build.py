@@ -150,7 +150,10 @@ DAMAGE = {
     "no library": lambda path: path.write_bytes(b"<html>"),
     "a library of nobody knows whom": lambda path: path.write_bytes(path.read_bytes()[32:]),
     "for another system": lambda path: kept.write(b"\x7fELF but not for here", path),
-    "no functions": lambda path: kept.write(kept.read(path).replace(b"lif_count_forward", b"lif_count_forwxxx"), path),
+    "no functions": pytest.param(
+        lambda path: kept.write(kept.read(path).replace(b"lif_count_forward", b"lif_count_forwxxx"), path),
+        marks=pytest.mark.skipif(sys.platform == "darwin", reason="the system ends what loads a library changed so"),
+    ),
     "huge": lambda path: os.truncate(path, 1 << 40),
     "others may write it": lambda path: path.chmod(0o666),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),

@@ -254,7 +254,7 @@ def test_waiting_for_the_device_is_training_and_waiting_for_the_disk_is_not(run,
     run(*GRAD, "-N", "3", "-i2", "1000", "--checkpoint-minutes", "1000")
     run(*GRAD, "-N", "4", "-i2", "1000", *EVERY_STEP)
     (path,) = tmp_path.glob("logs/*/results.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     took = [[line[f"{what}_seconds"] / 60 for what in ("train", "test", "checkpoint")] for line in lines]
     # five steps and the end's wait, and the wait of step 0, which is recorded; in the last, each step saves
     assert took == [[5 + 10 + 10, 2, 100], [5 + 10, 2, 100], [5 + 10, 2, 0], [5 + 5 * 10 + 10, 2, 5 * 100]]
@@ -396,7 +396,7 @@ def test_lost_results_are_said_and_the_run_goes_on(run, tmp_path):
 def test_a_run_tells_where_it_has_been_before(run, tmp_path, monkeypatch):
     def info():
         (path,) = tmp_path.glob("logs/*/run.json")
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
         assert run_info.everywhere(found, "cpu") == ", then ".join(place["cpu"] for place in (*found["before"], found))
         return found
 
@@ -416,10 +416,10 @@ def test_a_run_tells_where_it_has_been_before(run, tmp_path, monkeypatch):
 def test_a_run_that_another_torch_goes_on_with_names_both(run, tmp_path, monkeypatch):
     run(*GRAD, "-N", "1")
     (path,) = tmp_path.glob("logs/*/run.json")
-    first = json.loads(path.read_text())
+    first = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**first, "versions": {**first["versions"], "torch": "1.0", "cuda": "9"}}))
     run(*GRAD, "-N", "2")
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text("utf-8"))
     (before,) = found["before"]
     assert (before["versions"]["torch"], before["ranks"]) == ("1.0", 1)
     expected = {**first["versions"], "torch": f"1.0, then {version('torch')}", "cuda": "9"}
@@ -433,7 +433,7 @@ def test_what_run_json_says_wrongly_is_no_place(run, tmp_path, content):
     (path,) = tmp_path.glob("logs/*/run.json")
     path.write_bytes(content)
     assert run(*GRAD, "-N", "2").status == 0
-    assert [place for place in json.loads(path.read_text())["before"] if place.get("cpu") != []] == []
+    assert [place for place in json.loads(path.read_text("utf-8"))["before"] if place.get("cpu") != []] == []
 
 
 def test_a_line_that_has_lost_its_end_takes_no_other_with_it(run, tmp_path):
@@ -441,7 +441,7 @@ def test_a_line_that_has_lost_its_end_takes_no_other_with_it(run, tmp_path):
     (path,) = tmp_path.glob("logs/*/results.jsonl")
     path.write_bytes(path.read_bytes()[:-20])
     assert run(*GRAD, "-N", "3").status == 0
-    first, lost, third = path.read_text().splitlines()
+    first, lost, third = path.read_text("utf-8").splitlines()
     assert [json.loads(line)["epoch"] for line in (first, third)] == [1, 3]
     with pytest.raises(json.JSONDecodeError):
         json.loads(lost)
@@ -525,7 +525,7 @@ def test_a_test_on_other_data_says_so(run, tmp_path, mnist_folder):
         result = run(*GRAD, "-test", data=folder)
         assert result.status == 0
         (path,) = tmp_path.glob("logs/*/test.json")
-        tested[found] = json.loads(path.read_text())
+        tested[found] = json.loads(path.read_text("utf-8"))
         assert (tested[found]["data"], tested[found]["precision"]) == (found, "fp32")
         line = f"Testing with other data ({found}) than the run was made with ({next(iter(tested))}).\n"
         assert (line in result.out) == (folder is other)
@@ -679,7 +679,7 @@ def test_results_agree_with_tensorboard_and_the_checkpoint(run, tmp_path):
 def test_the_clock_is_in_the_results(run, tmp_path):
     run(*GRAD, "-N", "2")
     (path,) = tmp_path.glob("logs/*/results.jsonl")
-    for line in map(json.loads, path.read_text().splitlines()):
+    for line in map(json.loads, path.read_text("utf-8").splitlines()):
         assert all(0 < line[f"{what}_seconds"] < 60 for what in ("train", "test", "checkpoint"))
 
 
@@ -716,7 +716,7 @@ def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mnist.py", "-m", "grad", "with space"])
     run(*GRAD, "-N", "1")
     (path,) = tmp_path.glob("logs/*/run.json")
-    said = json.loads(path.read_text())
+    said = json.loads(path.read_text("utf-8"))
     assert said["command"] == "python mnist.py -m grad 'with space'"
     assert said["arguments"] == load(tmp_path)["arguments"]
     assert said["name"] == path.parent.name
@@ -729,7 +729,7 @@ def test_run_json_says_what_ran(run, tmp_path, monkeypatch):
 def test_run_json_says_how_a_gpu_computes(run, tmp_path, bf16_anywhere, monkeypatch):
     run(*GRAD, "-N", "1", "--precision", "bf16")
     (path,) = tmp_path.glob("logs/*/run.json")
-    said = json.loads(path.read_text())
+    said = json.loads(path.read_text("utf-8"))
     assert (said["precision"], said["compute_capability"]) == ("bf16", None)
     assert not said["versions"].keys() & {"cuda", "cudnn"}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -749,10 +749,10 @@ def test_every_number_is_defined(run, tmp_path):
 
     run(*GRAD, "-N", "1")
     run(*GRAD, "-test")
-    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text("utf-8")
     (log,) = tmp_path.glob("logs/*")
-    keys = set(json.loads((log / "results.jsonl").read_text()))
-    keys |= set(json.loads((log / "test.json").read_text()))
+    keys = set(json.loads((log / "results.jsonl").read_text("utf-8")))
+    keys |= set(json.loads((log / "test.json").read_text("utf-8")))
     keys -= {"layers", "neurons", "layer_sparsity"}  # the same by layer
     assert [key for key in sorted(keys) if key.removesuffix("s") not in text] == []
     events, histograms = scalars(tmp_path)

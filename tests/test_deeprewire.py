@@ -12,6 +12,7 @@ from optim_helpers import (
     train,
 )
 
+import deeprewire
 from deeprewire import DeepRewiring
 
 EPS = 1e-8
@@ -262,3 +263,23 @@ def test_over_a_long_run_it_rewires(soft, path):
 @pytest.mark.parametrize(("fault", "soft"), list(zip(FAULTS, (False, False, True), strict=True)))
 def test_the_long_run_tells_each_fault(fault, soft, path):
     assert not rewires(*long_run(fault, soft=soft, **path), soft)
+
+
+def test_a_device_without_float64_counts_in_float32(monkeypatch):
+    """Apple's GPU is one. As many connections are re-activated."""
+    assert deeprewire._wide(torch.device("mps")) == torch.float32
+    assert deeprewire._wide(torch.device("cpu")) == deeprewire._wide(torch.device("cuda", 1)) == torch.float64
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        asked = []
+        monkeypatch.setattr(deeprewire, "_wide", lambda device, dtype=dtype, asked=asked: asked.append(device) or dtype)
+        torch.manual_seed(0)
+        w = 0.01 * torch.randn(1000)
+        optimizer = DeepRewiring([w], lr=0.1, l1=0.0, max_s=0.3, foreach=False)
+        for _ in range(3):
+            w.grad = torch.randn(1000)
+            optimizer.step()
+        assert asked == [torch.device("cpu")] * 3
+        found.append(w)
+    assert torch.equal(*found)
+    assert 250 < int((found[0] == 0).sum()) < 350

@@ -24,9 +24,9 @@ from training.options import _parser, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))), "benchmarks/README.md"]
-TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
 ADDING = TEXTS["docs/adding.md"]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # The modules that a page says its examples need: copied beside them. Other pages have the whole repository.
@@ -66,7 +66,7 @@ def _in_repository(program):
 def test_the_files_of_the_page_on_adding_are_those_that_tests_add():
     shown = re.findall(r"^<!-- (tests/\S+) -->\n```python\n(.*?)^```\n<!-- end -->", ADDING, re.MULTILINE | re.DOTALL)
     assert len(shown) == len(blocks("docs/adding.md", "python")) == 3
-    assert [file for file, text in shown if (ROOT / file).read_text() != text] == []
+    assert [file for file, text in shown if (ROOT / file).read_text("utf-8") != text] == []
 
 
 def test_what_the_page_on_adding_says_works(tmp_path):
@@ -77,12 +77,12 @@ def test_what_the_page_on_adding_says_works(tmp_path):
         shutil.copy(ROOT / f"{module}.py", tmp_path)
     for file in ("training/methods/magnitude.py", "mnist/stripes.py", "shallow/shallow.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        example = (ROOT / "tests" / "examples" / Path(file).name).read_text()
+        example = (ROOT / "tests" / "examples" / Path(file).name).read_text("utf-8")
         (tmp_path / file).write_text(example.replace("from examples.stripes", "from mnist.stripes"))
     changes = re.findall(r"`([\w/]+\.py)`[^`]*:\n\n```diff\n(.*?)^```", ADDING, re.MULTILINE | re.DOTALL)
     assert len(changes) == len(blocks("docs/adding.md", "diff")) == 5
     for file, change in changes:
-        content = (tmp_path / file).read_text()
+        content = (tmp_path / file).read_text("utf-8")
         for part in change.split("@@\n"):
             lines = part.splitlines(keepends=True)
             old, new = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
@@ -98,7 +98,7 @@ def test_what_the_page_on_adding_says_works(tmp_path):
         result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         (results,) = (tmp_path / str(number)).glob("logs/*/results.jsonl")
-        assert json.loads(results.read_text())["largest"] > 0
+        assert json.loads(results.read_text("utf-8"))["largest"] > 0
     with open(tmp_path / "reproduce" / "mnist.toml", "a", encoding="utf-8") as table:
         table.write("\n".join(blocks("docs/adding.md", "toml")))
     program = """
@@ -137,7 +137,7 @@ def check(line, tmp_path):
     if words[0] == "cd":
         assert (ROOT / words[1]).is_dir()
     elif words[0] == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
         assert [word for word in words[1:] if "=" not in word and word not in targets] == []
     elif words[:2] in (["pip", "install"], ["pip", "download"]):
         for word in words[2:]:
@@ -195,13 +195,35 @@ def test_commands_are_found_and_wrong_ones_refused(tmp_path):
 
 
 def test_the_make_targets_are_listed():
-    targets = re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    targets = re.findall(r"^([a-z-]+):.*## (.+)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
     assert [name for name, _ in targets] == phony
     listed = re.findall(r"^\| `make ([a-z-]+)` \| (.+) \|$", TEXTS["docs/running.md"], re.MULTILINE)
     assert listed == [target for target in targets if target[0] != "help"]
-    files = re.search(r"^NUMERIC := .*?golden (.*)\)\)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    files = re.search(r"^NUMERIC := .*?golden (.*)\)\)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[
+        1
+    ].split()
     assert [name for name in files if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_refuses_an_old_python_before_it_makes_anything(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "tests/requirements.txt", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    old = tmp_path / "python39"
+    pretend = "import sys; sys.version_info = (3, 9, 6); sys.version = '3.9.6 (default)'; exec(sys.argv.pop(1))"
+    old.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exit 3\nexec {shlex.quote(sys.executable)} -c "{pretend}" "$2"\n')
+    old.chmod(0o755)
+    result = subprocess.run(
+        ["make", "demo", "PYTHON=./python39"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    line, *_ = result.stderr.splitlines()
+    assert line.startswith("./python39 is Python 3.9.6, and 3.11 or newer is needed: ")
+    assert result.stdout == ""
+    assert not (tmp_path / ".venv").exists()
 
 
 # -- options -----------------------------------------------------------------------------------------
@@ -255,13 +277,13 @@ def test_the_formats_of_exports_are_listed():
 
 def anchors(path):
     """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text("utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"https?://", target):
             file, _, anchor = target.partition("#")
@@ -275,13 +297,13 @@ def test_the_readme_leads_to_every_page():
 
 
 def test_citation_and_changelog_are_of_this_version():
-    citation = (ROOT / "CITATION.cff").read_text()
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
     fields = dict(re.findall(r"^([\w-]+): *(.*)$", citation, re.MULTILINE))
     assert {"cff-version": "1.2.0", "type": "software", "version": PROJECT["version"]}.items() <= fields.items()
     assert {"title", "message", "authors", "preferred-citation"} <= fields.keys()
     assert "10.24963/ijcai.2021/236" in citation
     assert "10.24963/ijcai.2021/236" in TEXTS["README.md"]
-    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    versions = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert versions[:2] == ["Unreleased", PROJECT["version"]]
 
 
@@ -312,7 +334,7 @@ def test_its_results_are_those_of_the_grid(page):
     assert len(shown) == text.count("<!-- end -->") == text.count("<!-- results/")
     assert {"results/mnist/table.md", "results/mnist/equal_connectivity.md"} <= {file for file, _ in shown}
     for file, block in shown:
-        assert not_shown_right(block, (ROOT / file).read_text()) == []
+        assert not_shown_right(block, (ROOT / file).read_text("utf-8")) == []
     rows = [row for file, block in shown if file == "results/mnist/table.md" for row in cells(block)]
     if page == "docs/results.md":
         assert rows[0][:4] == ["method", "options", "epochs", "seeds"]
@@ -322,7 +344,7 @@ def test_its_results_are_those_of_the_grid(page):
 def test_it_says_how_many_rows_of_the_narrow_grid_are_finished():
     text = TEXTS["docs/reproduction.md"]
     ((finished, asked),) = re.findall(r"(\d+) of (\d+) are finished", text)
-    assert f"{finished} of {asked} rows;" in (ROOT / "results/c10-narrow/table.md").read_text()
+    assert f"{finished} of {asked} rows;" in (ROOT / "results/c10-narrow/table.md").read_text("utf-8")
     shown = re.search(r"<!-- results/c10-narrow/table.md -->\n(.*?)<!-- end -->", text, re.DOTALL)
     head, _, *lines = cells(shown[1])
     assert sum(int(line[head.index("seeds")]) for line in lines) == int(finished)
@@ -333,13 +355,13 @@ def test_the_page_on_comparability_shows_the_results_of_the_grid():
     shown = re.findall(r"<!-- (results/\S+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert len(shown) == text.count("<!-- end -->") == text.count("<!-- results/") >= 2
     for file, block in shown:
-        assert not_shown_right(block, (ROOT / file).read_text()) == []
+        assert not_shown_right(block, (ROOT / file).read_text("utf-8")) == []
     heads = {name for _, block in shown for name in cells(block)[0]}
-    assert heads == set(cells((ROOT / "results/mnist/countings.md").read_text())[0])  # each counting is there
+    assert heads == set(cells((ROOT / "results/mnist/countings.md").read_text("utf-8"))[0])  # each counting is there
 
 
 def test_the_readme_gives_the_results_of_the_grid():
-    head, _, *rows = cells((ROOT / "results/mnist/table.md").read_text())
+    head, _, *rows = cells((ROOT / "results/mnist/table.md").read_text("utf-8"))
     rows = [dict(zip(head, row, strict=True)) for row in rows]
     claims = re.findall(
         r"\*\*MNIST: Grad R with (\d+) % .* reaches ([\d.]+ ± [\d.]+) %, with (\d+) % of them ([^*]+) %",

@@ -66,11 +66,11 @@ def test_the_files_have_the_keys_that_readers_know(run, tmp_path):
     assert list(key_paths(full)) == [*key_paths(line), *rates, *distributions]
     (path,) = tmp_path.glob("logs/*/results.jsonl")
     seconds = ["train_seconds", "test_seconds", "checkpoint_seconds"]
-    assert list(json.loads(path.read_text().splitlines()[1])) == [*line, *seconds]
+    assert list(json.loads(path.read_text("utf-8").splitlines()[1])) == [*line, *seconds]
     keys = "epoch position accuracy accuracy_interval right images confusion"
     keys += " sparsity connectivity structural_connectivity"
     of_layer = ("connected", "structural", "weights", "sparsity", "connectivity", "structural_connectivity")
-    assert list(key_paths(json.loads(path.with_name("test.json").read_text()))) == [
+    assert list(key_paths(json.loads(path.with_name("test.json").read_text("utf-8")))) == [
         *keys.split(),
         *(f"layer_sparsity/{name}" for name in weights),
         *(f"layers/{name}/{key}" for name in weights for key in of_layer),
@@ -109,7 +109,7 @@ def test_a_number_is_added_by_an_entry_and_a_line(run, tmp_path, monkeypatch):
         assert events[f"lost/{name}"] == events[f"prune_cnt/{name}"]
     said = [line for line in told.splitlines() if line.startswith("epoch")]
     assert all(f"  turnover {percent(share)}" in line for share, line in zip(shares, said, strict=True))
-    rows = set(metrics.page().splitlines()) - set((ROOT / "docs" / "metrics.md").read_text().splitlines())
+    rows = set(metrics.page().splitlines()) - set((ROOT / "docs" / "metrics.md").read_text("utf-8").splitlines())
     assert rows == {
         "| turnover | share | `results.jsonl`; TensorBoard `turn/over`; console, as “turnover”; nowhere else "
         "| What changed. | c / w |",

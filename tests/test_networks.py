@@ -27,7 +27,7 @@ MOST = 3_000_000  # bytes of a grid's networks
 
 def card_of(path: Path) -> dict[str, str]:
     """The table of a card."""
-    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", path.with_suffix(".md").read_text(), re.MULTILINE))
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", path.with_suffix(".md").read_text("utf-8"), re.MULTILINE))
 
 
 def test_the_networks_of_mnist_are_all_there_and_small():
@@ -167,9 +167,9 @@ def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path
         assert card["data"].startswith("mnist: 40+20 images, crc32 ")
         assert ("rounded to float16" in card["weights"]) == (name == "dense")
         assert float(card["SynOps per image"].replace(",", "")) > 0
-    before = {name: path.read_text() for name, path in files.items() if path.suffix == ".md"}
+    before = {name: path.read_text("utf-8") for name, path in files.items() if path.suffix == ".md"}
     assert networks.main(argv) == 0
-    assert {name: files[name].read_text() for name in before} == before
+    assert {name: files[name].read_text("utf-8") for name in before} == before
     other = tmp_path / "other"
     shutil.copytree(mnist_folder, other)
     labels = next(other.rglob("t10k-labels*"))
@@ -180,7 +180,7 @@ def test_the_command_keeps_the_finished_networks_with_their_cards(dump, tmp_path
     (line,) = capsys.readouterr().err.splitlines()
     assert "argument --dataset-dir: " in line
     assert "was trained on other data (40+20 images, crc32 " in line
-    assert {name: files[name].read_text() for name in before} == before
+    assert {name: files[name].read_text("utf-8") for name in before} == before
 
 
 def test_a_card_says_what_the_grid_says_of_the_data():

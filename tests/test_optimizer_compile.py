@@ -229,6 +229,32 @@ def test_where_torch_cannot_compile_the_plain_update_runs(monkeypatch):
         assert torch.equal(p, q)
 
 
+def test_where_torch_refuses_to_compile_the_plain_update_runs(monkeypatch):
+    """As it does for a Python that is newer than it knows."""
+
+    def refuse(update, **_):
+        raise RuntimeError("torch.compile is not supported on this Python")
+
+    def weights(**settings):
+        p = torch.nn.Parameter(torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64))  # which no kernel takes
+        optimizer = GradRewiring([p], alpha=0.1, s=0.9, **settings)
+        for _ in range(2):
+            p.grad = p.detach().clone()
+            optimizer.step()
+        return p.detach()
+
+    monkeypatch.setattr("rewiring.torch.compile", refuse)
+    rewiring._compiled.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="torch.compile") as caught:
+            fused = weights(fused=True)
+    finally:
+        rewiring._compiled.cache_clear()
+    text = "torch.compile fails (RuntimeError): fused=True is as slow as foreach=False"
+    assert [str(w.message) for w in caught] == [text]
+    assert torch.equal(fused, weights(foreach=False))
+
+
 @pytest.mark.slow
 @needs_cpp
 def test_the_fused_update_is_compiled_without_kernels_too(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from export_helpers import mnist, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DRAWING = ("analysis.pictures", "reproduce.figures")  # which their commands import when they draw
 
@@ -105,7 +105,7 @@ def test_the_event_driven_evaluation_names_scipy():
 def requirements():
     """The packages of requirements.txt under each of its headings."""
     sections, name = {}, None
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+    for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines():
         if heading := re.match(r"# (\w+):", line):
             name = heading[1]
         elif requirement := line.partition("#")[0].strip():
@@ -125,6 +125,8 @@ def test_the_extras_are_those_of_the_requirements():
 
 
 def test_every_requirement_has_a_tested_version():
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line
+    )
     wanted = [re.match(r"[\w-]+", line)[0] for section in requirements().values() for line in section]
     assert [name for name in wanted if name not in pinned] == []

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
-CELLS = json.loads(NOTEBOOK.read_text())["cells"]
+CELLS = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
 CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
 TEXT = "".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "markdown")
 

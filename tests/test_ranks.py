@@ -311,6 +311,20 @@ def test_ranks_that_torchrun_has_not_started_are_refused(run, monkeypatch, chang
     assert result.err.count("\n") == 1
 
 
+def test_ranks_with_gpus_and_no_nccl_are_refused(run, monkeypatch):
+    """As PyTorch for Windows has none."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **settings: pytest.fail("too late"))
+    result = run("-N", "1")
+    assert (result.status, result.out) == (2, "")
+    line = "this PyTorch has no NCCL, which ranks on GPUs need: hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+    assert result.err.endswith(f"error: {line}\n")
+    assert result.err.count("\n") == 1
+
+
 def test_a_rank_alone_is_one_process(run, monkeypatch, tmp_path):
     """As torchrun with one process starts it; so are those that other launchers start without these variables."""
     for name, value in {**TORCHRUN, "WORLD_SIZE": "1"}.items():

@@ -71,13 +71,13 @@ with open(dump / "calls", "a") as calls:
     threads = os.environ["OMP_NUM_THREADS"] + "/" + os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
     print(" ".join(["start", *argv]), threads, file=calls)
 deadline = time.monotonic() + 30
-while (dump / "meet").exists() and (dump / "calls").read_text().count("start") < 3:
+while (dump / "meet").exists() and (dump / "calls").read_text("utf-8").count("start") < 3:
     time.sleep(0.01)
     if time.monotonic() > deadline:
         sys.exit("alone")
 for trouble in ("fail", "taken", "wait"):
     path = dump / trouble
-    if path.exists() and path.read_text() in " ".join(argv):
+    if path.exists() and path.read_text("utf-8") in " ".join(argv):
         if trouble == "wait":
             import fcntl
             held = open(dump / f"held-{os.getpid()}", "w")
@@ -87,7 +87,7 @@ for trouble in ("fail", "taken", "wait"):
 if "-test" in argv:
     (logs / "test.json").write_text(json.dumps({"epoch": epochs, "accuracy": 0.5}))
 else:
-    done = len(results.read_text().splitlines()) if results.exists() else 0
+    done = len(results.read_text("utf-8").splitlines()) if results.exists() else 0
     with open(results, "a") as file:
         for epoch in range(done + 1, epochs + 1):
             line = {"epoch": epoch, "test_accuracy": 0.5 + epoch / 10, "connectivity": 0.25}
@@ -128,7 +128,7 @@ def stub(tmp_path, monkeypatch):
 
 
 def calls(dump):
-    return (dump / "calls").read_text().splitlines() if (dump / "calls").exists() else []
+    return (dump / "calls").read_text("utf-8").splitlines() if (dump / "calls").exists() else []
 
 
 # -- the grid ------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def launches(tmp_path, stub, monkeypatch):
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     monkeypatch.setattr(runner, "PYTHON", [sys.executable, str(tmp_path / "launcher.py")])
     monkeypatch.setattr(device, "cores", lambda: 12)
-    return lambda: [tuple(line.rsplit(" ", 2)) for line in (stub / "launches").read_text().splitlines()]
+    return lambda: [tuple(line.rsplit(" ", 2)) for line in (stub / "launches").read_text("utf-8").splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_a_task_of_an_array_has_a_gpu_for_each_rank(tmp_path):
     texts = []
     for more in ([], ["--ranks", "4"]):
         assert reproduce.main(["c10", "--slurm", str(tmp_path / "a.sh"), "--dump-dir", str(tmp_path), *more]) == 0
-        texts.append((tmp_path / "a.sh").read_text())
+        texts.append((tmp_path / "a.sh").read_text("utf-8"))
     for text, gpus, cpus in zip(texts, (1, 4), (4, 16), strict=True):
         for line in ("--nodes=1", f"--gpus={gpus}", f"--cpus-per-task={cpus}"):
             assert f"\n#SBATCH {line}\n" in text
@@ -534,7 +534,7 @@ def test_a_test_from_within_the_next_epoch_is_not_of_the_row(rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     path = records.state(stub, rows[0]).logs / "test.json"
     records.path_of(stub, rows[0]).unlink()
-    path.write_text(json.dumps({**json.loads(path.read_text()), "position": 5}))
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "position": 5}))
     assert records.write(stub, rows[0])["test"] is None
 
 
@@ -587,7 +587,7 @@ def test_a_request_to_save_ends_no_row_that_does_not_train_yet(stub, waiting):
 def test_a_record_tells_all_places_where_its_row_was_trained(rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     path = records.state(stub, rows[0]).logs / "run.json"
-    info = json.loads(path.read_text())
+    info = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps({**info, "before": [{"precision": "bf16", "device": "stub", "cpu": "Z80"}, None]}))
     made = records.write(stub, rows[0])["run"]
     assert made == {**{key: info[key] for key in records.MADE}, "precision": "bf16, then fp8", "cpu": "Z80, then 6502"}
@@ -684,7 +684,7 @@ def test_a_row_whose_results_are_damaged_fails_and_the_others_go_on(rows, stub, 
     """They are damaged behind the back of the script that wrote them, here by its second call."""
     path = stub.parent / "repository" / "mnist" / "mnist.py"
     damage = f"    if value('-penalty') == '1e-2': (logs / {file!r}).write_text({content!r})\n" if file else ""
-    text = path.read_text().replace('"accuracy": 0.5}))\n', f'"accuracy": 0.5}}))\n{damage}')
+    text = path.read_text("utf-8").replace('"accuracy": 0.5}))\n', f'"accuracy": 0.5}}))\n{damage}')
     path.write_text(text.replace("value('-penalty')", "'-penalty' in argv and value('-penalty')"))
     failed, taken = runner.Runner(stub, [], 2).run(rows[:3])
     assert ([row.key for row in failed], taken) == ([rows[2].key], [])
@@ -732,7 +732,7 @@ def test_an_outcome_from_before_the_precision_was_in_it_is_read(tmp_path, rows, 
 def test_a_lost_line_does_not_shift_the_epochs_behind_it(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[3:4])
     path = records.state(stub, rows[3]).logs / "results.jsonl"
-    first, second = path.read_text().splitlines()
+    first, second = path.read_text("utf-8").splitlines()
     path.write_text(f"{first[:20]}\n{second}\n")
     assert records.progress(stub, rows[3:4]).epochs_left == 0
     for dump in (stub, tmp_path / "empty"):  # from the dump folder, and from the outcome
@@ -759,7 +759,7 @@ def test_an_outcome_keeps_the_epochs_whose_logs_are_lost(tmp_path, rows, stub, l
     else:
         results.write_text("")
     if left == "another":
-        record = json.loads(records.path_of(stub, rows[3]).read_text())
+        record = json.loads(records.path_of(stub, rows[3]).read_text("utf-8"))
         record["result"]["test_accuracy"] /= 2
         records.path_of(stub, rows[3]).write_text(json.dumps(record))
     (again,) = entries.collect(stub, rows[3:4], tmp_path)
@@ -895,13 +895,13 @@ def wait_for(path):
 def test_a_task_of_the_array_runs_its_shard_and_fails_as_it_does(task, tmp_path):
     runs = len({row.name for row in grid.load("mnist")})
     tasks = -(-runs // 4)
-    text = (tmp_path / "array.sh").read_text()
+    text = (tmp_path / "array.sh").read_text("utf-8")
     for line in (f"--array=1-{tasks}", "--signal=B:USR1@300", "--requeue", "--open-mode=append"):
         assert f"\n#SBATCH {line}\n" in text
     place, start = task
     assert start().wait(60) == 3
     argv = ["mnist", "--shard", f"2/{tasks}", "--jobs", "4", "--dataset-dir", str(place.parent / "data")]
-    assert (place / "argv").read_text().splitlines() == [*argv, "--dump-dir", str(tmp_path / "the dump")]
+    assert (place / "argv").read_text("utf-8").splitlines() == [*argv, "--dump-dir", str(tmp_path / "the dump")]
     assert (tmp_path / "the dump" / "rows").is_dir()  # where the array's logs go
     assert not (place / "scontrol").exists()
 
@@ -914,8 +914,8 @@ def test_a_warned_task_stops_its_rows_and_queues_again(task, number, requeued):
     wait_for(place / "argv")
     process.send_signal(number)
     process.wait(60)
-    assert (place / "stopped").read_text() == str(int(signal.SIGTERM))
-    assert ((place / "scontrol").read_text() if requeued else None) == requeued
+    assert (place / "stopped").read_text("utf-8") == str(int(signal.SIGTERM))
+    assert ((place / "scontrol").read_text("utf-8") if requeued else None) == requeued
     assert (place / "scontrol").exists() == bool(requeued)
 
 
@@ -923,7 +923,7 @@ def test_a_task_of_an_array_takes_the_chosen_rows_only(tmp_path):
     array = tmp_path / "array.sh"
     argv = ["--slurm", str(array), "--dump-dir", str(tmp_path), "--title", "Grad R", "--first", "3"]
     assert reproduce.main(["c10-narrow", *argv, "--title", "Deep R"]) == 0
-    text = array.read_text()
+    text = array.read_text("utf-8")
     assert "\n#SBATCH --array=1-3\n" in text
     words = shlex.split(re.search(r"-m (reproduce .*?)&", text, re.DOTALL)[1].replace("\\\n", " "))
     assert words[:2] == ["reproduce", "c10-narrow"]
@@ -952,14 +952,14 @@ def test_a_row_runs_by_the_real_script(tmp_path, monkeypatch, ranks):
     table = TABLE.replace("seeds = [2020, 1]", "seeds = [2020]").replace("-lr 1e-2", "-lr 1e-2 -T 2", 1)
     (tmp_path / "mnist.toml").write_text(table)
     row = grid.load("mnist", tmp_path)[1]
-    assert runner.Runner(tmp_path, [], 1, ranks).run([row]) == ([], []), runner.log_of(tmp_path, row).read_text()
-    record = json.loads(records.path_of(tmp_path, row).read_text())
+    assert runner.Runner(tmp_path, [], 1, ranks).run([row]) == ([], []), runner.log_of(tmp_path, row).read_text("utf-8")
+    record = json.loads(records.path_of(tmp_path, row).read_text("utf-8"))
     assert record["test"]["epoch"] == 1
     assert record["test"]["accuracy"] == record["result"]["test_accuracy"]
     assert record["test"]["operations"]
     assert record["run"]["versions"]["torch"]
     assert record["run"]["cpu"] == processor()
-    info = json.loads((records.state(tmp_path, row).logs / "run.json").read_text())
+    info = json.loads((records.state(tmp_path, row).logs / "run.json").read_text("utf-8"))
     assert record["run"] == {key: info[key] for key in records.MADE}
     assert info["ranks"] == ranks
 
@@ -984,7 +984,7 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     assert {path.name for path in folder.iterdir()} == {*texts, *pictures}
     out = capsys.readouterr().out
     assert all(str(path) in out for path in folder.iterdir())
-    table = (folder / "table.md").read_text()
+    table = (folder / "table.md").read_text("utf-8")
     assert table.startswith("6 of 8 rows")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:]]
     assert cells[0][:6] == ["dense", "`-lr 1e-2`", "1", "2", "96.00 ± 1.41", "0.00 ± 1.41"]
@@ -995,7 +995,7 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     lines = list(csv.DictReader((folder / "rows.csv").open()))
     assert [line["command"] for line in lines] == [row.command for row in done]
     assert (lines[1]["test_accuracy"], lines[1]["macs"], lines[1]["seed"]) == ("0.95", "", "2020")
-    made, left = (folder / "commands.md").read_text().split("Not run yet")
+    made, left = (folder / "commands.md").read_text("utf-8").split("Not run yet")
     assert "6502; stub; precision fp8; torch 9; commit c0ffee" in made
     assert all(row.command in made for row in done)
     assert all(row.command in left for row in (rows[3], rows[7]))
@@ -1129,7 +1129,7 @@ def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
     ]
     keys = ("test_accuracy", "connectivity", "pruned", "regrown")
     assert [epochs[4][key] for key in keys] == ["0.7", "0.25", "2", "6"]  # the second of the long row
-    assert (results / "table.md").read_text().startswith("8 of 8 rows")
+    assert (results / "table.md").read_text("utf-8").startswith("8 of 8 rows")
 
 
 @pytest.mark.parametrize(
@@ -1154,7 +1154,7 @@ def test_an_outcome_that_is_not_of_the_grid_is_not_written_over(
     file, old, new, message, tmp_path, monkeypatch, capsys, rows, results
 ):
     monkeypatch.setattr(reproduce.grid, "load", lambda experiment: rows)
-    text = (results / file).read_text()
+    text = (results / file).read_text("utf-8")
     assert old in text
     (results / file).write_text(text.replace(old, new))
     before = contents(results)
@@ -1180,14 +1180,14 @@ def test_rows_of_an_outcome_are_left_out(tmp_path, monkeypatch, capsys, rows, st
         f"start {' '.join(rows[-1].argv)}"
     ]
     monkeypatch.setattr(reproduce.grid, "load", lambda experiment: real)
-    lines = (results / "rows.csv").read_text().splitlines()
+    lines = (results / "rows.csv").read_text("utf-8").splitlines()
     for line, row in enumerate(real[:5], 1):
         lines[line] = f"{lines[line].rpartition(',')[0]},{row.command}"
     (results / "rows.csv").write_text("\n".join(lines))
     tasks = []
     for argv in ([], ["--without", str(results)]):
         assert reproduce.main(["mnist", "--dump-dir", str(fresh), "--slurm", str(tmp_path / "array.sh"), *argv]) == 0
-        text = (tmp_path / "array.sh").read_text()
+        text = (tmp_path / "array.sh").read_text("utf-8")
         assert ("--without" in text) == bool(argv)
         tasks.append(int(re.search("--array=1-([0-9]+)", text)[1]))
     assert f"--dump-dir {fresh} --without {results} &\n" in text
@@ -1204,7 +1204,7 @@ def test_rows_are_left_out_by_a_sound_outcome_only(tmp_path, monkeypatch, capsys
     argv = ["mnist", "--list", "--dump-dir", str(tmp_path / "none"), "--without", str(results)]
     assert reproduce.main(argv) == 0
     path = results / "rows.csv"
-    path.write_text(path.read_text().replace(",0.6,", ",much,"))
+    path.write_text(path.read_text("utf-8").replace(",0.6,", ",much,"))
     assert reproduce.main(argv) == 2
     assert "rows.csv: not a number: 'much'" in capsys.readouterr().err
 
@@ -1374,7 +1374,9 @@ def test_the_curves_say_of_which_seeds_they_are(tmp_path, monkeypatch, rows, stu
         "",
     ]
     kept = [
-        line for line in (results / "epochs.csv").read_text().splitlines() if line.startswith("row") or "seed-1" in line
+        line
+        for line in (results / "epochs.csv").read_text("utf-8").splitlines()
+        if line.startswith("row") or "seed-1" in line
     ]
     (results / "epochs.csv").write_text("\n".join(kept))
     headings.clear()

@@ -15,7 +15,8 @@ for module in ("fcntl", "resource", "grp", "pwd", "termios"):
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "pthread_sigmask", "sigwait"):
     if hasattr(signal, name):
         delattr(signal, name)
-for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "fchmod", "umask", "getuid", "geteuid", "mkfifo", "fork"):
+for name in ("O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "fchmod", "umask", "getuid", "geteuid", "mkfifo", "fork",
+             "killpg"):
     if hasattr(os, name):
         delattr(os, name)
 real = os.open
@@ -47,6 +48,9 @@ from reproduce.runner import Runner
 assert export.main([str(run), "--format", "safetensors", "-o", dump + "/export"]) == 0
 export.load_pruned(dump + "/export")
 assert Runner(Path(dump), [], 1).run([]) == ([], [])
+
+from benchmarks import gpu
+assert gpu.finish([sys.executable, "-c", ""], Path(dump) / "log", 60) is None
 """
 
 

@@ -98,7 +98,8 @@ def _device(gpu: int | None) -> torch.device:
         found = "there is no GPU" if count == 0 else f"the GPUs are 0 to {count - 1}"
         raise Refusal(f"argument -gpu/--gpu: there is no GPU {gpu} on this machine ({found})")
     if count == 0:
-        print("No GPU found: running on the CPU.", flush=True)
+        apple = " (Apple's is not used)" if torch.backends.mps.is_available() else ""
+        print(f"No GPU found{apple}: running on the CPU.", flush=True)
         return torch.device("cpu")
     device = torch.device("cuda", gpu or 0)
     _use(device)

@@ -50,6 +50,8 @@ def joined() -> Iterator["Ranks | None"]:
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "nccl" in backend and not dist.is_nccl_available():
+        raise Refusal("this PyTorch has no NCCL, which ranks on GPUs need: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
     try:
         with _all_there():
             dist.init_process_group(backend, timeout=TIMEOUT)

@@ -1,6 +1,9 @@
 """The content of ``run.json``: what ran, where, and on which machine."""
 
+import contextlib
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from measuring import prunable
 from training import device, logs
 from training.options import REPOSITORY, arguments
 
+CPUINFO = Path("/proc/cpuinfo")
 # what may change while a run goes on
 PLACE = ("precision", "device", "compute_capability", "ranks", "cpu", "versions", "git_commit")
 
@@ -96,10 +100,21 @@ def _compute_capability(device: torch.device) -> str | None:
 def processor() -> str:
     """The machine's CPU, with the number of its cores."""
     try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [line for line in CPUINFO.read_text().splitlines() if line.startswith("model name")]
         return f"{len(names)} cores of {names[0].split(':')[1].strip()}"
-    except (OSError, IndexError):
-        return platform.processor()
+    except (OSError, IndexError):  # not Linux, or one on ARM, which names no model there
+        return f"{os.cpu_count()} cores of {_model()}"
+
+
+def _model() -> str:
+    """The processor's name, as macOS and lscpu have it, or else the name of its architecture."""
+    english = {**os.environ, "LC_ALL": "C"}
+    for command, line in ((["sysctl", "-n", "machdep.cpu.brand_string"], "(.+)"), (["lscpu"], r"Model name: *(.+)")):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=english).stdout
+            if found := re.search(line, told):
+                return found[1]
+    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
