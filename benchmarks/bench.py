@@ -5,6 +5,7 @@ are medians, because the machine may be shared and noisy. Of a slow execution, o
 time of an epoch is computed from them; the tables say from how many.
 """
 
+import argparse
 import gc
 import statistics
 import sys
@@ -281,11 +282,15 @@ def ceiling(device: torch.device) -> Tables:
     yield table("What this machine reaches (best of 7)", ("", "GFLOP/s"), rows)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, rounds=5)
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    options = made.parse_args(argv)
+    return made.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()  # as a run does

@@ -5,6 +5,7 @@ scaled so that hidden neurons spike about as often as trained ones. Runs given o
 beside them. All executions of a row run in turns in one process.
 """
 
+import argparse
 import copy
 import sys
 import warnings
@@ -143,13 +144,17 @@ def bench_convolution(rounds: int) -> Tables:
     return over_sparsities("Convolution 256 to 256, 16x16, 8 images, one time step", made, 3 * rounds)
 
 
-@command
-@torch.no_grad()
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, rounds=7)
     text = "an MNIST run or an export of one, to measure too"
     made.add_argument("runs", nargs="*", type=file_path, metavar="RUN", help=text)
-    options = made.parse_args(argv)
+    return made.parse_args(argv)
+
+
+@command
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     imported("scipy.sparse", "this benchmark")
 
     def measure() -> Tables:

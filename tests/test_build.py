@@ -403,10 +403,12 @@ def test_a_compiler_that_does_not_end_is_ended_with_its_children(places, monkeyp
     script.chmod(0o755)
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setattr(build, "SECONDS", 2)
+    began = time.monotonic()
     with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as child:
         assert build.unavailable() == f"the C compiler does not finish ({script}, in 2 seconds)"
         os.set_blocking(child.fileno(), True)
         assert child.read() == b"started\n"  # to the end: nobody has it open
+    assert time.monotonic() - began < 300  # the child has not slept to its end
     assert files(places.cache) == []
 
 

@@ -15,7 +15,9 @@ from export_helpers import mnist, write_run
 
 import analysis.export
 import analysis.report
+import benchmarks.bench
 import benchmarks.gpu
+import benchmarks.sparse
 import reproduce.__main__
 import reproduce.networks
 from analysis.experiments import EXPERIMENTS
@@ -129,6 +131,17 @@ def _dump(argv, tmp_path):
     return argv if "--dump-dir" in argv else [*argv, "--dump-dir", str(tmp_path)]
 
 
+PROGRAMS = {  # how each takes its arguments
+    "reproduce": reproduce.__main__._options,
+    "reproduce.networks": reproduce.networks._options,
+    "analysis.report": analysis.report.parse,
+    "analysis.export": analysis.export._options,
+    "benchmarks.bench": benchmarks.bench.parse,
+    "benchmarks.gpu": benchmarks.gpu.parse,
+    "benchmarks.sparse": benchmarks.sparse.parse,
+}
+
+
 def check(line, tmp_path):
     """Parses a command line as its program does; raises for one that is not accepted, and for an unknown program."""
     words = shlex.split(line, comments=True)
@@ -139,6 +152,8 @@ def check(line, tmp_path):
     elif words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
         assert [word for word in words[1:] if "=" not in word and word not in targets] == []
+        for program, options in (word.split("=", 1) for word in words if word.startswith(("BENCH=", "GPU="))):
+            PROGRAMS[f"benchmarks.{program.lower()}"](shlex.split(options))
     elif words[:2] in (["pip", "install"], ["pip", "download"]):
         for word in words[2:]:
             if word.endswith(".txt"):
@@ -154,16 +169,8 @@ def check(line, tmp_path):
         experiment = re.fullmatch(r"(?:(\w+)/)?(\w+)\.py" if script else r"(\w+)\.(\w+)", name)
         if experiment and experiment[2] in EXPERIMENTS:
             parse(EXPERIMENTS[experiment[2]], _dump(argv, tmp_path))
-        elif name == "reproduce":
-            reproduce.__main__._options(argv)
-        elif name in ("analysis.report", "analysis.export"):
-            {"analysis.report": analysis.report.parse, "analysis.export": analysis.export._options}[name](argv)
-        elif name == "reproduce.networks":
-            reproduce.networks._options(argv)
-        elif name == "benchmarks.gpu":
-            benchmarks.gpu.parse(argv)
         else:
-            assert name in ("benchmarks.sparse", "benchmarks.bench"), line
+            PROGRAMS[name](argv)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/adding.md"])  # see above
@@ -187,6 +194,8 @@ def test_commands_are_found_and_wrong_ones_refused(tmp_path):
         "python -m reproduce no",
         "python other.py",
         "make no-such",
+        'make bench BENCH="--dataset-dri data"',
+        "python -m benchmarks.sparse --dataset-dri data",
         "pip install .[no]",
         "rm -rf runs",
     ):

@@ -168,6 +168,8 @@ def test_golden_cifar10(golden, step_mode, change):
     for name, drift in (drifts(seen, facts) | gradient_drifts(seen, facts)).items():
         assert drift <= 1, name
     assert seen.loss == pytest.approx(float(facts["train_loss"]), rel=0.25)
+    one_hot = torch.eye(10)[torch.tensor(facts["y"])]
+    assert seen.loss == pytest.approx(float((seen.counts / 8 - one_hot).square().mean()), rel=1e-5)
     for name in BATCH_NORMS:
         assert seen.network.get_buffer(f"{name}.num_batches_tracked") == (1 if name.startswith("static") else 8)
     if all(np.array_equal(steps, facts[f"spikes:{name}"]) for name, steps in seen.spikes.items()):

@@ -51,10 +51,15 @@ def as_on_a_gpu(monkeypatch):
     )
     adam = importlib.import_module("torch.optim.adam")  # which torch.optim hides
     monkeypatch.setattr(adam, "_get_capturable_supported_devices", lambda **_: ["cuda", "meta"])
-    compile = torch.compile
-    monkeypatch.setattr("rewiring.torch.compile", lambda update, **s: compile(update, backend="eager", **s))
+    compile, calls = torch.compile, []
+
+    def compiled(update, **settings):
+        made = compile(update, backend="eager", **settings)
+        return lambda *args, **given: calls.append(update) or made(*args, **given)
+
+    monkeypatch.setattr("rewiring.torch.compile", compiled)
     rewiring._compiled.cache_clear()
-    yield
+    yield calls
     rewiring._compiled.cache_clear()
 
 
@@ -97,13 +102,14 @@ def train(step, batches):
     ],
 )
 @pytest.mark.parametrize("name", ["mnist", "c10"])
-def test_a_training_step_waits_for_nothing_and_stays_on_its_device(name, mode, precision, execution):
+def test_a_training_step_waits_for_nothing_and_stays_on_its_device(as_on_a_gpu, name, mode, precision, execution):
     step, batches = prepared(name, mode, precision, execution)
     train(step, batches)
     state = [x for optimizer in step.optimizers for own in optimizer.state.values() for x in own.values()]
     tensors = [*step.network.state_dict().values(), *state, step.finite.first, step.finite.steps]
     assert {x.device for x in tensors if isinstance(x, torch.Tensor)} == {META}
     assert len(state) > 2 * len(step.parameters)
+    assert bool(as_on_a_gpu) == (execution == "compiled")
 
 
 @pytest.mark.parametrize("name", ["mnist", "c10"])

@@ -348,7 +348,7 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+@pytest.mark.parametrize("compiled", [pytest.param("--compile", marks=needs_kernels), "--no-compile"])
 def test_two_ranks_train_the_convolutional_run_of_one(tmp_path, images, compiled):
     """In few time steps on few images: rounding decides about a spike of ten million, which changes what follows."""
     for size in (1, 2):

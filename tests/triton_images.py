@@ -1,7 +1,7 @@
 """Triton's kernel for training images without a GPU, in a process of its own: run by its interpreter, or compiled.
 
 python triton_images.py values              with TRITON_INTERPRET=1: compare with torch's operations
-python triton_images.py compile CAPABILITY  compile for a compute capability such as 90
+python triton_images.py compile CAPABILITY...  compile for compute capabilities such as 90
 """
 
 import sys
@@ -52,9 +52,15 @@ def compile_all(capability):
         names = [parameter.name for parameter in images_triton._lookup.params]
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
         source = ASTSource(images_triton._lookup, signature, constants)
-        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert built.asm["cubin"]
+        assert f".target sm_{capability}" in built.asm["ptx"]
 
 
 if __name__ == "__main__":
     what, *which = sys.argv[1:]
-    values() if what == "values" else compile_all(*map(int, which))
+    if what == "values":
+        values()
+    else:
+        for capability in which:
+            compile_all(int(capability))
