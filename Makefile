@@ -62,7 +62,7 @@ clean: ## remove .venv
 	rm -rf .venv
 
 .venv/ready: requirements.txt tests/requirements.txt constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] + ", and 3.11 or newer is needed: set PYTHON, as in make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import os, sys; sys.exit(sys.version_info < (3, 11) and os.environ.get("PYTHON", "python3") + " is Python " + sys.version.split()[0] + ", and 3.11 or newer is needed: set PYTHON, as in make PYTHON=python3.12")'
 	@if [ "$$(uname -s)" = Linux ]; then \
 	    echo "Setting up .venv: about 3 GB to download, 6 GB on disk, most of it PyTorch's CUDA libraries. The CPU build is"; \
 	    echo "much smaller: stop this, and put PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu before make."; \

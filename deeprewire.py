@@ -69,7 +69,7 @@ def deep_rewiring(
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """The floating-point type in which counts are exact: an Apple GPU has no float64."""
+    """The type for counts: float64, which is exact, but on an Apple GPU, which has none, float32 (exact to 2^24)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -83,13 +83,13 @@ def finish(
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Ends a process, and those that it has started."""
+    """Ends a process, and those that it has started, where the system has groups of processes."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
     if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
     elif process.poll() is None:
         process.kill()
@@ -196,7 +196,7 @@ def run_row(report: Report, log: Path, name: str, line: str, epochs: int, images
 
 def results(folder: Path) -> list[dict]:
     """The lines of a run's results.jsonl, without those of its layers."""
-    lines = [line for path in folder.glob("logs/*/results.jsonl") for line in path.read_text().splitlines()]
+    lines = [line for path in folder.glob("logs/*/results.jsonl") for line in path.read_text("utf-8").splitlines()]
     return [{key: value for key, value in json.loads(line).items() if not isinstance(value, dict)} for line in lines]
 
 

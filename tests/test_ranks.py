@@ -25,7 +25,7 @@ from c10.data import CLASSES
 from spiking import BatchNorm2d, Dropout, StepwiseBatchNorm2d
 from spiking_kernels.blocks import lif_block
 from spiking_kernels.shapes import Shape
-from training import ranks
+from training import device, ranks
 from training.command_line import command
 from training.errors import DivergedError, Interrupted, RankLost, Refusal
 from training.files import storage
@@ -311,18 +311,23 @@ def test_ranks_that_torchrun_has_not_started_are_refused(run, monkeypatch, chang
     assert result.err.count("\n") == 1
 
 
-def test_ranks_with_gpus_and_no_nccl_are_refused(run, monkeypatch):
-    """As PyTorch for Windows has none."""
+def test_ranks_with_gpus_and_no_nccl_are_refused_once_they_are_together(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **settings: pytest.fail("too late"))
-    result = run("-N", "1")
-    assert (result.status, result.out) == (2, "")
-    line = "this PyTorch has no NCCL, which ranks on GPUs need: hide the GPUs with CUDA_VISIBLE_DEVICES=''"
-    assert result.err.endswith(f"error: {line}\n")
-    assert result.err.count("\n") == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    backends = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: backends.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(atexit, "register", lambda *call: None)
+    for available, expected in ((True, "cpu:gloo,cuda:nccl"), (False, "gloo")):
+        monkeypatch.setattr(dist, "is_nccl_available", lambda available=available: available)
+        with ranks.joined():
+            assert backends.pop() == expected
+        if available:
+            assert device._of_rank(None, 1) == 1
+    with pytest.raises(Refusal, match=r"no NCCL, which ranks on GPUs need: hide the GPUs with CUDA_VISIBLE_DEVICES=-1$"):
+        device._of_rank(None, 1)
 
 
 def test_a_rank_alone_is_one_process(run, monkeypatch, tmp_path):

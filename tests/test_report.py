@@ -884,7 +884,7 @@ def test_nothing_imports_analysis():
     rooms = ("spiking_kernels", "measuring", "training", "mnist", "c10")
     modules = {*ROOT.glob("*.py")} - {ROOT / "pruned.py"}  # which is analysis's door
     for path in [*modules, *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "analysis" for name in names), path

@@ -142,7 +142,7 @@ def test_importing_the_scripts_does_nothing():
 
 def imports_of(path):
     """The names of the project's own rooms that a file imports."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     return {name.split(".")[0] for name in names} & (MODULES | {*ROOMS})

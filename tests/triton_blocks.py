@@ -31,7 +31,7 @@ SHAPES = [  # T, N, C, H, W, maximum, constant input, BatchNorm
     (2, 2, 8, 16, 17, False, False, True),  # more pixels than one part of a sum has
     (1, 1, 1, 60, 60, False, False, True),  # with FEW: more than the greatest numbers of parts have at first
 ]
-FEW = dict(MOMENTS=8, PARTS=3)  # the greatest numbers of parts; 128 times as many pixels would take half a minute
+FEW = dict(MOMENTS=8, PARTS=3)  # the greatest numbers of parts; 37 times as many pixels would take half a minute
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -85,6 +85,8 @@ def _of_rank(gpu: int | None, local_rank: int) -> int | None:
         raise Refusal(f"argument -gpu/--gpu: not allowed with torchrun, which gives each rank a GPU; {hint}")
     if 0 < count <= local_rank:
         raise Refusal(f"there is no GPU {local_rank} for this rank on its machine: start at most {count} ranks there")
+    if count and not torch.distributed.is_nccl_available():  # as PyTorch for Windows
+        raise Refusal("this PyTorch has no NCCL, which ranks on GPUs need: hide the GPUs with CUDA_VISIBLE_DEVICES=-1")
     return local_rank if count else None
 
 

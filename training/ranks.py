@@ -49,9 +49,8 @@ def joined() -> Iterator["Ranks | None"]:
         raise Refusal("the environment has RANK and WORLD_SIZE, but no MASTER_ADDR: start the ranks with torchrun")
     import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if "nccl" in backend and not dist.is_nccl_available():
-        raise Refusal("this PyTorch has no NCCL, which ranks on GPUs need: hide the GPUs with CUDA_VISIBLE_DEVICES=''")
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"  # the options refuse a GPU without NCCL
     try:
         with _all_there():
             dist.init_process_group(backend, timeout=TIMEOUT)

@@ -109,7 +109,7 @@ def processor() -> str:
 def _model() -> str:
     """The processor's name, as macOS and lscpu have it, or else the name of its architecture."""
     english = {**os.environ, "LC_ALL": "C"}
-    for command, line in ((["sysctl", "-n", "machdep.cpu.brand_string"], "(.+)"), (["lscpu"], r"Model name: *(.+)")):
+    for command, line in ((["sysctl", "-n", "machdep.cpu.brand_string"], "(.+)"), (["lscpu"], r"Model name: *(\w.*)")):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=english).stdout
             if found := re.search(line, told):
