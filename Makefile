@@ -27,8 +27,8 @@ test: .venv/ready ## run the tests, except those that take minutes
 test-all: .venv/ready ## run all tests
 	$(PYTEST)
 
-# for other arithmetic: ATEN_CPU_CAPABILITY=default make test-numeric. Left out are Triton's tests, which do not depend on
-# it, and those that show that wrong code misses the bounds
+# for other arithmetic: ATEN_CPU_CAPABILITY=default make test-numeric. Left out are Triton's tests, which do not depend
+# on it, and those that show that wrong code misses the bounds
 test-numeric: .venv/ready ## run the tests whose numbers depend on the processor's arithmetic
 	$(PYTEST) -m "not slow" -k "not triton and not tells_ and not network_is_told and not are_told" $(NUMERIC)
 
