@@ -283,7 +283,7 @@ def ceiling(device: torch.device) -> Tables:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    made = parser(__doc__, rounds=5)
+    made = parser("bench", __doc__, rounds=5)
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     return made.parse_args(argv)
 

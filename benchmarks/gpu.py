@@ -214,7 +214,8 @@ def driver() -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = {"prog": "python -m benchmarks.gpu", "description": __doc__}
+    parser = Parser(**what, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, number("> 0", lambda x: x > 0)
     # fmt: off
     add("--minutes", type=positive, default=9.0, metavar="M", help="the time for all of it (default: 9)")

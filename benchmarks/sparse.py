@@ -145,7 +145,7 @@ def bench_convolution(rounds: int) -> Tables:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    made = parser(__doc__, rounds=7)
+    made = parser("sparse", __doc__, rounds=7)
     text = "an MNIST run or an export of one, to measure too"
     made.add_argument("runs", nargs="*", type=file_path, metavar="RUN", help=text)
     return made.parse_args(argv)

@@ -67,8 +67,9 @@ def mnist_images(folder: Path | None) -> data.Dataset:
     return data.Dataset(noise(60_000, 1, 28, 28), noise(10_000, 1, 28, 28))
 
 
-def parser(description: str, rounds: int) -> Parser:
-    made = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(name: str, description: str, rounds: int) -> Parser:
+    what = {"prog": f"python -m benchmarks.{name}", "description": description}
+    made = Parser(**what, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "folder with MNIST/raw (default: noise of MNIST's size)"
     made.add_argument("--dataset-dir", type=folder_path, metavar="DIR", help=text)
     text = "measurements of each execution (default: %(default)s)"

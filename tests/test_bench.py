@@ -75,7 +75,9 @@ def test_tables_are_markdown_and_machine_readable(capsys):
 
 
 def test_the_report_is_written_beside_what_made_it(tmp_path, capsys):
-    options = tables.parser("It measures.", rounds=3).parse_args(["--json", str(tmp_path / "new" / "tables.json")])
+    parser = tables.parser("bench", "It measures.", rounds=3)
+    assert parser.format_usage().startswith("usage: python -m benchmarks.bench ")
+    options = parser.parse_args(["--json", str(tmp_path / "new" / "tables.json")])
     assert tables.run(options, CPU, ("torch",), lambda: [tables.table("title", ("a",), [("1",)])]) == 0
     written = json.loads((tmp_path / "new" / "tables.json").read_text())
     assert written["tables"] == [{"title": "title", "head": ["a"], "rows": [["1"]]}]
