@@ -86,8 +86,10 @@ def _reactivated(w: Tensor, sign: Tensor, uniform: Tensor, max_s: float | Tensor
 class DeepRewiring(RewiringOptimizer):
     r"""Adam on the active connections, with an L1 penalty, noise and random re-activation.
 
-    The sign s of a connection is fixed at the first step with a gradient: s = sign(w). A connection is
-    active where w != 0. With N standard normal noise, Deep R moves the active connections by
+    The sign s of a connection is set at the first step with a gradient, s = sign(w), and no step changes it
+    (:meth:`load_parameters` sets it anew). A connection is active where w != 0. eta_t, m_t and d_t are Adam's step
+    size, first moment and denominator, as in :mod:`rewiring`. With N standard normal noise, Deep R moves the active
+    connections by
 
     .. math:: w \leftarrow w - \eta_t m_t / d_t - l_1 \eta_t s + T \sqrt{\eta_t} N
 

@@ -60,9 +60,9 @@ def grad_rewiring(
 class GradRewiring(RewiringOptimizer):
     r"""Adam on the synaptic parameter theta of every connection, under a Laplace prior.
 
-    A weight is w = s * max(theta, 0) with a sign s fixed for ever: at the first step with a gradient
-    s = sign(w) and theta = |w|; where s = 0 the weight stays 0. Then, at every step, from dL/dw of ALL
-    connections (the redefined gradient: a pruned connection receives it too, so it can regrow),
+    A weight is w = s * max(theta, 0) with a sign s that no step changes (:meth:`load_parameters` sets it anew): at
+    the first step with a gradient s = sign(w) and theta = |w|; where s = 0 the weight stays 0. Then, at every step,
+    from dL/dw of ALL connections (the redefined gradient: a pruned connection receives it too, so it can regrow),
 
     .. math::
         h &= s\theta - \eta_t m_t / d_t \\
@@ -70,7 +70,9 @@ class GradRewiring(RewiringOptimizer):
             \mu = \ln(2(1 - s_{target})) / \alpha \quad\text{(only when alpha > eps)} \\
         \theta &\leftarrow s h, \qquad w \leftarrow s\,\max(\theta, 0)
 
-    The weights are masked in place by every step, so the network is sparse at any time.
+    Here s is the sign, and s_target the argument ``s``; eta_t, m_t and d_t are Adam's step size, first moment and
+    denominator, as in :mod:`rewiring`. The weights are masked in place by every step, so the network is sparse at any
+    time.
 
     Args:
         params: parameters or parameter groups to prune; real floating point. Groups may have their own settings;
@@ -172,12 +174,12 @@ class ConnectivitySchedule:
     rate above 0: others stay connected, but they count. A group that is added later joins with the next segment.
 
     Args:
-        optimizer: the schedule sets alpha in its groups, and s where it is None, from a schedule before, or 0.5 (mu
-            would be 0, and pruned weights would not stay pruned): so that mu is -REACH times the largest learning rate
-            so far. There the prior leaves a pruned connection, near enough for the gradient to bring it back; otherwise
-            few connections would go before C is due.
+        optimizer: the schedule sets alpha in its groups. It also sets s where s is None, 0.5 or set by an earlier
+            schedule, so that mu = -REACH * (largest learning rate so far). At that mu a pruned connection stays near
+            enough for the gradient to bring it back. (With s = 0.5, mu would be 0, and pruned weights would not stay
+            pruned.)
         connectivity: C, in (0, 1].
-        steps: after which C is reached, >= 1.
+        steps: of the whole schedule, >= 1; C is due after ``end * steps`` of them, and the rest train at C.
         begin, end: shares of ``steps``, 0 <= begin <= end <= 1.
         segments: the most segments in ``steps``, >= 1. Each costs one search for the k-th smallest theta.
         max_alpha: > 0.
