@@ -199,7 +199,7 @@ def test_the_time_left_is_told_beside_a_progress_bar(run, monkeypatch):
         (
             "-m deep -s 0.9 -temperature 1e-3 --dataset digits",
             "Deep R on digits: penalty 1e-3, temperature 1e-3, ",
-            "-s 0.9 is the maximum sparsity, not the final one: beyond it, connections are regrown. "
+            "-s 0.9 is the maximum sparsity of each layer, not the final one: beyond it, connections are regrown. "
             "To set the final connectivity, use -m grad --recipe fast --connectivity.",
         ),
         (

@@ -82,7 +82,8 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     add("--deterministic", action="store_true",
         help="use only deterministic algorithms, so that runs are bitwise reproducible on a GPU too (default: off)")
     add("--checkpoint-minutes", type=positive, default=10.0, metavar="M",
-        help="minutes between checkpoints: a killed run loses at most that many minutes of training (default: 10)")
+        help="minutes between checkpoints: a killed run loses at most that many minutes of training, and what it "
+        "trained while the last one was written (default: 10)")
     add("-test", "--test", action="store_true", help="evaluate the saved model instead of training (default: off)")
     add("-i1", "--interval-test", type=least_one, default=experiment.interval_test, metavar="EPOCHS",
         help="epochs between full recordings on the test set (default: %(default)s)")

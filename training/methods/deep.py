@@ -22,7 +22,7 @@ class DeepR(Method):
     about = "Deep R"
     options: ClassVar = {
         PENALTY: "L1 penalty (l1), >= 0",
-        SPARSITY: "maximum sparsity, in [0, 1], or the target of the prior with -soft",
+        SPARSITY: "maximum sparsity of each layer, in [0, 1], or the target of the prior with -soft",
         SOFT: "soft Deep R",
         TEMPERATURE: "strength of the noise, sqrt(2 T) in the Deep R paper",
     }
@@ -40,7 +40,7 @@ class DeepR(Method):
         return f"Soft {self.label}" if options.soft else self.label
 
     def explain(self, options: Namespace) -> list[str]:
-        hard = "the maximum sparsity, not the final one: beyond it, connections are regrown"
+        hard = "the maximum sparsity of each layer, not the final one: beyond it, connections are regrown"
         soft = "the target of the prior, not the final sparsity, which depends on -penalty, -temperature, -lr and -N"
         meaning = f"-s {options.sparsity} is {soft if options.soft else hard}."
         return [f"{meaning} To set the final connectivity, use -m grad --recipe fast --connectivity."]
