@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: .venv/ready ## train a small network, dense and with 5 % of its connections, and compare the two
+demo: .venv/ready ## train the MNIST network on small digits, dense and with 5 % of its connections, and compare the two
 	$(DEMO)
 	$(DEMO) -m grad --connectivity 0.05
 	@echo
@@ -43,7 +43,7 @@ fuzz: .venv/ready ## damage exports and checkpoints, 2000 of each format; each m
 sanitize: .venv/ready ## call the C code at random under AddressSanitizer and UBSan
 	$(BIN)/python -m tests.sanitize
 
-docs: .venv/ready ## write the tables of docs/metrics.md from that in training/metrics.py
+docs: .venv/ready ## write the tables of docs/metrics.md anew from training/metrics.py
 	$(BIN)/python -m training.metrics
 
 lint: .venv/ready ## check the code with ruff
