@@ -19,6 +19,7 @@ import pretended_runs
 import pytest
 import torch
 from filelock import FileLock
+from forked import ForkServer
 from PIL import Image
 
 import spiking_kernels
@@ -190,8 +191,8 @@ def pretended_driver(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fork_server(pretended_driver, tmp_path_factory) -> Iterator[pretended_runs.ForkServer]:
-    server = pretended_runs.ForkServer(tmp_path_factory.mktemp("server") / "err")
+def fork_server(pretended_driver, tmp_path_factory) -> Iterator[ForkServer]:
+    server = pretended_runs.fork_server(tmp_path_factory.mktemp("server") / "err")
     yield server
     server.close()
 

@@ -5,11 +5,9 @@ Python program on torch's own CUDA code, over a driver whose kernels do nothing.
 that a capture forbids, memory and numbers of launches, but no results and no speed.
 """
 
-import contextlib
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
@@ -22,9 +20,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from forked import ForkServer, Program
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATCHES = Path(__file__).resolve().parent / "pretended_gpu"
+LIBRARIES = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "torchvision", "torch.utils.tensorboard")
 HEAD = re.compile(r"== (.*): (\d+) launches, (\d+) graph launches, (\d+) mallocs, (\d+) frees;(.*)")
 USED = re.compile(r"device (\d+) used [\d.]+ GB, peak ([\d.]+) GB;")
 BEGINS = re.compile(r"capture begins on stream \d+ of device (\d+) \(current (\d+)\)")
@@ -192,60 +192,9 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
-class ForkServer:
-    """A process that starts programs with torch imported already (pretended_gpu/fork_server.py), one after another."""
-
-    def __init__(self, errors: Path) -> None:
-        self.errors = errors
-        argv = [*program(1, 80), str(PATCHES / "fork_server.py")]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        with open(errors, "wb") as err:
-            self.process = subprocess.Popen(argv, cwd=REPOSITORY, env=environment(), stderr=err, **pipes)
-
-    def start(self, argv: list[str], environment: dict[str, str], out: Path, err: Path) -> "Forked":
-        with contextlib.suppress(BrokenPipeError):  # the answer tells why
-            self.process.stdin.write(json.dumps([argv, environment, str(out), str(err)]).encode() + b"\n")
-        return Forked(self, argv)
-
-    def answer(self, word: str) -> int:
-        """The number in the server's next line, which begins with a word."""
-        found, _, number = self.process.stdout.readline().decode().partition(" ")
-        if found != word:
-            raise RuntimeError(f"the fork server has said {found!r}, not {word!r}: {self.errors.read_text()}")
-        return int(number)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
-
-
-class Forked:
-    """A program that a server has started: what is needed here of subprocess.Popen."""
-
-    def __init__(self, server: ForkServer, argv: list[str]) -> None:
-        self.server, self.argv, self.status = server, argv, None
-        self.pid = server.answer("started")
-
-    def wait(self, seconds: float) -> int:
-        if self.status is None:
-            if not select.select([self.server.process.stdout], [], [], seconds)[0]:
-                raise subprocess.TimeoutExpired(self.argv, seconds)
-            self.status = self.server.answer("ended")
-        return self.status
-
-    def poll(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.wait(0)
-        return None
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-        self.wait(60)  # or its end would answer the next request
+def fork_server(errors: Path) -> ForkServer:
+    """One whose programs run on the pretended GPU; it imports what asks for no device."""
+    return ForkServer(errors, environment(), LIBRARIES, program(1, 80))
 
 
 def start(
@@ -256,8 +205,8 @@ def start(
     images: int,
     more: dict[str, str],
     server: ForkServer | None,
-) -> subprocess.Popen | Forked:
-    logs, out, err = (folder / name for name in ("driver", "out", "err"))
+) -> subprocess.Popen | Program:
+    logs = folder / "driver"
     logs.mkdir(parents=True)
     variables = environment() | {
         "PRETENDED_IMAGES": str(images),
@@ -266,8 +215,9 @@ def start(
         **more,
     }
     if server is not None:
-        return server.start(argv, variables | {"FAKE_NDEV": str(gpus), "FAKE_MEM_GB": str(gigabytes)}, out, err)
-    with open(out, "wb") as out, open(err, "wb") as err:
+        variables |= {"FAKE_NDEV": str(gpus), "FAKE_MEM_GB": str(gigabytes)}
+        return server.start(argv, variables, REPOSITORY, folder)
+    with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
         return subprocess.Popen(
             [*program(gpus, gigabytes), *argv], cwd=REPOSITORY, env=variables, stdout=out, stderr=err
         )

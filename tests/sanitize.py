@@ -36,7 +36,8 @@ class Sanitizer:
         self.flags = [*FLAGS, *SANITIZERS, *filter(None, accepted), *(["-shared-libasan"] if clang else [])]
         of_clang = [f"libclang_rt.asan{suffix}.so" for suffix in (f"-{platform.machine()}", "")]
         # and the C++ library, without which no exception of torch's finds its handler
-        self.preloaded = [self._file(*(of_clang if clang else ["libasan.so"])), self._file("libstdc++.so.6")]
+        preloaded = [self._file(*(of_clang if clang else ["libasan.so"])), self._file("libstdc++.so.6")]
+        self.environment = {"OMP_NUM_THREADS": "2", **os.environ, **OPTIONS, "LD_PRELOAD": " ".join(preloaded)}
 
     def _answer(self, option: str) -> str:
         try:
@@ -58,7 +59,13 @@ class Sanitizer:
             compiled.write_bytes(build.compile_files(self.command, [source], [*flags, "-c"], self.folder))
         return compiled
 
-    def run(self, sources: Path, variant: str, *arguments: str, output: int | None = None) -> tuple[int, str]:
+    def call(self, argv: list[str]) -> tuple[int, str]:
+        """Runs ``python ARGV`` with the sanitizers; its exit status, and what it writes to the standard error."""
+        command = [sys.executable, *argv]
+        found = subprocess.run(command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE, text=True)
+        return found.returncode, found.stderr
+
+    def run(self, sources: Path, variant: str, *arguments: str) -> tuple[int, str]:
         """Makes the random calls of tests/random_calls.py to the kernels in a folder.
 
         Returns:
@@ -67,16 +74,8 @@ class Sanitizer:
         library, last, flags = self.folder / "cpu.so", self.folder / "last", [*self.flags, STREAMED, *VARIANTS[variant]]
         objects = [self._object(source, flags) for source in build.sources(folder=sources)]
         library.write_bytes(build.compile_files(self.command, objects, flags, self.folder))
-        found = subprocess.run(
-            [sys.executable, "-m", "tests.random_calls", library, "--last", last, *arguments],
-            cwd=ROOT,
-            env={"OMP_NUM_THREADS": "2", **os.environ, **OPTIONS, "LD_PRELOAD": " ".join(self.preloaded)},
-            stdout=output,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        told = f"{found.stderr}\nin {last.read_text()}" if found.returncode else ""
-        return found.returncode, told
+        status, told = self.call(["-m", "tests.random_calls", str(library), "--last", str(last), *arguments])
+        return status, f"{told}\nin {last.read_text()}" if status else ""
 
 
 def main() -> int:

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import distributed_worker as worker
+import forked
 import pytest
 import torch
 from filelock import FileLock
@@ -41,21 +40,13 @@ if KINDS == ("ddp",):
 def on_two_ranks(folder, names):
     """What each rank found, by case."""
     pytest.importorskip("torch.distributed.fsdp", reason="needs torch.distributed.fsdp")
-    command = [sys.executable, str(TESTS / "distributed_worker.py")]
+    command = [TESTS / "distributed_worker.py"]
     # without a network: a file to meet at, and sockets on this machine alone
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder), *names],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(worker.RANKS)
-    ]
+    processes = [forked.start([*command, rank, folder, *names], env=environment) for rank in range(worker.RANKS)]
     end = time.monotonic() + SECONDS
     try:
-        outputs = [process.communicate(timeout=max(end - time.monotonic(), 0))[0] for process in processes]
+        outputs = [process.communicate(timeout=max(end - time.monotonic(), 0)) for process in processes]
     finally:
         for process in processes:
             process.kill()

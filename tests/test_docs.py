@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import forked
 import pytest
 from export_helpers import mnist, write_run
 
@@ -61,8 +62,7 @@ def test_the_examples_run(page, tmp_path):
     programs += [_in_repository("".join(others))] if others else []
     printed = ""
     for program in programs:
-        command = [sys.executable, "-c", program]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        result = forked.run(["-c", program], tmp_path)
         assert result.returncode == 0, result.stderr
         printed += result.stdout
     if page == "README.md":
@@ -106,8 +106,7 @@ def test_what_the_page_on_adding_says_works(tmp_path):
     trainings = [line for line in commands("docs/adding.md") if re.match(r"python (?!-m reproduce)", line)]
     assert len(trainings) == 3
     for number, line in enumerate(trainings):
-        words = [sys.executable, *line.split()[1:], "--dump-dir", str(number), "-N", "1"]
-        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        result = forked.run([*line.split()[1:], "--dump-dir", str(number), "-N", "1"], tmp_path)
         assert result.returncode == 0, result.stderr
         (results,) = (tmp_path / str(number)).glob("logs/*/results.jsonl")
         assert json.loads(results.read_text("utf-8"))["largest"] > 0
@@ -119,7 +118,7 @@ from reproduce import grid
 EXPERIMENTS["shallow"]
 print([row.title for row in grid.load("mnist")].count("magnitude"))
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = forked.run(["-c", program], tmp_path)
     assert (result.returncode, result.stdout) == (0, "12\n"), result.stderr  # four settings, three seeds
 
 

@@ -8,18 +8,15 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import forked
 import pytest
 from run_helpers import assert_same_run, load, the_checkpoint
 
 from training.files import storage
 from training.files.storage import temporary_of
 
-ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("KILLS", "1"))
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -28,14 +25,15 @@ def command(folder, epochs, minutes):
     # noise from the default generator
     settings = f"--dataset digits -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 128 -i1 3 -i2 5 -N {epochs}"
     folder = ["--checkpoint-minutes", minutes, "--dump-dir", str(folder)]
-    return [sys.executable, str(ROOT / "mnist" / "mnist.py"), *settings.split(), *folder]
+    return ["mnist/mnist.py", *settings.split(), *folder]
 
 
 def begin(*arguments):
-    process = subprocess.Popen(
-        command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert "No GPU found" in process.stdout.readline(), process.communicate()
+    process = forked.start(command(*arguments), env=ENVIRONMENT)
+    while "\n" not in process.out:
+        assert process.poll() is None, process.err
+        time.sleep(0.002)
+    assert "No GPU found" in process.out.splitlines()[0]
     return process
 
 
@@ -57,7 +55,7 @@ def epochs_to_repeat(folder):
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, minutes, epochs):
     draw = random.Random(KILLS)
     one, killed = tmp_path / "one", tmp_path / "killed"
-    subprocess.run(command(one, epochs, minutes), env=ENVIRONMENT, check=True, capture_output=True)
+    forked.run(command(one, epochs, minutes), env=ENVIRONMENT).check_returncode()
     kills = in_writes = processes = most = 0
     while True:
         processes += 1

@@ -2,11 +2,10 @@
 
 import importlib
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
+import forked
 import pytest
 from export_helpers import mnist, write_run
 
@@ -27,6 +26,8 @@ class Without:
         return None if name.partition(".")[0] in missing.split() else self.finder.find_spec(name, path, target)
 
 missing, what, *sys.argv[1:] = sys.argv[1:]
+for name in [name for name in sys.modules if name.partition(".")[0] in missing.split()]:
+    del sys.modules[name]
 sys.meta_path[:] = map(Without, sys.meta_path)
 if what == "import":
     for module in sys.argv[1:]:
@@ -38,9 +39,7 @@ else:
 
 
 def without(package, *argv):
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT, package, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return forked.run(["-c", WITHOUT, package, *argv], ROOT)
 
 
 def modules():
@@ -93,7 +92,7 @@ def test_the_event_driven_evaluation_names_scipy():
 
     program = "from analysis.sparse import event_driven; from mnist.model import MnistNet; event_driven(MnistNet())"
     script = WITHOUT.rpartition("if what")[0] + program
-    result = subprocess.run([sys.executable, "-c", script, "scipy", ""], cwd=ROOT, capture_output=True, text=True)
+    result = forked.run(["-c", script, "scipy", ""], ROOT)
     assert result.stderr.rstrip().endswith(
         "the event-driven evaluation needs scipy, which is not installed (pip install scipy)"
     )

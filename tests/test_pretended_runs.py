@@ -3,6 +3,7 @@
 import signal
 import subprocess
 
+import forked
 import pretended_runs
 import pytest
 from pretended_runs import parse
@@ -104,8 +105,8 @@ def test_a_program_ends_with_a_test_that_fails_and_the_next_one_runs(gpu):
 def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch):
     if reason := pretended_runs.unavailable():
         pytest.skip(reason)
-    monkeypatch.setattr(pretended_runs, "PATCHES", tmp_path)
-    server = pretended_runs.ForkServer(tmp_path / "err")
+    monkeypatch.setattr(forked, "SERVER", tmp_path / "none")
+    server = pretended_runs.fork_server(tmp_path / "errors")
     with pytest.raises(RuntimeError, match="No such file or directory"):
-        server.start(["-c", ""], {}, tmp_path / "out", tmp_path / "err 2")
+        server.start(["-c", ""], pretended_runs.environment(), tmp_path, tmp_path)
     server.close()

@@ -6,13 +6,13 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -169,14 +169,12 @@ class Processes:
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
             settings |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-        command = [sys.executable, *launcher, str(WORKER), *argv, "--dump-dir", str(folder)]
+        command = [*launcher, WORKER, *argv, "--dump-dir", folder]
         self.processes = []
         for rank in range(size if several else 1):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size} if several else {}
             environment = os.environ | settings | {key: str(value) for key, value in own.items()}
-            self.processes.append(
-                subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            )
+            self.processes.append(forked.start(command, env=environment))
 
     def end(self, limit=LIMIT):
         """Waits for all; their statuses, and what they printed on the two channels."""
@@ -461,7 +459,7 @@ def test_torchrun_stops_and_saves_a_run(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)
-    run.processes[0].terminate()
+    run.processes[0].send_signal(signal.SIGTERM)
     statuses, out, err = run.end()
     assert statuses != [0]
     assert "Stopped by SIGTERM" in out[0], err

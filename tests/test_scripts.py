@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -45,8 +46,7 @@ def call(tmp_path, mnist_folder, cifar_folder, capsys, monkeypatch):
             out, err = capsys.readouterr()
             return subprocess.CompletedProcess(argv, status, out, err)
         command, cwd = WAYS[mode](name, tmp_path)
-        command = [sys.executable, *command, *argv]
-        return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+        return forked.run([*command, *argv], cwd, ENVIRONMENT)
 
     yield call
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)  # a CIFAR-10 checkpoint is 0.6 GB
