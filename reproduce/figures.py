@@ -127,5 +127,6 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, str], sha
                 panel_row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         for axes in panels[-1]:
             axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
         seeds = dict.fromkeys(entry.row.seed for summary in summaries for entry in summary.entries if entry.epochs)
-        return _png(figure, f"{heading}; seeds {', '.join(map(str, seeds))}, as far as epochs.csv has them")
+        return _png(figure, f"{heading}\nseeds {', '.join(map(str, seeds))}, as far as epochs.csv has them")

@@ -91,7 +91,7 @@ def _check(record: dict[str, Any], row: Row) -> None:
     for key in ("test_accuracy", "connectivity"):
         if not 0 <= json_files.number(record, "result", key) <= 1:
             raise ValueError(f"it has no {key} from 0 to 1")
-    for *path, key in (("run",), ("result", "layers"), ("test",), ("test", "operations")):
+    for *path, key in (("run",), ("result", "layers"), ("test",), ("test", "operations"), ("test", "neurons")):
         value = (json_files.nested(record, *path) or {}).get(key)
         if not isinstance(value, dict) and (value is not None or key == "run"):
             raise ValueError(f"its {key} is not a JSON object")

@@ -1,4 +1,4 @@
-"""The Markdown tables of an outcome: means over rows that differ only in their seed; methods at equal connectivity."""
+"""The Markdown tables of an outcome: means over rows that differ only in their seed, and methods at equal cost."""
 
 import math
 import statistics
@@ -13,8 +13,13 @@ from reproduce.entries import Entry
 from reproduce.grid import Row
 from training.methods import METHODS
 
-FEWER = "†"  # marks an accuracy that a method has with fewer connections than its column allows
-EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # connectivities at which the methods are compared
+FEWER = "†"  # marks an accuracy that a method has at less cost than its column allows
+EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # shares at which the methods are compared
+COSTS = {  # what these are shares of, by the name that Summary.shares has for it
+    "connectivity": "connections",
+    "synapses": "synapses (a weight of a convolution counts at each position of its output)",
+    "synops": "dense network's SynOps",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Summary:
         if key == "loss":
             return [self.dense_mean("test_accuracy") - accuracy for accuracy in self.values("test_accuracy")]
         return [entry.numbers[key] for entry in self.entries]
+
+    def shares(self, key: str) -> list[float]:
+        """A cost of each row as a share of the dense network's: one of ``COSTS``; NaN where it is not known."""
+        if key == "synapses":
+            return [entry.synapses for entry in self.entries]
+        return self.values(key) if key == "connectivity" else [n / self.dense_mean(key) for n in self.values(key)]
 
     def mean(self, key: str) -> float:
         return statistics.mean(self.values(key))
@@ -108,15 +119,17 @@ def table(summaries: Sequence[Summary]) -> str:
 
 
 def countings(summaries: Sequence[Summary]) -> str:
-    """The Markdown table of the methods' results in each way of counting; docs/comparability.md reads it.
+    """The Markdown table of all results in each way of counting; docs/comparability.md shows parts of it.
 
-    It has the pruned rows whose grid has dense ones of the same learning rate and epochs. A loss is in points below the
-    mean of these. Operations are in percent of theirs: SynOps alone, and with the MACs of the first layer.
+    It has the rows whose grid has dense ones of the same learning rate and epochs; it is empty if none of them is
+    pruned. A loss is in points below the mean of the dense ones. Operations are in percent of theirs: SynOps alone, and
+    with the MACs of the first layer.
     """
+    if not any(summary.row.method.prunes and summary.dense for summary in summaries):
+        return ""
     lines = []
     for summary in summaries:
-        row = summary.row
-        if row.ablation or not row.method.prunes or not summary.dense:
+        if not summary.dense:
             continue
         last, best, synops, macs = map(summary.values, ("test_accuracy", "best_accuracy", "synops", "macs"))
         dense_last, dense_best = map(summary.dense_mean, ("test_accuracy", "best_accuracy"))
@@ -130,15 +143,50 @@ def countings(summaries: Sequence[Summary]) -> str:
             "best against best": [dense_best - accuracy for accuracy in best],
             "connectivity (%)": summary.values("connectivity"),
             "on a path (%)": summary.values("structural_connectivity"),
-            "SynOps (% of dense)": [n / dense_synops for n in synops],
+            "SynOps (% of dense)": summary.shares("synops"),
             "with the first layer": [
                 (n + first) / (dense_synops + dense_macs) for n, first in zip(synops, macs, strict=True)
             ],
         }
         title, epochs = summary.line
-        cells = [title, f"`{row.variant}`", str(epochs), str(len(last))]
+        cells = [title, f"`{summary.row.variant}`", str(epochs), str(len(last))]
         lines.append(cells + [spread(values, _points) for values in columns.values()])
-    return _markdown(["method", "options", "epochs", "seeds", *columns], lines) if lines else ""
+    return _markdown(["method", "options", "epochs", "seeds", *columns], lines)
+
+
+def layers(summaries: Sequence[Summary]) -> str:
+    """The Markdown tables of where the connections are, and of how often the neurons fire; empty if no row tells."""
+    text = ""
+    connectivity, rates = (
+        _of_layers(summaries, which, share)
+        for which, share in (
+            ("layers", lambda layer: layer["connected"] / (layer["weights"] or math.nan)),
+            ("neurons", lambda neurons: neurons["firing_rate"]),
+        )
+    )
+    if connectivity:
+        text += f"Connectivity (%) of each layer, and of the network by its {COSTS['synapses']}.\n\n{connectivity}"
+    if rates:
+        text += f"\nHow often the neurons behind each layer fire: spikes (%) of all time steps.\n\n{rates}"
+    return text
+
+
+def _of_layers(summaries: Sequence[Summary], which: str, share: Callable[[dict[str, float]], float]) -> str:
+    names = list(dict.fromkeys(name for summary in summaries for e in summary.entries for name in getattr(e, which)))
+    lines = []
+    for summary in summaries:
+        if known := [entry for entry in summary.entries if getattr(entry, which)]:
+            columns = [
+                [share(layer) if (layer := getattr(entry, which).get(name)) else math.nan for entry in known]
+                for name in names
+            ]
+            if which == "layers":
+                columns.append([entry.synapses for entry in known])
+            title, epochs = summary.line
+            cells = [title, f"`{summary.row.variant}`", str(epochs), str(len(known))]
+            lines.append(cells + [spread(values, _points) for values in columns])
+    last = ["synapses"] if which == "layers" else []
+    return _markdown(["method", "options", "epochs", "seeds", *names, *last], lines) if lines else ""
 
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -166,25 +214,29 @@ def accuracy_at(points: Iterable[tuple[float, float]], connectivity: ArrayLike) 
     return np.interp(np.log(np.where(missed, x[0], connectivity)), np.log(x), y, left=math.nan)
 
 
-def equal_connectivity(summaries: Sequence[Summary]) -> str:
-    """The Markdown tables of accuracies at equal connectivity: of each line, and how far Grad R is ahead of it.
+def equal(summaries: Sequence[Summary], cost: str) -> str:
+    """The Markdown tables of accuracies at an equal cost, one of ``COSTS``: of each line, and Grad R's lead over it.
 
     A line has the rows of a title and number of epochs, more than one pruned variant of it; of the seeds, those with
-    all variants. The lead is over the lines of as many epochs, seed by seed.
+    all variants. The lead is over the lines of as many epochs, seed by seed. Empty if no line has a seed.
     """
     lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
     for summary in summaries:
         if summary.row.method.prunes:
             lines[summary.line].append(summary)
-    accuracies = {line: _by_seed(some) for line, some in lines.items() if len(some) > 1}
+    accuracies = {line: _by_seed(some, cost) for line, some in lines.items() if len(some) > 1}
+    accuracies = {line: by_seed for line, by_seed in accuracies.items() if by_seed}
+    if not accuracies:
+        return ""
     reference, leads = METHODS["grad"].label, {}
     for (title, epochs), by_seed in accuracies.items():
         ahead = accuracies.get((reference, epochs), {})
         if title != reference and (both := by_seed.keys() & ahead.keys()):
             leads[title, epochs] = {seed: ahead[seed] - by_seed[seed] for seed in both}
-    densest = {line: max(map(_densest, lines[line])) for line in accuracies}
-    text = "Test accuracy (%) with at most so many of the connections; mean ± standard deviation over the seeds.\n"
-    text += f"{FEWER}: no row of the method has nearly as many.\n\n"
+    densest = {line: np.nanmax([share for one in lines[line] for share in one.shares(cost)]) for line in accuracies}
+    text = f"Test accuracy (%) with at most this share of the {COSTS[cost]}.\n"
+    text += "Mean ± standard deviation over the seeds that have all rows of the method.\n"
+    text += f"{FEWER}: the method's densest row has less; its accuracy stands here. -: its sparsest row has more.\n\n"
     text += _at_each(accuracies, densest)
     if leads:
         densest = {line: min(densest[line], densest[reference, line[1]]) for line in leads}
@@ -192,15 +244,13 @@ def equal_connectivity(summaries: Sequence[Summary]) -> str:
     return text
 
 
-def _densest(summary: Summary) -> float:
-    return max(summary.values("connectivity"))
-
-
-def _by_seed(summaries: Sequence[Summary]) -> dict[int, np.ndarray]:
-    """A method's accuracy at each connectivity of ``EQUAL``, of every seed that has all of its variants."""
+def _by_seed(summaries: Sequence[Summary], cost: str) -> dict[int, np.ndarray]:
+    """A method's accuracy at each share of ``EQUAL``, of every seed that has all of its variants."""
     points: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for entry in (entry for summary in summaries for entry in summary.entries):
-        points[entry.row.seed].append((entry.numbers["connectivity"], entry.numbers["test_accuracy"]))
+    for summary in summaries:
+        for entry, share in zip(summary.entries, summary.shares(cost), strict=True):
+            if not math.isnan(share):
+                points[entry.row.seed].append((share, entry.numbers["test_accuracy"]))
     return {seed: accuracy_at(some, EQUAL) for seed, some in points.items() if len(some) == len(summaries)}
 
 
@@ -209,8 +259,9 @@ def _at_each(methods: dict[tuple[str, int], dict[int, np.ndarray]], densest: dic
     for (title, epochs), by_seed in methods.items():
         columns = np.array(list(by_seed.values())).reshape(-1, len(EQUAL)).T
         cells = [spread(column.tolist(), _points) for column in columns]
-        for i, connectivity in enumerate(EQUAL):
-            if connectivity > 1.1 * densest[title, epochs] and cells[i] != "-":
+        for i, share in enumerate(EQUAL):
+            if share > 1.1 * densest[title, epochs] and cells[i] != "-":
                 cells[i] += f" {FEWER}"
-        lines.append([title, str(epochs), str(len(by_seed)), *cells])
-    return _markdown(["method", "epochs", "seeds", *(f"{100 * connectivity:g} %" for connectivity in EQUAL)], lines)
+        if set(cells) != {"-"}:
+            lines.append([title, str(epochs), str(len(by_seed)), *cells])
+    return _markdown(["method", "epochs", "seeds", *(f"{100 * share:g} %" for share in EQUAL)], lines)

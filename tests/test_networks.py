@@ -1,6 +1,7 @@
 """The networks that come with the program: each is what its card says; the command that keeps them."""
 
 import copy
+import csv
 import functools
 import re
 import shutil
@@ -52,6 +53,27 @@ def test_a_network_has_the_connections_of_its_card_and_of_its_name(name):
     assert (card["command"], snapshot.run, snapshot.epoch) == (f"`{row.command}`", row.name, row.epochs)
     if share := re.search(r"\d+$", path.stem):
         assert abs(100 * total.connectivity - int(share[0])) < max(0.6, 0.04 * int(share[0]))
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("c10-narrow/")])
+def test_the_layers_of_the_rows_are_those_of_the_kept_networks(name):
+    """So that the counts of synapses can be looked up in the networks themselves."""
+    pytest.importorskip("safetensors")
+    folder, row = SHIPPED[name].parent.parent, grid.networks("c10-narrow")[SHIPPED[name].stem]
+    with open(folder / "layers.csv", encoding="utf-8") as file:
+        lines = {line["layer"]: line for line in csv.DictReader(file) if line["row"] == row.key}
+    layers = measuring.count(measuring.masks(load_pruned(name)))
+    if not row.method.prunes:
+        assert not lines  # of the dense network with this seed they were not kept; it has all
+        return
+    assert {key: (int(line["connected"]), int(line["weights"])) for key, line in lines.items()} == {
+        key: (layer.connected, layer.weights) for key, layer in layers.items()
+    }
+    with open(folder / "rows.csv", encoding="utf-8") as file:
+        (synops,) = [float(line["synops"]) for line in csv.DictReader(file) if line["row"] == row.key]
+    first, *others = [float(line["operations"]) for line in lines.values()]
+    assert sum(others) == pytest.approx(synops, rel=1e-12)
+    assert first == round(first)  # all pixels count as inputs, so the number is the same for every image
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import measuring
 from analysis.experiments import EXPERIMENTS
+from mnist.model import MnistNet
 from reproduce import __main__ as reproduce
 from reproduce import entries, figures, grid, outcome, records, runner, slurm, tables
 from training import device
@@ -528,6 +531,50 @@ def test_every_number_of_a_record_reaches_its_column(tmp_path, rows, stub):
         "regrown_in_all": 6,
         "train_seconds": 3,
     }
+    counted = {"connected": 3, "weights": 8, "operations": 11}
+    assert {key: entry.layers["a"][key] for key in counted} == counted
+    assert math.isnan(entry.layers["a"]["positions"])  # it is no layer of this network
+    assert entry.neurons == {}
+
+
+def test_the_layers_of_a_record_reach_their_files_and_outlive_it(tmp_path, rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:2])
+    record = records.finished(stub, rows[0])
+    names = list(measuring.prunable(MnistNet(1)))
+    record["result"]["layers"] = {name: {"connected": 30, "weights": 40} for name in names}
+    record["test"]["operations"] = {names[1]: {"kind": "SynOp", "pruned": 1.5, "dense": 2}}
+    record["test"]["neurons"] = {"fc.0": {"firing_rate": 0.25, "silent": 0.5}, "fc.2": "lost"}
+    records.path_of(stub, rows[0]).write_text(json.dumps(record))
+    state = torch.get_rng_state()
+    first, second = entries.collect(stub, rows[:2], tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(first.layers) == names
+    assert first.layers[names[1]] == {"connected": 30, "weights": 40, "positions": 1, "operations": 1.5}
+    assert first.neurons["fc.0"] == {"firing_rate": 0.25, "silent": 0.5}
+    assert first.synapses == 0.75
+    assert (second.layers, second.neurons) == ({}, {})
+    assert math.isnan(second.synapses)
+    assert replace(second, numbers={"connectivity": 1.0}).synapses == 1  # all of them, whatever the layers are
+    (tmp_path / "out").mkdir()
+    outcome.write(stub, rows[:2], tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert {"layers.csv", "neurons.csv", "layers.md"} <= before.keys()
+    assert [line["operations"] for line in csv.DictReader(before["layers.csv"].decode().splitlines())] == ["", "1.5"]
+    outcome.write(tmp_path / "empty", rows[:2], tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_the_accuracy_of_the_training_is_kept_where_it_is_known(tmp_path, rows, stub):
+    runner.Runner(stub, [], 1).run(rows[:2])
+    assert "train_accuracy" not in entries.epochs_csv(entries.collect(stub, rows[:2], tmp_path)).splitlines()[0]
+    path = records.state(stub, rows[0]).logs / "results.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"train_accuracy": 0.375}) + "\n")
+    for _ in range(2):  # from the dump folder, and from the outcome
+        text = entries.epochs_csv(entries.collect(stub, rows[:2], tmp_path))
+        assert [line["train_accuracy"] for line in csv.DictReader(text.splitlines())] == ["0.375", ""]
+        (tmp_path / "epochs.csv").write_text(text)
+        (tmp_path / "rows.csv").write_text(entries.rows_csv(entries.collect(stub, rows[:2], tmp_path)))
+        stub = tmp_path / "empty"
 
 
 def test_a_test_from_within_the_next_epoch_is_not_of_the_row(rows, stub):
@@ -635,6 +682,7 @@ RECORD = {"result": {"test_accuracy": 0.5, "connectivity": 0.25}, "test": None, 
         ({"result": RECORD["result"] | {"layers": [1]}}, "its layers is not a JSON object"),
         ({"test": []}, "its test is not a JSON object"),
         ({"test": {"operations": "all"}}, "its operations is not a JSON object"),
+        ({"test": {"neurons": 5}}, "its neurons is not a JSON object"),
         ({"run": None}, "its run is not a JSON object"),
         (None, "not a regular file"),
     ],
@@ -980,13 +1028,14 @@ def test_the_outcome_has_means_spreads_and_every_row(tmp_path, monkeypatch, caps
     folder = tmp_path / "results"
     assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(folder)]) == 0
     pictures = {"plane.png", "epochs.png", "rewiring.png", "ablations.png"}
-    texts = {"rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "countings.md", "commands.md"}
+    texts = {"rows.csv", "epochs.csv", "layers.csv", "table.md", "countings.md", "layers.md", "commands.md"}
+    texts |= {"equal_connectivity.md", "equal_synops.md"}
     assert {path.name for path in folder.iterdir()} == {*texts, *pictures}
     out = capsys.readouterr().out
     assert all(str(path) in out for path in folder.iterdir())
     table = (folder / "table.md").read_text("utf-8")
-    assert table.startswith("6 of 8 rows")
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:]]
+    assert table.startswith("# mnist\n\n6 of 8 rows")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[6:]]
     assert cells[0][:6] == ["dense", "`-lr 1e-2`", "1", "2", "96.00 ± 1.41", "0.00 ± 1.41"]
     assert cells[1][:6] == ["Grad R", "`-s 0.95 -penalty 1e-3 -lr 1e-2`", "1", "2", "95.50 ± 0.71", "0.50 ± 0.71"]
     assert cells[1][6:] == ["25.00 ± 0.00", "1 505 ± 0", "1 234 ± 0", "-", "6 ± 0"]
@@ -1035,7 +1084,7 @@ def test_the_ablations_are_shown_beside_the_methods_of_as_many_epochs(tmp_path, 
 def test_a_dense_grid_has_an_outcome_too(tmp_path, rows, stub):
     runner.Runner(stub, [], 1).run(rows[:1])
     names = [path.name for path in outcome.write(stub, rows[:1], tmp_path)]
-    texts = ["rows.csv", "epochs.csv", "table.md", "equal_connectivity.md", "commands.md"]  # nothing to count
+    texts = ["rows.csv", "epochs.csv", "table.md", "commands.md"]  # nothing to count or to compare
     assert names == [*texts, "plane.png", "epochs.png"]
     (tmp_path / "other").mkdir()
     assert [path.name for path in outcome.write(stub, rows[1:2], tmp_path / "other")] == texts
@@ -1065,13 +1114,14 @@ def results(tmp_path, stub, ran):
     return shutil.copytree(ran / "results", tmp_path / "results")
 
 
-def test_the_texts_of_the_kept_results_are_written_again_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mnist", "c10-narrow"])
+def test_the_texts_of_the_kept_results_are_written_again_as_they_are(tmp_path, monkeypatch, name):
     for figure in ("plane", "curves"):
         monkeypatch.setattr(figures, figure, lambda *settings, **more: b"")
-    shutil.copytree(REPOSITORY / "results" / "mnist", tmp_path / "mnist")
-    before = contents(tmp_path / "mnist")
-    outcome.write(tmp_path / "empty", grid.load("mnist"), tmp_path / "mnist")
-    after = contents(tmp_path / "mnist")
+    shutil.copytree(REPOSITORY / "results" / name, tmp_path / name)
+    before = contents(tmp_path / name)
+    outcome.write(tmp_path / "empty", grid.load(name), tmp_path / name)
+    after = contents(tmp_path / name)
     assert before.keys() == after.keys()
     for name in before:
         assert name.endswith(".png") or before[name] == after[name], name
@@ -1091,7 +1141,7 @@ def test_a_grid_that_is_not_finished_has_an_outcome_the_same_every_time(tmp_path
         assert reproduce.main(["mnist", "--dump-dir", str(stub), "--outcome", str(tmp_path / "out")]) == 0
         contents.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
     assert contents[0] == contents[1]
-    assert contents[0]["table.md"].startswith(b"2 of 8 rows")
+    assert contents[0]["table.md"].startswith(b"# width 800, T 8, 1 epochs\n\n2 of 8 rows")
     assert all(text.startswith("width 800, T 8, 1 epochs: ") for text in headings)
     assert len(headings) == 6  # plane, epochs and rewiring, twice
 
@@ -1109,7 +1159,7 @@ def test_published_results_are_shown_beside_those_of_the_published_network(optio
 
 def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
     before = contents(results)
-    assert before["table.md"].startswith(b"7 of 8 rows")
+    assert before["table.md"].startswith(b"# mnist\n\n7 of 8 rows")
     outcome.write(tmp_path / "empty", rows, results)
     assert contents(results) == before
     other = tmp_path / "other dump"
@@ -1129,7 +1179,7 @@ def test_an_outcome_outlives_the_dump_folder(tmp_path, rows, stub, results):
     ]
     keys = ("test_accuracy", "connectivity", "pruned", "regrown")
     assert [epochs[4][key] for key in keys] == ["0.7", "0.25", "2", "6"]  # the second of the long row
-    assert (results / "table.md").read_text("utf-8").startswith("8 of 8 rows")
+    assert (results / "table.md").read_text("utf-8").startswith("# mnist\n\n8 of 8 rows")
 
 
 @pytest.mark.parametrize(
@@ -1245,7 +1295,7 @@ def test_methods_are_compared_at_equal_connectivity():
         entry("alone", 1, 0.25, 0.97, 1),
         *(entry("Grad R", 1, 0.5, 0.5, 1, epochs=512), entry("Grad R", 1, 0.25, 0.5, 2, epochs=512)),
     ]
-    text = tables.equal_connectivity(tables.summarise(some))
+    text = tables.equal(tables.summarise(some), "connectivity")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert cells[0] == ["method", "epochs", "seeds", "50 %", "25 %", "10 %", "5 %", "3 %", "2 %", "1.5 %", "1 %"]
     (first, second, long, lead) = (line for line in cells if line[0] in ("Grad R", "Deep R"))
@@ -1292,7 +1342,8 @@ def test_results_are_counted_in_every_way():
         entry(f"{grad} -lr 1e-2", 0.87, 0.90, 0.11, 0.1, 500, 1000),  # no dense row of its learning rate
     ]
     lines = tables.countings(tables.summarise(some)).splitlines()
-    head, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    head, _, dense, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    assert dense[4:10] == ["91.00 ± 1.41", "95.00 ± 1.41", "0.00 ± 1.41", "4.00 ± 1.41", "-4.00 ± 1.41", "0.00 ± 1.41"]
     assert dict(zip(head, row, strict=True)) == {
         "method": "a method",
         "options": "`-s 0.95 -penalty 1e-2 -lr 1e-4`",
@@ -1309,7 +1360,82 @@ def test_results_are_counted_in_every_way():
         "SynOps (% of dense)": "30.00 ± 7.07",
         "with the first layer": "16.00 ± 1.41",
     }
-    assert tables.countings(tables.summarise(some[:2])) == ""
+    assert tables.countings(tables.summarise(some[:2])) == ""  # dense rows alone
+
+
+def test_methods_are_compared_at_equal_synapses_and_synops():
+    """By each cost the order is another one here; a row whose layers are not known is not compared by its synapses."""
+
+    def entry(options, seed, accuracy, connectivity, synapses, synops):
+        argv = shlex.split(f"{options} -N 60 --seed {seed}")
+        title = METHODS[argv[1]].label
+        row = grid.Row("mnist", "mnist", title, False, tuple(argv), read(EXPERIMENTS["mnist"], argv))
+        numbers = {"test_accuracy": accuracy, "connectivity": connectivity, "synops": synops}
+        layers = {  # of a hundred weights at ten positions, and of as many at one
+            "conv": {"connected": 100 * synapses[0], "weights": 100.0, "positions": 10.0},
+            "fc": {"connected": 100 * synapses[1], "weights": 100.0, "positions": 1.0},
+        }
+        return entries.Entry(row, numbers, {}, [], layers if synapses != (0, 0) else {})
+
+    some = [
+        *(entry("-m no_prune", seed, 0.99, 1, (0, 0), synops) for seed, synops in ((1, 900), (2, 1100))),
+        *(entry("-m grad -s 0.95 -penalty 1", seed, 0.8, 0.25, (0.25, 0.25), 500) for seed in (1, 2)),
+        *(entry("-m grad -s 0.95 -penalty 2", seed, 0.4, 0.05, (0.55, 0), 20) for seed in (1, 2)),
+        *(entry("-m deep -s 0.95 -penalty 1", seed, 0.7, 0.25, (0.055, 0), 250) for seed in (1, 2)),
+        entry("-m deep -s 0.95 -penalty 2", 1, 0.6, 0.01, (0.0, 0.11), 100),
+        entry("-m deep -s 0.95 -penalty 2", 2, 0.5, 0.01, (0, 0), 50),
+    ]
+    found = {}
+    for cost in tables.COSTS:
+        text = tables.equal(tables.summarise(some), cost)
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "| Deep R" in line]
+        found[cost] = {line[2]: line[3:] for line in lines}  # the last one, of the lead, stays
+    assert found["connectivity"] == {
+        "2": ["10.00 ± 0.00 †", "10.00 ± 0.00", "-8.50 ± 2.01", "-22.50 ± 3.54", *4 * ["-"]]
+    }
+    # 250 and 500 of the dense 1000: a quarter of it has 0.7 of Deep R, and between 0.4 and 0.8 of Grad R
+    first, *_ = found["synops"]["2"]
+    assert first == "10.00 ± 0.00 †"
+    quarter = 100 * (0.4 + 0.4 * math.log(250 / 20) / math.log(500 / 20) - 0.7)
+    assert found["synops"]["2"][1] == f"{quarter:.2f} ± 0.00"
+    # Deep R has 5 and 1 % of the synapses, with one seed; Grad R 25 and, with less accuracy, 50 %
+    assert found["synapses"] == {"1": ["10.00 †", "10.00 †", *6 * ["-"]]}
+    assert "synapses (a weight of a convolution" in tables.equal(tables.summarise(some), "synapses")
+    assert tables.equal(tables.summarise(some[:3]), "synops") == ""
+
+
+def test_the_layers_of_each_row_are_told_apart(tmp_path):
+    argv = ["-m", "no_prune", "-N", "60", "--seed"]
+    rows = [
+        grid.Row("mnist", "mnist", "dense", False, (*argv, seed), read(EXPERIMENTS["mnist"], [*argv, seed]))
+        for seed in "123"
+    ]
+    some = [
+        entries.Entry(
+            row,
+            {"connectivity": 0.5},
+            {},
+            [],
+            {"a": {"connected": n, "weights": 8.0, "positions": 4.0, "operations": math.nan}, "b": b},
+            {"x": {"firing_rate": n / 100, "silent": 0.0}},
+        )
+        for row, n in zip(rows, (2.0, 4.0), strict=False)
+        for b in [{"connected": 1.0, "weights": 10.0, "positions": 1.0, "operations": 3.5}]
+    ]
+    text = tables.layers(tables.summarise([*some, entries.Entry(rows[2], {"connectivity": 0.5}, {}, [])]))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert cells[0] == ["method", "options", "epochs", "seeds", "a", "b", "synapses"]
+    assert cells[2][3:] == ["2", "37.50 ± 17.68", "10.00 ± 0.00", "30.95 ± 13.47"]  # 9 and 17 of 42 synapses
+    assert cells[3][4:] == ["x"]
+    assert cells[5][3:] == ["2", "3.00 ± 1.41"]
+    assert tables.layers(tables.summarise([entries.Entry(rows[2], {"connectivity": 0.5}, {}, [])])) == ""
+    (tmp_path / "rows.csv").write_text("")
+    lines = list(csv.DictReader(entries.layers_csv(some).splitlines()))
+    assert [line["layer"] for line in lines] == ["a", "b", "a", "b"]
+    assert {key: lines[1][key] for key in entries.LAYER} == dict(
+        connected="1", weights="10", positions="1", operations="3.5"
+    )
+    assert lines[0]["operations"] == ""
 
 
 def test_a_method_that_is_added_has_its_place_in_tables_and_figures(tmp_path, monkeypatch, stub):
@@ -1338,15 +1464,16 @@ def test_a_method_that_is_added_has_its_place_in_tables_and_figures(tmp_path, mo
         "penalty-0-s-1.0-cut-hard-temperature-1e-3-digits",
     ]
     numbers = {**entries._numbers({}, []), "connectivity": 0.5, "test_accuracy": 0.75}
-    line = {"test_accuracy": 0.75, "connectivity": 0.5, "pruned": 1.0, "regrown": 1.0}
+    line = {"test_accuracy": 0.75, "connectivity": 0.5, "pruned": 1.0, "regrown": 1.0, "train_accuracy": 0.5}
     some = [entries.Entry(row, numbers, dict.fromkeys(records.MADE, ""), [line]) for row in rows]
     summaries = tables.summarise(some)
     variants = ["-lr 1e-2", *2 * ["-s 1 -penalty 0 -temperature 1e-3 -lr 1e-2"], "-s 0.5 -lr 1e-2"]
     assert [summary.row.variant for summary in summaries] == variants
     assert [len(summary.entries) for summary in summaries] == [2, 2, 2, 2]  # the seeds
     assert summaries[1].values("loss") == [0.0, 0.0]  # against plain SGD
-    assert "| Cut | 1 | 2 | 75.00 ± 0.00 |" in tables.equal_connectivity(summaries)
-    assert "plain" not in tables.equal_connectivity(summaries)
+    text = tables.equal(summaries, "connectivity")
+    assert "| Cut | 1 | 2 | 75.00 ± 0.00 |" in text
+    assert "plain" not in text
     drawn, planes = [], []
     monkeypatch.setattr(figures.Axes, "plot", lambda axes, *data, **look: drawn.append(look["label"]))
     monkeypatch.setattr(
@@ -1367,7 +1494,7 @@ def test_the_curves_say_of_which_seeds_they_are(tmp_path, monkeypatch, rows, stu
     headings = []
     monkeypatch.setattr(figures.Figure, "suptitle", lambda figure, text, **look: headings.append(text))
     outcome.write(tmp_path / "empty", rows, results)
-    assert [text.partition("; seeds ")[2].partition(", as far as ")[0] for text in headings] == [
+    assert [text.partition("\nseeds ")[2].partition(", as far as ")[0] for text in headings] == [
         "",
         "2020, 1",
         "2020, 1",
@@ -1381,4 +1508,4 @@ def test_the_curves_say_of_which_seeds_they_are(tmp_path, monkeypatch, rows, stu
     (results / "epochs.csv").write_text("\n".join(kept))
     headings.clear()
     outcome.write(tmp_path / "empty", rows, results)
-    assert [text.partition("; seeds ")[2].partition(", as far as ")[0] for text in headings] == ["", "1", "1", ""]
+    assert [text.partition("\nseeds ")[2].partition(", as far as ")[0] for text in headings] == ["", "1", "1", ""]

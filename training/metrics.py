@@ -77,7 +77,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("step", "updates", (EPOCH,), "Updates in all."),
     Metric("train_loss", "", (EPOCH,), "Mean of batch_loss over the batches of the epoch.", "Σ batch_loss / batches"),
     Metric("train_accuracy", SHARE, (EPOCH,), "Share of the epoch's training images classified correctly, each before "
-           "the update by its batch.", "Σ batch_accuracy / batches"),
+           "the update by its batch.", "Σ batch_accuracy / batches", also="`epochs.csv`"),
     Metric("test_accuracy", SHARE, (EPOCH, GRID), "Share of test images whose most-spiking class (in a tie, the first) "
            "is the label, in eval mode.", "right / images",
            tag="test_acc", words="test accuracy", also="`epochs.csv`, `table.md`, report"),
