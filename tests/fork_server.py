@@ -1,13 +1,16 @@
 """Starts Python programs from a process that has imported torch already: the import takes seconds of each of them.
 
-python fork_server.py MODULES imports these, where they are installed. A request is a line of JSON on the standard
-input: the arguments of Python, the working directory, the environment, and a folder. In the folder the program's output
-goes to "out" and "err", "pid" has the number of its process and, once it has ended, "status" its exit status.
+python fork_server.py KEPT MODULES imports the modules, where they are installed; none may start CUDA when it is
+imported, as torch does not. A request is a line of JSON on the standard input: the arguments of Python, the working
+directory, the environment, and a folder. In the folder the program's output goes to "out" and "err", and to "end" what
+is told on the standard error when Python itself ends; "pid" has the number of its process and, once it has ended,
+"status" its exit status. The variables KEPT (with commas) are the server's in all programs.
 """
 
 import atexit
 import contextlib
 import gc
+import io
 import json
 import os
 import runpy
@@ -18,11 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-# what the pretended GPU's program sets
-RUN = ("LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_WAIT_POLICY", "TORCHINDUCTOR_COMPILE_THREADS")
 
-
-def serve() -> list[str]:
+def serve(kept: dict[str, str]) -> list[str]:
     """Answers requests until there are no more; returns in a program's process, with its arguments."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the programs
     for line in sys.stdin:
@@ -31,40 +31,45 @@ def serve() -> list[str]:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             program = os.fork()
             if program == 0:
-                become(cwd, environment, Path(folder))
+                become(cwd, environment | kept, Path(folder))
                 return argv
             wait(program, Path(folder))
     os._exit(0)
 
 
 def wait(program: int, folder: Path) -> None:
-    for name, number in (
-        ("pid", lambda: program),
-        ("status", lambda: os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])),
-    ):
-        (folder / f"{name}.part").write_text(str(number()))
-        (folder / f"{name}.part").rename(folder / name)
+    """Tells the number of a program's process and, before the system gives it to another, how it has ended."""
+    tell(folder / "pid", program)
+    end = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
+    tell(folder / "status", end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
     os._exit(0)
 
 
+def tell(file: Path, number: int) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(str(number))
+    part.rename(file)
+
+
 def become(cwd: str, environment: dict[str, str], folder: Path) -> None:
-    kept = {name: os.environ[name] for name in RUN if name in os.environ}
     os.environ.clear()
-    os.environ.update(environment | kept)
+    os.environ.update(environment)
     for descriptor, path in enumerate((os.devnull, folder / "out", folder / "err")):
         file = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(file, descriptor)
         os.close(file)
     sys.stdin = os.fdopen(0)  # the old one may have read further requests
-    sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in environment)
+    if "PYTHONUNBUFFERED" in environment:
+        unbuffered = os.fdopen(1, "wb", 0, closefd=False)
+        sys.stdout = io.TextIOWrapper(unbuffered, sys.stdout.encoding, write_through=True)
     os.chdir(cwd)
-    atexit.register(silence)  # as the first, so the last that is called
+    atexit.register(aside, folder / "end")  # after all that the program will register
 
 
-def silence() -> None:
-    """Nothing is told any more: triton would say that what is frozen has leaked, and to unfreeze it takes a second."""
+def aside(file: Path) -> None:
+    """From here on errors go to a file: triton says that what is frozen has leaked, and to unfreeze it takes long."""
     sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
 
 
 def run(argv: list[str]) -> None:
@@ -88,8 +93,8 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    for name in sys.argv[2:]:
         with contextlib.suppress(ModuleNotFoundError):
             import_module(name)
     gc.freeze()
-    run(serve())
+    run(serve({name: os.environ[name] for name in sys.argv[1].split(",") if name in os.environ}))

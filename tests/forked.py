@@ -1,10 +1,15 @@
-"""Programs that run in processes of their own, started from one that has imported torch already (fork_server.py)."""
+"""Programs that run in processes of their own, started from one that has imported torch already (fork_server.py).
+
+They differ from those of a new Python in this: they share the hash seed and the first random numbers of NumPy, and what
+only Python's start looks at in their environment is the server's.
+"""
 
 import atexit
 import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +21,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 SERVER = Path(__file__).resolve().parent / "fork_server.py"
 LIBRARIES = ("torch._dynamo", "torch.distributed", "torch.utils.tensorboard", "torchvision", "sklearn.datasets")
-READ = ("ATEN_CPU_CAPABILITY", "LD_PRELOAD", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # when torch is loaded, or before
+READ = ("ATEN_CPU_CAPABILITY", "LD_PRELOAD", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")  # by the time that torch is loaded
+OF_PYTHON = ("PYTHONPATH", "PYTHONUNBUFFERED")  # which the server heeds for each program
+LEAKS = re.compile(r"nanobind: | - |See https://nanobind")  # lines of what triton tells when a forked program ends
+SECONDS = 120  # for the server to import its libraries and to start a program
 
 
 class Program:
@@ -29,9 +37,10 @@ class Program:
 
     def _number(self, file: str) -> int:
         """What the server writes to a file, once it is there."""
+        end = time.monotonic() + SECONDS
         while not (self.folder / file).exists():
-            if self._server.ended():
-                raise RuntimeError(f"the fork server has ended: {self._server.errors.read_text()}")
+            if self._server.ended() or time.monotonic() > end:
+                raise RuntimeError(f"the fork server has started nothing: {self._server.errors.read_text()}")
             time.sleep(0.005)
         return int((self.folder / file).read_text())
 
@@ -59,11 +68,16 @@ class Program:
     @property
     def out(self) -> str:
         """What was printed so far."""
-        return (self.folder / "out").read_text("utf-8")
+        return (self.folder / "out").read_text("utf-8", errors="replace")
 
     @property
     def err(self) -> str:
-        return (self.folder / "err").read_text("utf-8")
+        """The same of the standard error."""
+        text = (self.folder / "err").read_text("utf-8", errors="replace")
+        if (self.folder / "end").exists():
+            lines = (self.folder / "end").read_text("utf-8", errors="replace").splitlines(keepends=True)
+            text += "".join(line for line in lines if not LEAKS.match(line))
+        return text
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -72,7 +86,6 @@ class Program:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
-        self.wait(60)
 
 
 class ForkServer:
@@ -83,6 +96,7 @@ class ForkServer:
         environment: of the server. The programs have their own; one that differs in ``READ`` has a new Python.
         libraries: the modules to import.
         command: what runs Python, followed by its arguments.
+        kept: variables that the command sets, for all programs.
     """
 
     def __init__(
@@ -91,35 +105,43 @@ class ForkServer:
         environment: Mapping[str, str],
         libraries: Sequence[str] = LIBRARIES,
         command: Sequence[str] = (sys.executable,),
+        kept: Sequence[str] = (),
     ) -> None:
         self.errors, self._command = errors, command
+        environment = {name: value for name, value in environment.items() if name not in OF_PYTHON}
         self._read = {name: environment.get(name) for name in READ}
         self._process = None
         if sys.platform == "linux":  # elsewhere a process with threads or frameworks need not survive a fork
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
-            argv = [*command, str(SERVER), *libraries]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+            argv = [*command, str(SERVER), ",".join(kept), *libraries]
             with open(errors, "wb") as err:
                 self._process = subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stderr=err, **pipes)
 
     def ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
+    def serves(self, environment: Mapping[str, str]) -> bool:
+        """Whether programs with such an environment are started by the server."""
+        return self._process is not None and all(environment.get(name) == self._read[name] for name in READ)
+
     def start(self, argv: Sequence[str], environment: Mapping[str, str], cwd: Path, folder: Path) -> Program:
         """Starts ``python ARGV``; the folder, which is there, is for its output."""
         argv, process = [*map(str, argv)], None
         with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
-            if self._process is None or any(environment.get(name) != value for name, value in self._read.items()):
-                command = [*self._command, *argv]
-                process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err)
-            else:
+            if self.serves(environment):
                 with contextlib.suppress(BrokenPipeError):  # waiting for the answer tells why
                     request = json.dumps([argv, str(cwd), dict(environment), str(folder)])
                     self._process.stdin.write(request.encode() + b"\n")
+                    self._process.stdin.flush()
+            else:
+                command = [*self._command, *argv]
+                process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err)
         return Program(argv, folder, process, self)
 
     def close(self) -> None:
         if self._process:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait(60)
 
 

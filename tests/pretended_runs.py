@@ -24,6 +24,7 @@ from forked import ForkServer, Program
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATCHES = Path(__file__).resolve().parent / "pretended_gpu"
+SET = ("LD_LIBRARY_PATH", "LD_PRELOAD", "OMP_WAIT_POLICY", "TORCHINDUCTOR_COMPILE_THREADS")  # by its program
 LIBRARIES = ("torch._inductor.compile_fx", "torch._inductor.codegen.triton", "torchvision", "torch.utils.tensorboard")
 HEAD = re.compile(r"== (.*): (\d+) launches, (\d+) graph launches, (\d+) mallocs, (\d+) frees;(.*)")
 USED = re.compile(r"device (\d+) used [\d.]+ GB, peak ([\d.]+) GB;")
@@ -194,7 +195,7 @@ def environment() -> dict[str, str]:
 
 def fork_server(errors: Path) -> ForkServer:
     """One whose programs run on the pretended GPU; it imports what asks for no device."""
-    return ForkServer(errors, environment(), LIBRARIES, program(1, 80))
+    return ForkServer(errors, environment(), LIBRARIES, program(1, 80), SET)
 
 
 def start(
@@ -214,7 +215,7 @@ def start(
         "PYTHONPATH": str(PATCHES),
         **more,
     }
-    if server is not None:
+    if server is not None and server.serves(variables):
         variables |= {"FAKE_NDEV": str(gpus), "FAKE_MEM_GB": str(gigabytes)}
         return server.start(argv, variables, REPOSITORY, folder)
     with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
@@ -265,4 +266,5 @@ def run(
         status = process.wait(seconds)
     finally:
         process.kill()
+        process.wait(60)
     return finished(status, folder)

@@ -59,6 +59,31 @@ def test_a_program_ends_as_any_other():
         run("-c", "import time; time.sleep(600)", timeout=0.3)
 
 
+@ON_LINUX
+def test_a_program_does_not_have_what_the_server_has(tmp_path):
+    """But for the variables that are kept; what Python tells at its very end is heard."""
+    (tmp_path / "beside.py").touch()
+    variables = {"PYTHONPATH": str(tmp_path), "MINE": "server", "KEPT": "server"}
+    server = forked.ForkServer(tmp_path / "errors", ENVIRONMENT | variables, ("torch", "no.such.module"), kept=["KEPT"])
+    code = "import os, weakref\nprint(os.environ.get('MINE'), os.environ['KEPT'])\n"
+    code += "class Last:\n    def __del__(self):\n        raise ValueError('at the end')\n"
+    code += "last = Last()\nimport beside"
+    program = server.start(["-c", code], ENVIRONMENT | {"KEPT": "program"}, forked.REPOSITORY, tmp_path)
+    out, err = program.communicate()
+    server.close()
+    assert out == "None server\n"
+    assert "No module named 'beside'" in err
+    assert "at the end" in err
+
+
+@ON_LINUX
+def test_a_server_that_ends_says_why(tmp_path):
+    server = forked.ForkServer(tmp_path / "errors", ENVIRONMENT, (), [sys.executable, "-c", "raise ValueError('no')"])
+    with pytest.raises(RuntimeError, match="ValueError: no"):
+        server.start(["-c", ""], ENVIRONMENT, tmp_path, tmp_path)
+    server.close()
+
+
 def test_programs_run_at_once_and_are_signalled_and_heard_before_their_end():
     code = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\nprint(sys.argv[1])\n"
     code += "time.sleep(600)"
@@ -74,5 +99,5 @@ def test_programs_run_at_once_and_are_signalled_and_heard_before_their_end():
     assert programs[0].returncode == 7
     assert programs[1].poll() is None
     programs[1].kill()
-    assert programs[1].returncode == -signal.SIGKILL
+    assert programs[1].wait(60) == -signal.SIGKILL
     programs[1].send_signal(signal.SIGTERM)  # to nobody

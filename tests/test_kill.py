@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import forked
@@ -30,8 +32,10 @@ def command(folder, epochs, minutes):
 
 def begin(*arguments):
     process = forked.start(command(*arguments), env=ENVIRONMENT)
+    ended = False
     while "\n" not in process.out:
-        assert process.poll() is None, process.err
+        assert not ended, process.err
+        ended = process.poll() is not None
         time.sleep(0.002)
     assert "No GPU found" in process.out.splitlines()[0]
     return process
@@ -55,7 +59,9 @@ def epochs_to_repeat(folder):
 def test_a_run_that_is_killed_anywhere_ends_as_if_it_never_was(tmp_path, minutes, epochs):
     draw = random.Random(KILLS)
     one, killed = tmp_path / "one", tmp_path / "killed"
-    forked.run(command(one, epochs, minutes), env=ENVIRONMENT).check_returncode()
+    # in a new Python, so with another order of sets
+    new = [sys.executable, *command(one, epochs, minutes)]
+    subprocess.run(new, cwd=forked.REPOSITORY, env=ENVIRONMENT, check=True, capture_output=True)
     kills = in_writes = processes = most = 0
     while True:
         processes += 1

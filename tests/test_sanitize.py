@@ -23,7 +23,10 @@ class Forking(Sanitizer):
     def call(self, argv):
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         program = self.server.start(argv, self.environment, ROOT, folder)
-        out, err = program.communicate()
+        try:
+            out, err = program.communicate()
+        finally:
+            program.kill()
         print(out)
         return program.returncode, err
 
