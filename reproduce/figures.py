@@ -117,6 +117,8 @@ def curves(summaries: Sequence[Summary], heading: str, keys: dict[str, str], sha
                         look = {"color": "#808080", "label": summary.row.method.label, "linestyle": ":"}
                     if runs:
                         values = np.mean([[line[key] for line in run] for run in runs], axis=0)
+                        if not shares:
+                            values = np.where(values > 0, values, np.nan)  # on the logarithmic axis, 0 is no point
                         axes.plot(range(1, len(values) + 1), (100 if shares else 1) * values, **look)
                 axes.set_ylabel(label)
                 if not shares:

@@ -15,10 +15,10 @@ from training.methods import METHODS
 
 FEWER = "†"  # marks an accuracy that a method has at less cost than its column allows
 EQUAL = (0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01)  # shares at which the methods are compared
-COSTS = {  # what these are shares of, by the name that Summary.shares has for it
+COSTS = {  # what these are shares of
     "connectivity": "connections",
     "synapses": "synapses (a weight of a convolution counts at each position of its output)",
-    "synops": "dense network's SynOps",
+    "synops": "SynOps of the dense network, of Grad R's learning rate",
 }
 
 
@@ -44,12 +44,6 @@ class Summary:
         if key == "loss":
             return [self.dense_mean("test_accuracy") - accuracy for accuracy in self.values("test_accuracy")]
         return [entry.numbers[key] for entry in self.entries]
-
-    def shares(self, key: str) -> list[float]:
-        """A cost of each row as a share of the dense network's: one of ``COSTS``; NaN where it is not known."""
-        if key == "synapses":
-            return [entry.synapses for entry in self.entries]
-        return self.values(key) if key == "connectivity" else [n / self.dense_mean(key) for n in self.values(key)]
 
     def mean(self, key: str) -> float:
         return statistics.mean(self.values(key))
@@ -143,7 +137,7 @@ def countings(summaries: Sequence[Summary]) -> str:
             "best against best": [dense_best - accuracy for accuracy in best],
             "connectivity (%)": summary.values("connectivity"),
             "on a path (%)": summary.values("structural_connectivity"),
-            "SynOps (% of dense)": summary.shares("synops"),
+            "SynOps (% of dense)": [n / dense_synops for n in synops],
             "with the first layer": [
                 (n + first) / (dense_synops + dense_macs) for n, first in zip(synops, macs, strict=True)
             ],
@@ -194,46 +188,57 @@ def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of points (connectivity, accuracy), those that are more accurate than all with as few connections or fewer."""
+    """Of points (cost, accuracy), those that are more accurate than all that cost as little or less."""
     best: list[tuple[float, float]] = []
-    for connectivity, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if connectivity > 0 and (not best or accuracy > best[-1][1]):
-            best.append((connectivity, accuracy))
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if cost > 0 and (not best or accuracy > best[-1][1]):
+            best.append((cost, accuracy))
     return best
 
 
-def accuracy_at(points: Iterable[tuple[float, float]], connectivity: ArrayLike) -> np.ndarray:
-    """The accuracy that a method has with at most ``connectivity``, from its points (connectivity, accuracy).
+def accuracy_at(points: Iterable[tuple[float, float]], cost: ArrayLike) -> np.ndarray:
+    """The accuracy that a method has at most for a ``cost``, such as a connectivity, from its points (cost, accuracy).
 
-    Along their :func:`front`, linear in the logarithm of the connectivity; NaN below its first point, but for a
-    thousandth, by which a run may miss the connectivity that it is given.
+    Along their :func:`front`, linear in the logarithm of the cost; NaN below its first point, but for a thousandth, by
+    which a run may miss the connectivity that it is given.
     """
     x, y = zip(*front(points) or [(1.0, math.nan)], strict=True)
-    connectivity = np.asarray(connectivity)
-    missed = (connectivity < x[0]) & (1.001 * connectivity >= x[0])
-    return np.interp(np.log(np.where(missed, x[0], connectivity)), np.log(x), y, left=math.nan)
+    cost = np.asarray(cost)
+    missed = (cost < x[0]) & (1.001 * cost >= x[0])
+    return np.interp(np.log(np.where(missed, x[0], cost)), np.log(x), y, left=math.nan)
 
 
 def equal(summaries: Sequence[Summary], cost: str) -> str:
     """The Markdown tables of accuracies at an equal cost, one of ``COSTS``: of each line, and Grad R's lead over it.
 
     A line has the rows of a title and number of epochs, more than one pruned variant of it; of the seeds, those with
-    all variants. The lead is over the lines of as many epochs, seed by seed. Empty if no line has a seed.
+    all variants. The lead is over the lines of as many epochs, seed by seed. Empty if no line has a seed. SynOps are
+    shares of one dense network's for all lines of as many epochs, that of Grad R's learning rate.
     """
+    reference = METHODS["grad"].label
+    dense = {one.row.epochs: one.dense_mean("synops") for one in reversed(summaries) if one.row.title == reference}
+
+    def shares(summary: Summary) -> list[float]:
+        """What each row costs; NaN where it is not known."""
+        if cost == "synapses":
+            return [entry.synapses for entry in summary.entries]
+        whole = 1.0 if cost == "connectivity" else dense.get(summary.row.epochs, summary.dense_mean(cost))
+        return [value / whole for value in summary.values(cost)]
+
     lines: dict[tuple[str, int], list[Summary]] = defaultdict(list)
     for summary in summaries:
         if summary.row.method.prunes:
             lines[summary.line].append(summary)
-    accuracies = {line: _by_seed(some, cost) for line, some in lines.items() if len(some) > 1}
+    accuracies = {line: _by_seed(some, shares) for line, some in lines.items() if len(some) > 1}
     accuracies = {line: by_seed for line, by_seed in accuracies.items() if by_seed}
     if not accuracies:
         return ""
-    reference, leads = METHODS["grad"].label, {}
+    leads = {}
     for (title, epochs), by_seed in accuracies.items():
         ahead = accuracies.get((reference, epochs), {})
         if title != reference and (both := by_seed.keys() & ahead.keys()):
             leads[title, epochs] = {seed: ahead[seed] - by_seed[seed] for seed in both}
-    densest = {line: np.nanmax([share for one in lines[line] for share in one.shares(cost)]) for line in accuracies}
+    densest = {line: np.nanmax([share for one in lines[line] for share in shares(one)]) for line in accuracies}
     text = f"Test accuracy (%) with at most this share of the {COSTS[cost]}.\n"
     text += "Mean ± standard deviation over the seeds that have all rows of the method.\n"
     text += f"{FEWER}: the method's densest row has less; its accuracy stands here. -: its sparsest row has more.\n\n"
@@ -244,11 +249,11 @@ def equal(summaries: Sequence[Summary], cost: str) -> str:
     return text
 
 
-def _by_seed(summaries: Sequence[Summary], cost: str) -> dict[int, np.ndarray]:
+def _by_seed(summaries: Sequence[Summary], shares: Callable[[Summary], list[float]]) -> dict[int, np.ndarray]:
     """A method's accuracy at each share of ``EQUAL``, of every seed that has all of its variants."""
     points: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for summary in summaries:
-        for entry, share in zip(summary.entries, summary.shares(cost), strict=True):
+        for entry, share in zip(summary.entries, shares(summary), strict=True):
             if not math.isnan(share):
                 points[entry.row.seed].append((share, entry.numbers["test_accuracy"]))
     return {seed: accuracy_at(some, EQUAL) for seed, some in points.items() if len(some) == len(summaries)}

@@ -562,6 +562,15 @@ def test_the_layers_of_a_record_reach_their_files_and_outlive_it(tmp_path, rows,
     assert [line["operations"] for line in csv.DictReader(before["layers.csv"].decode().splitlines())] == ["", "1.5"]
     outcome.write(tmp_path / "empty", rows[:2], tmp_path / "out")
     assert contents(tmp_path / "out") == before
+    # a record of the same result without its layers does not lose them; one of another result does
+    del record["result"]["layers"], record["test"]["neurons"]
+    records.path_of(stub, rows[0]).write_text(json.dumps(record))
+    (again, _) = entries.collect(stub, rows[:2], tmp_path / "out")
+    assert (again.layers.keys(), again.neurons.keys()) == (first.layers.keys(), first.neurons.keys())
+    record["result"]["test_accuracy"] /= 2
+    records.path_of(stub, rows[0]).write_text(json.dumps(record))
+    (again, _) = entries.collect(stub, rows[:2], tmp_path / "out")
+    assert (again.layers, again.neurons) == ({}, {})
 
 
 def test_the_accuracy_of_the_training_is_kept_where_it_is_known(tmp_path, rows, stub):
@@ -1402,9 +1411,18 @@ def test_methods_are_compared_at_equal_synapses_and_synops():
     assert found["synapses"] == {"1": ["10.00 †", "10.00 †", *6 * ["-"]]}
     assert "synapses (a weight of a convolution" in tables.equal(tables.summarise(some), "synapses")
     assert tables.equal(tables.summarise(some[:3]), "synops") == ""
+    # those of another learning rate, whose own dense network has twice the SynOps, have the same reference
+    other = [
+        *(entry("-m no_prune -lr 1e-3", seed, 0.99, 1, (0, 0), 2000) for seed in (1, 2)),
+        *(entry("-m deep -lr 1e-3 -s 0.95 -penalty 1", seed, 0.7, 0.25, (0, 0), 250) for seed in (1, 2)),
+        *(entry("-m deep -lr 1e-3 -s 0.95 -penalty 2", seed, 0.5, 0.01, (0, 0), 50) for seed in (1, 2)),
+    ]
+    lines = tables.equal(tables.summarise([*some[:6], *other]), "synops").splitlines()
+    (at,) = [line.split("|")[4:] for line in lines if line.startswith("| Deep R") and "70.00" in line]
+    assert [cell.strip() for cell in at[1:3]] == ["70.00 ± 0.00", f"{50 + 20 * math.log(2) / math.log(5):.2f} ± 0.00"]
 
 
-def test_the_layers_of_each_row_are_told_apart(tmp_path):
+def test_the_layers_of_each_row_are_told_apart():
     argv = ["-m", "no_prune", "-N", "60", "--seed"]
     rows = [
         grid.Row("mnist", "mnist", "dense", False, (*argv, seed), read(EXPERIMENTS["mnist"], [*argv, seed]))
@@ -1429,7 +1447,6 @@ def test_the_layers_of_each_row_are_told_apart(tmp_path):
     assert cells[3][4:] == ["x"]
     assert cells[5][3:] == ["2", "3.00 ± 1.41"]
     assert tables.layers(tables.summarise([entries.Entry(rows[2], {"connectivity": 0.5}, {}, [])])) == ""
-    (tmp_path / "rows.csv").write_text("")
     lines = list(csv.DictReader(entries.layers_csv(some).splitlines()))
     assert [line["layer"] for line in lines] == ["a", "b", "a", "b"]
     assert {key: lines[1][key] for key in entries.LAYER} == dict(
