@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # a worker for each core; tests/conftest.py gives each one thread
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,golden gradrewire deeprewire rewiring optimizer_state optimizer_tensors plain_groups connectivity_schedule schedule kernels blocks convolutions proof models sparse step measure energy))
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,golden gradrewire deeprewire rewiring optimizer_state optimizer_tensors plain_groups connectivity_schedule schedule kernels blocks convolutions proof models ranks sparse step measure energy))
 DEMO = $(BIN)/python mnist/mnist.py --dataset digits --recipe fast -b 32 -lr 3e-3 --dump-dir runs/demo
 # two threads that wait actively for each other on a busy machine are many times slower
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -31,7 +31,9 @@ from training.errors import DivergedError, Interrupted, RankLost, Refusal
 from training.files import storage
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
-DEEP = shlex.split("mnist --dataset digits -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 120 -i1 2 -i2 1")
+# Narrow, with few time steps: rounding decides about a spike of ten million, and after that the runs differ.
+SMALL = "mnist --width 100 -T 4 --dataset digits"
+DEEP = shlex.split(f"{SMALL} -m deep -s 0.9 -temperature 1e-4 -lr 1e-3 -b 120 -i1 2 -i2 1")
 C10 = shlex.split("c10 --width 8 -T 2 -b 4 -m grad -s 0.95 -lr 1e-4 -N 1 -i1 1 -i2 1")
 LIMIT = 300  # seconds for the processes of a test: a hang fails
 
