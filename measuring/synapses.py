@@ -35,7 +35,7 @@ def positions(network: SpikingNetwork, shape: tuple[int, int, int]) -> dict[str,
     hooks = [network.get_submodule(name).register_forward_hook(of(f"{name}.weight")) for name in names]
     try:
         with torch.no_grad():
-            network(torch.zeros(1, *shape))
+            network(next(network.parameters()).new_zeros(1, *shape))
     finally:
         for hook in hooks:
             hook.remove()

@@ -81,11 +81,10 @@ def collect(dump: Path, rows: Sequence[Row], folder: Path) -> list[Entry]:
             results = [result for result in records.state(dump, row).epochs if result["epoch"] <= row.epochs]
             complete = _all_there(results, row)
             numbers, made = _numbers(record, results if complete else []), _made(record)
-            if line is None or not _same(line, numbers) or nested(record, "result", "layers"):
-                layers = _layers(record, row)
-            if line is None or not _same(line, numbers) or nested(record, "test", "neurons"):
-                neurons = _neurons(record)
-            if not complete and line is not None and _all_there(kept, row) and _same(line, numbers):
+            same = line is not None and _same(line, numbers)  # then the outcome has what the record has not
+            layers = _layers(record, row) or (layers if same else {})
+            neurons = _neurons(record) or (neurons if same else {})
+            if not complete and same and _all_there(kept, row):
                 results, numbers = kept, numbers | {key: line[key] for key in SUMS}  # the run's logs were lost since
         elif line is not None:
             results = kept

@@ -151,13 +151,11 @@ def countings(summaries: Sequence[Summary]) -> str:
 def layers(summaries: Sequence[Summary]) -> str:
     """The Markdown tables of where the connections are, and of how often the neurons fire; empty if no row tells."""
     text = ""
-    connectivity, rates = (
-        _of_layers(summaries, which, share)
-        for which, share in (
-            ("layers", lambda layer: layer["connected"] / (layer["weights"] or math.nan)),
-            ("neurons", lambda neurons: neurons["firing_rate"]),
-        )
+    whole = {"synapses": lambda entry: entry.synapses}
+    connectivity = _of_layers(
+        summaries, "layers", lambda layer: layer["connected"] / (layer["weights"] or math.nan), whole
     )
+    rates = _of_layers(summaries, "neurons", lambda neurons: neurons["firing_rate"], {})
     if connectivity:
         text += f"Connectivity (%) of each layer, and of the network by its {COSTS['synapses']}.\n\n{connectivity}"
     if rates:
@@ -165,7 +163,13 @@ def layers(summaries: Sequence[Summary]) -> str:
     return text
 
 
-def _of_layers(summaries: Sequence[Summary], which: str, share: Callable[[dict[str, float]], float]) -> str:
+def _of_layers(
+    summaries: Sequence[Summary],
+    which: str,
+    share: Callable[[dict[str, float]], float],
+    whole: dict[str, Callable[[Entry], float]],
+) -> str:
+    """A column for each layer, or its neurons, that the entries know, and for what is told of the whole network."""
     names = list(dict.fromkeys(name for summary in summaries for e in summary.entries for name in getattr(e, which)))
     lines = []
     for summary in summaries:
@@ -174,13 +178,11 @@ def _of_layers(summaries: Sequence[Summary], which: str, share: Callable[[dict[s
                 [share(layer) if (layer := getattr(entry, which).get(name)) else math.nan for entry in known]
                 for name in names
             ]
-            if which == "layers":
-                columns.append([entry.synapses for entry in known])
+            columns += [[of(entry) for entry in known] for of in whole.values()]
             title, epochs = summary.line
             cells = [title, f"`{summary.row.variant}`", str(epochs), str(len(known))]
             lines.append(cells + [spread(values, _points) for values in columns])
-    last = ["synapses"] if which == "layers" else []
-    return _markdown(["method", "options", "epochs", "seeds", *names, *last], lines) if lines else ""
+    return _markdown(["method", "options", "epochs", "seeds", *names, *whole], lines) if lines else ""
 
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

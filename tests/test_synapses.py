@@ -36,6 +36,7 @@ def test_the_weights_of_a_convolution_stand_at_each_position_of_its_output():
     nn.init.ones_(ones.weight)
     assert ones(torch.ones(1, 2, 11, 10)).sum() == found["first.weight"] * ones.weight.numel()
     assert not any(module._forward_hooks for module in network.modules())
+    assert positions(network.double(), (2, 11, 10)) == found
 
 
 def test_the_published_networks_have_as_many_synapses_as_the_page_says():
